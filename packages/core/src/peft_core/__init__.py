@@ -1,0 +1,80 @@
+"""peft-core: a plugin-based framework for parameter-efficient fine-tuning of PyTorch models."""
+
+from . import lowrank
+from .attach import Adapter, activate, adapters, attach, load
+from .errors import (
+    AdapterError,
+    CheckpointError,
+    DataError,
+    MergeError,
+    ModelError,
+    OptimizerStepError,
+    PeftCoreError,
+    PlanError,
+    PluginError,
+    SpecError,
+    TargetError,
+)
+from .hookspecs import hookimpl
+from .kernels import kernels
+from .method import Capabilities, Forward, LowRank, MethodInfo, OptimizerStep, Rows, StepMember
+from .plan import Plan, plan
+from .plugins import methods
+from .sharing import (
+    Initializer,
+    Layout,
+    Normal,
+    SharingGroup,
+    TensorSpec,
+    Uniform,
+    Zeros,
+    alike,
+    kaiming_uniform,
+)
+from .spec import AdapterSpec
+from .targets import Site
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "AdapterSpec",
+    "Capabilities",
+    "CheckpointError",
+    "DataError",
+    "Forward",
+    "Initializer",
+    "Layout",
+    "LowRank",
+    "MergeError",
+    "MethodInfo",
+    "ModelError",
+    "Normal",
+    "OptimizerStep",
+    "OptimizerStepError",
+    "PeftCoreError",
+    "Plan",
+    "PlanError",
+    "PluginError",
+    "Rows",
+    "SharingGroup",
+    "Site",
+    "SpecError",
+    "StepMember",
+    "TargetError",
+    "TensorSpec",
+    "Uniform",
+    "Zeros",
+    "activate",
+    "adapters",
+    "alike",
+    "attach",
+    "hookimpl",
+    "kaiming_uniform",
+    "kernels",
+    "load",
+    "lowrank",
+    "methods",
+    "plan",
+]

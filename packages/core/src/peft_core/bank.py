@@ -1,0 +1,223 @@
+"""The bank owns the tensors of one adapter; the registry knows the banks of one model.
+
+Parameters are registered directly on the root model, under names that no module path can have, and not in a submodule:
+a root that iterates over its children (nn.Sequential) must not find a new one. Everything that walks a model's
+parameters (optimizers, `.to()`, DDP, FSDP2, state_dict) then finds each exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .gradients import SharedGradient
+from .method import Forward
+from .plan import ROOT_PREFIX, Plan
+from .sharing import FromBase, TensorSpec, draw
+
+_REGISTRY = "_peft_adapters"
+
+
+@dataclass
+class OwnedWeight:
+    """The base weight of a site whose method owns it.
+
+    Attributes:
+        original: the weight as it was before attach, to disable and detach (None: not kept). In the module's layout.
+        master: a wider copy of the moved weight (out × in), where the base's dtype would drift.
+        parked: the moved weight, in the module's layout, while something else stands in the base (the adapter is
+            inactive or merged).
+    """
+
+    original: Tensor | None = None
+    master: Tensor | None = None
+    parked: Tensor | None = None
+
+
+class Bank:
+    """The tensors of one adapter.
+
+    Attributes:
+        root, name, plan, seed: of the adapter. sites: by path.
+        state: key → training-only tensor (on the CPU). owned: site path → its weight, for methods that own it.
+        steps: real optimizer steps, over resumes. backwards: gradients that came while attached. stepped_by: ids of the
+        optimizers that stepped the latest of them; fresh_gradient: whether one came since.
+        merged_scale: the run-time scale at which the adapter was merged, if it is.
+        total_steps: length of the run, if somebody told.
+    """
+
+    def __init__(self, root: nn.Module, name: str, plan: Plan, seed: int) -> None:
+        self.root = root
+        self.name = name
+        self.plan = plan
+        self.seed = seed
+        self.state: dict[str, Tensor] = {}
+        self.owned: dict[str, OwnedWeight] = {}
+        self.steps = 0
+        self.backwards = 0
+        self.stepped_by: set[int] = set()
+        self.fresh_gradient = False
+        self.merged_scale = 1.0
+        self.total_steps: int | None = None
+        self.sites = {site.path: site for site in plan.sites}
+        self._borrowed = plan.borrowed()
+
+    def root_name(self, key: str) -> str:
+        """The name under which the root model holds a tensor."""
+        return f"{ROOT_PREFIX}{self.name}/{key.replace('.', '/')}"
+
+    def binding_name(self, path: str, name: str) -> str:
+        """The name of the non-persistent buffer that holds a fixed tensor of a site."""
+        return f"{ROOT_PREFIX}{self.name}/binding/{path.replace('.', '/')}/{name}"
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(key, parameter) of every tensor, as they are now: FSDP and others replace them."""
+        for key, _ in self.plan.tensors():
+            parameter = self.root._parameters[self.root_name(key)]
+            assert parameter is not None
+            yield key, parameter
+
+    def site_keys(self, path: str) -> Mapping[str, str]:
+        """Tensor name → key, for a site."""
+        return self._borrowed[path]
+
+    def tensors(self, path: str) -> dict[str, nn.Parameter]:
+        """A site's borrowed parameters by name."""
+        parameters = self.root._parameters
+        return {name: parameters[self.root_name(key)] for name, key in self._borrowed[path].items()}  # type: ignore[misc]
+
+    def binding(self, path: str) -> dict[str, Tensor]:
+        """A site's fixed tensors by name."""
+        buffers = self.root._buffers
+        return {name: buffers[self.binding_name(path, name)] for name in self.plan.bindings.get(path, {})}  # type: ignore[misc]
+
+    def site_state(self, path: str) -> dict[str, Tensor]:
+        """A site's training-only tensors by name."""
+        groups = (group for group in self.plan.groups if path in group.members)
+        return {name: self.state[f"{group.name}.{name}"] for group in groups for name in group.state}
+
+    def register(self, tensors: Mapping[str, Tensor], bindings: Mapping[str, Mapping[str, Tensor]], trainable: bool) -> None:
+        """Put the adapter's values on the root model."""
+        for key, value in tensors.items():
+            self.root._parameters[self.root_name(key)] = nn.Parameter(value, requires_grad=trainable)
+        for path, named in bindings.items():
+            for name, value in named.items():
+                buffer = self.binding_name(path, name)
+                self.root._buffers[buffer] = value
+                self.root._non_persistent_buffers_set.add(buffer)
+
+    def unregister(self) -> None:
+        """Take everything off the root model."""
+        prefix = f"{ROOT_PREFIX}{self.name}/"
+        for held in (self.root._parameters, self.root._buffers):
+            for name in [name for name in held if name.startswith(prefix)]:
+                del held[name]
+        for name in [name for name in self.root._non_persistent_buffers_set if name.startswith(prefix)]:
+            self.root._non_persistent_buffers_set.discard(name)
+
+
+def initial_tensors(root: nn.Module, plan: Plan, seed: int) -> dict[str, Tensor]:
+    """First values of the trainable tensors, each on the device of its first borrower."""
+    devices = {member: device_of(root, member) for group in plan.groups for member in group.members[:1]}
+    out = {}
+    for group in plan.groups:
+        for name, spec in group.tensors.items():
+            device = devices[group.members[0]]
+            out[f"{group.name}.{name}"] = _first(root, spec, plan, device, seed, group.name, name)
+    return out
+
+
+def initial_bindings(root: nn.Module, plan: Plan, seed: int) -> dict[str, dict[str, Tensor]]:
+    """First values of the fixed tensors, drawn once in an adapter's life."""
+    return {
+        path: {
+            name: _first(root, spec, plan, device_of(root, path), seed, "binding", path, name)
+            for name, spec in named.items()
+        }
+        for path, named in plan.bindings.items()
+    }
+
+
+def initial_state(plan: Plan, seed: int) -> dict[str, Tensor]:
+    """First values of the training-only tensors, on the CPU."""
+    return {
+        f"{group.name}.{name}": draw(spec, torch.float32, seed, "state", group.name, name)
+        for group in plan.groups
+        for name, spec in group.state.items()
+    }
+
+
+def _first(root: nn.Module, spec: TensorSpec, plan: Plan, device: torch.device, seed: int, *key: str) -> Tensor:
+    dtype = spec.dtype or plan.spec.torch_dtype
+    if device.type == "meta":
+        return torch.empty(spec.shape, dtype=dtype, device=device)
+    if isinstance(spec.init, FromBase):
+        return root.get_parameter(spec.init.path).detach().clone().to(dtype)
+    return draw(spec, dtype, seed, *key).to(device)
+
+
+def device_of(root: nn.Module, path: str) -> torch.device:
+    """Where a module computes: its weights' device, or its hook's where the weights are offloaded."""
+    module = root.get_submodule(path)
+    hook = getattr(module, "_hf_hook", None)  # Accelerate's offloading leaves weights on the meta device
+    executes = getattr(hook, "execution_device", None)
+    device = next(module.parameters()).device
+    return torch.device(executes) if device.type == "meta" and executes is not None else device
+
+
+@dataclass
+class MergedSite:
+    """What merging changed at one site: its original weight (None: not kept) and the merged adapters in order."""
+
+    original: Any
+    adapters: list[str] = field(default_factory=list)
+
+
+class Registry:
+    """The adapters of one model.
+
+    Attributes:
+        banks: by name, in the order of attaching. active: name → run-time scale, in the order of application.
+        frozen: the requires_grad flags of the base before the first adapter came.
+        merged: path → what merging changed there.
+    """
+
+    def __init__(self) -> None:
+        self.banks: dict[str, Bank] = {}
+        self.active: dict[str, float] = {}
+        self.frozen: dict[str, bool] = {}
+        self.merged: dict[str, MergedSite] = {}
+        self.gradients: dict[str, SharedGradient] = {}
+        self.forwards: dict[Any, Forward] = {}
+        self.handles: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Functions of plugins do not pickle; layers ask for them again. A copy is not stepped through our hooks' handles.
+        return {**self.__dict__, "forwards": {}}
+
+
+def registry(model: nn.Module, create: bool = False) -> Registry | None:
+    """The model's registry, if it has adapters."""
+    found: Registry | None = model.__dict__.get(_REGISTRY)
+    if found is None and create:
+        found = model.__dict__[_REGISTRY] = Registry()
+    return found
+
+
+def forget(model: nn.Module) -> None:
+    """Remove the registry of a model that has no adapter left."""
+    model.__dict__.pop(_REGISTRY, None)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model that carries adapters inside DDP's and torch.compile's wrappers."""
+    while _REGISTRY not in model.__dict__:
+        inner = model._modules.get("_orig_mod") or model._modules.get("module")
+        if inner is None or type(model).__name__ not in ("OptimizedModule", "DistributedDataParallel", "DataParallel"):
+            return model
+        model = inner
+    return model

@@ -1,0 +1,106 @@
+"""Base layers: what is known of each kind, how its weight is read as out × in, and how a new one is put in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Layers whose forward is never called, because their parent reads the weights itself: (parent class, child name).
+# An adapter there would do nothing.
+_BYPASSED = (
+    ("MultiheadAttention", "out_proj"),
+    ("TransformerEncoderLayer", "linear1"),
+    ("TransformerEncoderLayer", "linear2"),
+    ("MambaMixer", "dt_proj"),
+    ("MambaMixer", "out_proj"),
+    ("MambaMixer", "x_proj"),
+    ("FalconMambaMixer", "dt_proj"),
+    ("FalconMambaMixer", "out_proj"),
+    ("FalconMambaMixer", "x_proj"),
+    ("Mamba2Mixer", "out_proj"),
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A layer that can be adapted.
+
+    Attributes:
+        in_features, out_features: logical sizes. transposed: the weight is stored in × out (transformers' Conv1D).
+        fused: core may compute the layer's product itself. dtype: of the weight, once dequantized.
+    """
+
+    in_features: int
+    out_features: int
+    transposed: bool
+    fused: bool
+    dtype: torch.dtype
+
+
+def describe(module: nn.Module) -> Base | None:
+    """What is known of this layer, or None if it is none that can be adapted."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return None
+    kind = {cls.__name__ for cls in type(module).__mro__}
+    if "Conv1D" in kind and weight.dim() == 2 and hasattr(module, "nf"):
+        return Base(weight.shape[0], weight.shape[1], True, True, weight.dtype)
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    inside, outside = int(sizes[0] or 0), int(sizes[1] or 0)
+    if tuple(weight.shape) == (outside, inside) and weight.dtype.is_floating_point:
+        plain = type(module).forward is nn.Linear.forward or _worn_linear(module)
+        return Base(inside, outside, False, plain, weight.dtype)
+    if is_quantized(module):
+        return Base(inside, outside, False, False, _dequantized_dtype(module))
+    return None
+
+
+def _worn_linear(module: nn.Module) -> bool:
+    """Whether, our own class aside, this is a layer with nn.Linear's forward."""
+    below = [cls for cls in type(module).__mro__ if cls.__module__ != "peft_core.layer"]
+    return next(cls for cls in below if "forward" in cls.__dict__) is nn.Linear
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether this is a bitsandbytes 4- or 8-bit layer."""
+    return any(cls.__name__ in ("Linear4bit", "Linear8bitLt") for cls in type(module).__mro__)
+
+
+def _dequantized_dtype(module: Any) -> torch.dtype:
+    state = getattr(module.weight, "quant_state", None)
+    if state is not None:
+        return state.dtype  # type: ignore[no-any-return]
+    return getattr(module, "compute_dtype", None) or torch.float16
+
+
+def bypassed(parent: nn.Module, child: str) -> bool:
+    """Whether `parent` is known to read this child's weight without calling it."""
+    classes = {cls.__name__ for cls in type(parent).__mro__}
+    return any(name == child and cls in classes for cls, name in _BYPASSED)
+
+
+def dense_weight(module: Any) -> Tensor:
+    """The weight as out × in, dequantized if need be; a view of the parameter where possible."""
+    if is_quantized(module):
+        import bitsandbytes.functional as functional
+
+        state = getattr(module.weight, "quant_state", None)
+        if state is not None:
+            return functional.dequantize_4bit(module.weight.data, state)  # type: ignore[no-any-return]
+        scales = module.state.SCB if module.state.SCB is not None else module.weight.SCB
+        packed = module.state.CB if module.state.CB is not None else module.weight.data
+        dense = packed.to(torch.float32) * (scales.to(torch.float32).unsqueeze(1) / 127)
+        return dense.to(_dequantized_dtype(module))
+    weight: Tensor = module.weight.detach()
+    return weight.T if "Conv1D" in {cls.__name__ for cls in type(module).__mro__} else weight
+
+
+def write_weight(module: Any, weight: Tensor, transposed: bool) -> None:
+    """Put this weight (out × in) into the layer's own parameter, in place, rounded to its dtype."""
+    with torch.no_grad():
+        module.weight.copy_(weight.T if transposed else weight)

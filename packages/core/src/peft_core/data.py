@@ -1,0 +1,221 @@
+"""Prompt and completion pairs: read, split by module, turned into tokens with loss on the completion only."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import sysconfig
+import textwrap
+import tokenize
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import DataError
+
+IGNORED = -100
+"""The label of a token that no loss is taken on (what torch's and transformers' losses skip)."""
+
+# Not the library itself: tests, demos, bundled installers, and tables written as Python.
+_SKIPPED_FOLDERS = frozenset(
+    "test tests idle_test idlelib lib2to3 turtledemo ensurepip site-packages dist-packages __phello__ pydoc_data".split()
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training pair; ``module`` names where it is from, and is what a split keeps together."""
+
+    prompt: str
+    completion: str
+    module: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One tokenised example: ``labels`` repeats ``input_ids`` where loss is taken and is IGNORED elsewhere."""
+
+    input_ids: list[int]
+    labels: list[int]
+    truncated: bool = False
+
+
+def docstring_pairs(root: Path | None = None) -> list[Example]:
+    """Functions of Python's standard library and the first line of their docstrings, in a fixed order.
+
+    The prompt is the function's source without its docstring, then a line that asks for it. Functions without
+    a body of their own, first lines that are no sentence, and repeated functions are left out. About 5 000 pairs,
+    somewhat more or fewer by Python version.
+    """
+    root = root or Path(sysconfig.get_paths()["stdlib"])
+    pairs: dict[str, Example] = {}
+    for path in _modules(root):
+        module = path.relative_to(root).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+        for example in _module_pairs(path, module):
+            pairs.setdefault(example.prompt, example)
+    if not pairs:
+        raise DataError(f"no documented functions under {root}; is Python's standard library there as source?")
+    return list(pairs.values())
+
+
+def docstring_prompt(source: str) -> str:
+    """The prompt that asks for the first docstring line of a function."""
+    return f"{textwrap.dedent(source).strip()}\n\n# What the function does, in one line:\n"
+
+
+def read_pairs(path: Path) -> list[Example]:
+    """Pairs from a JSON Lines file with ``prompt`` and ``completion`` on every line.
+
+    Raises DataError naming the line that is not such a pair.
+    """
+    pairs = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompt, completion = row["prompt"], row["completion"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path}, line {number}: not a JSON object with prompt and completion") from error
+        if not (isinstance(prompt, str) and isinstance(completion, str) and completion.strip()):
+            raise DataError(f"{path}, line {number}: prompt and completion must be text, the completion not empty")
+        pairs.append(Example(prompt, completion, module=str(row.get("module", number)), name=f"line {number}"))
+    if len(pairs) < 2:
+        raise DataError(f"{path} has {len(pairs)} pairs; training and holding out need at least two")
+    return pairs
+
+
+def split_by_module(examples: Sequence[Example], percent: int = 10) -> tuple[list[Example], list[Example]]:
+    """``(training, held out)``: up to ``percent`` % of the examples held out, by whole top-level modules.
+
+    Modules are taken in the order of a hash of their names while they fit, so none is in both parts, no large one
+    makes up the held-out part alone, and the choice hardly changes when a module is added.
+    """
+    sizes = Counter(_top(example) for example in examples)
+    if len(sizes) < 2:
+        raise DataError("all examples are of one module: nothing would be left to train on or to hold out")
+    room = len(examples) * percent // 100
+    held_out: set[str] = set()
+    for module in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if sizes[module] <= room:
+            held_out.add(module)
+            room -= sizes[module]
+    held_out = held_out or {min(sizes, key=lambda name: (sizes[name], name))}
+    training = [example for example in examples if _top(example) not in held_out]
+    return training, [example for example in examples if _top(example) in held_out]
+
+
+def tokenise(example: Example, tokenizer: Any, max_length: int) -> Tokens:
+    """Tokens of prompt, completion and end-of-sequence; loss on the last two.
+
+    A prompt that is too long loses its middle, so that what opens it (a signature) and what closes it (the
+    question) both stay. A completion that fills ``max_length`` alone is cut at its end.
+    """
+    prompt = prompt_ids(example.prompt, tokenizer)
+    completion = list(tokenizer(example.completion, add_special_tokens=False)["input_ids"])
+    if tokenizer.eos_token_id is not None:
+        completion.append(tokenizer.eos_token_id)
+    kept = completion[: max_length - 1]  # one prompt token at least: the first completion token needs a predecessor
+    room = max_length - len(kept)
+    truncated = len(kept) < len(completion) or room < len(prompt)
+    prompt = cut_middle(prompt, room)
+    return Tokens(prompt + kept, [IGNORED] * len(prompt) + kept, truncated)
+
+
+def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
+    """Tokens of a prompt, with what the tokenizer puts at the start of a text; never empty."""
+    ids = list(tokenizer(prompt)["input_ids"])
+    while ids and ids[-1] == tokenizer.eos_token_id:  # an end of sequence would end it before its completion
+        ids.pop()
+    return ids or [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+
+
+def cut_middle(ids: list[int], length: int) -> list[int]:
+    """``ids`` without its middle, if it is longer than ``length``."""
+    if len(ids) <= length:
+        return ids
+    tail = length // 2
+    return ids[: length - tail] + ids[len(ids) - tail :]
+
+
+def collate(batch: Sequence[Tokens], pad_id: int) -> dict[str, torch.Tensor]:
+    """One batch, padded on the left: ``input_ids``, ``attention_mask``, ``position_ids``, ``labels``, [batch, length].
+
+    On the left, so that completions end together and the vocabulary's logits are needed for a few last
+    positions only.
+    """
+    length = max(len(tokens.input_ids) for tokens in batch)
+    ids = torch.full((len(batch), length), pad_id)
+    mask = torch.zeros((len(batch), length), dtype=torch.long)
+    labels = torch.full((len(batch), length), IGNORED)
+    for row, tokens in enumerate(batch):
+        start = length - len(tokens.input_ids)
+        ids[row, start:] = torch.tensor(tokens.input_ids)
+        labels[row, start:] = torch.tensor(tokens.labels)
+        mask[row, start:] = 1
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
+
+
+def batches(
+    tokens: Sequence[Tokens], size: int, pad_id: int, seed: int, window: int = 16
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of ``size`` without end, in an order that depends on ``seed`` alone; an epoch's last few are dropped.
+
+    Within ``window`` batches of a shuffled epoch, examples of like length share a batch: half the time of a step
+    would go into padding otherwise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = min(size, len(tokens))
+    while True:
+        order = torch.randperm(len(tokens), generator=generator).tolist()
+        for start in range(0, len(order), window * size):
+            chunk = sorted(order[start : start + window * size], key=lambda index: len(tokens[index].input_ids))
+            groups = [chunk[at : at + size] for at in range(0, len(chunk) - size + 1, size)]
+            for at in torch.randperm(len(groups), generator=generator).tolist():
+                yield collate([tokens[index] for index in groups[at]], pad_id)
+
+
+def _top(example: Example) -> str:
+    return example.module.partition(".")[0]
+
+
+def _modules(root: Path) -> Iterable[Path]:
+    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
+        if not _SKIPPED_FOLDERS.intersection(path.relative_to(root).parts[:-1]):
+            yield path
+
+
+def _module_pairs(path: Path, module: str) -> Iterator[Example]:
+    try:
+        with tokenize.open(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # the library's own doubtful escapes
+            text = file.read()
+            tree = ast.parse(text)
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return  # a template or a deliberately broken file
+    lines = text.splitlines()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        first, _, rest = (ast.get_docstring(node) or "").strip().partition("\n")
+        first = first.strip()
+        # Left out: one word, a doctest, a sentence that goes on in the next line, a function of docstring alone.
+        continues = rest.partition("\n")[0].strip() and not first.endswith(".")
+        if len(first.split()) < 2 or first.startswith(">>>") or continues or len(node.body) < 2:
+            continue
+        documented = node.body[0]
+        assert documented.end_lineno is not None and node.end_lineno is not None
+        source = lines[node.lineno - 1 : documented.lineno - 1] + lines[documented.end_lineno : node.end_lineno]
+        yield Example(docstring_prompt("\n".join(source)), first, module, node.name)

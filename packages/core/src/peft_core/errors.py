@@ -1,0 +1,63 @@
+"""Errors that a user can cause. Each message names the thing, what was expected and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PeftCoreError(Exception):
+    """Base of every error that a user of this library can cause."""
+
+
+class SpecError(PeftCoreError):
+    """An `AdapterSpec` or an option of a method is not valid."""
+
+
+class PluginError(PeftCoreError):
+    """A method plugin is missing, is installed twice, or breaks the hook contract."""
+
+
+class TargetError(PeftCoreError):
+    """The targets of a spec do not fit the model."""
+
+
+class PlanError(PeftCoreError):
+    """A method cannot lay out its tensors on these sites, or a stored plan does not fit the model."""
+
+
+class AdapterError(PeftCoreError):
+    """An adapter is used in a state that does not allow it (a name taken, merged, unknown)."""
+
+
+class CheckpointError(PeftCoreError):
+    """An adapter directory cannot be read, or does not belong to this model."""
+
+
+class MergeError(PeftCoreError):
+    """An adapter cannot be merged, unmerged or lowered."""
+
+
+class OptimizerStepError(PeftCoreError):
+    """The optimizer cannot serve the method, or never stepped the adapter's parameters."""
+
+
+class ModelError(PeftCoreError):
+    """A base model cannot be found or read."""
+
+
+class DataError(PeftCoreError):
+    """Training data cannot be read."""
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the known name nearest to `name`, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """`a, b, c and 12 more`: a list short enough for one line of an error."""
+    names = list(names)
+    head = ", ".join(names[:most])
+    return head if len(names) <= most else f"{head} and {len(names) - most} more"

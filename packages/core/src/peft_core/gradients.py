@@ -1,0 +1,74 @@
+"""Gradients of tensors that many sites borrow, summed in place in one buffer per tensor.
+
+Left to autograd, every borrower returns a gradient of the tensor's full size, zero outside the rows that it uses, and the
+engine adds them up: work per site that grows with the number of sites. Here a borrower adds its contribution to the
+tensor's buffer and gives autograd nothing. A gate, one node between all borrowers and the parameter, hands the buffer over
+when the engine reaches it, which is after the last borrower. Everything after it (hooks, DDP, accumulation over
+backward passes) sees one ordinary gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .method import Gradient, Rows
+
+
+class _Gate(torch.autograd.Function):
+    """An edge to the parameter without data: its output has no elements, its gradient is the summed buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, shared: SharedGradient) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.shared = shared
+        return parameter.new_empty(0)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None]:
+        return ctx.shared._take(), None
+
+
+class SharedGradient:
+    """The gate and the buffer of one shared tensor. Belongs to a model; copies and pickles start empty."""
+
+    def __init__(self) -> None:
+        self._parameter: Tensor | None = None
+        self._edge: Tensor | None = None
+        # By graph task: backwards may nest (reentrant checkpointing), and what a failed one left must not reach the next.
+        self._buffers: dict[int, Tensor] = {}
+
+    def edge(self, parameter: Tensor) -> Tensor:
+        """What a borrower takes as an input in the parameter's stead. The parameter may be another at every call."""
+        if self._parameter is not parameter or self._edge is None:
+            with torch.enable_grad():
+                self._edge = _Gate.apply(parameter, self)
+            self._parameter = parameter
+        assert self._edge is not None
+        return self._edge
+
+    def add_(self, gradient: Gradient) -> None:
+        """Add one borrower's contribution, in the order in which the engine reaches the borrowers."""
+        assert self._parameter is not None
+        task = torch._C._current_graph_task_id()
+        buffer = self._buffers.get(task)
+        if buffer is None:
+            buffer = self._buffers[task] = torch.zeros_like(self._parameter, requires_grad=False)
+        if isinstance(gradient, Rows):
+            buffer.index_add_(0, gradient.index, gradient.values.to(buffer.dtype))
+        else:
+            buffer.add_(gradient)
+
+    def _take(self) -> Tensor | None:
+        return self._buffers.pop(torch._C._current_graph_task_id(), None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedGradient:
+        return SharedGradient()
+
+    def __reduce__(self) -> tuple[type[SharedGradient], tuple[()]]:
+        return SharedGradient, ()
+

@@ -1,0 +1,387 @@
+"""The only wrapper: a class that a base layer wears.
+
+An adapted layer stays the module that it was, in its place, with its parameters and state-dict keys; only its class becomes
+a subclass of its own. Where the base is a frozen dense layer, one autograd.Function computes the base product, lets every
+active adapter add to the output in place, and in backward does the same for the input gradient. Everywhere else the base's
+own forward runs and the adapters' naive Δ(x) is added to it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from . import bases, kernels, plugins
+from .errors import AdapterError
+from .gradients import SharedGradient
+from .method import Capabilities, Forward
+from .targets import Site
+
+SLOT = "_peft_site"
+
+
+class Member:
+    """One adapter at one site: which tensors it borrows there and the functions that use them.
+
+    Attributes:
+        names: (tensor name, name on the root) of what is borrowed. fixed: likewise for the binding.
+        shared: tensor name → where its gradient is summed, for tensors with more than one borrower.
+    """
+
+    def __init__(
+        self,
+        adapter: str,
+        method: str,
+        site: Site,
+        functions: Forward,
+        can: Capabilities,
+        names: Sequence[tuple[str, str]],
+        fixed: Sequence[tuple[str, str]],
+        shared: dict[str, SharedGradient],
+        dropout: float,
+    ) -> None:
+        self.adapter, self.method, self.site = adapter, method, site
+        self.functions, self.can = functions, can
+        self.names, self.fixed, self.shared, self.dropout = tuple(names), tuple(fixed), shared, dropout
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "functions": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.functions = plugins.call(self.method, "peft_forward", site=self.site)
+
+    def borrow(self, held: dict[str, Any]) -> dict[str, Tensor]:
+        """The parameters as the root holds them now."""
+        return {name: held[there] for name, there in self.names}
+
+
+class Use(NamedTuple):
+    """One active adapter in one forward."""
+
+    functions: Forward
+    tensors: dict[str, Tensor]
+    binding: dict[str, Tensor]
+    shared: dict[str, SharedGradient]
+    scale: float
+    dropout: float
+    additive: bool
+
+
+class Slot:
+    """What an adapted layer knows of its adapters: kept in the layer's plain `__dict__`, so that a copy has its own.
+
+    Attributes:
+        parameters, buffers: the root's own dictionaries, looked up at every forward. members: by adapter.
+        active: the active members with their run-time scale. dense: a weight that stands in for a quantized one.
+    """
+
+    def __init__(self, root: nn.Module, transposed: bool, fused: bool) -> None:
+        self.root = root
+        self.parameters, self.buffers = root._parameters, root._buffers
+        self.transposed, self.fused = transposed, fused
+        self.members: dict[str, Member] = {}
+        self.active: list[tuple[Member, float]] = []
+        self.dense: Tensor | None = None
+        self._compiled: list[Use] = []
+
+    def activate(self, scales: dict[str, float]) -> None:
+        """Make these adapters the active ones, in their order."""
+        self.active = [(self.members[name], scale) for name, scale in scales.items() if name in self.members]
+        self._compiled = self._look_up()
+
+    def uses(self) -> list[Use]:
+        """The active adapters with their tensors as they are now.
+
+        Compiled code reads the tensors from this object: names would be guarded, and every other adapter of the same layout
+        would compile anew. FSDP2 replaces parameters at every step, so there they are looked up by name all the same.
+        """
+        if torch.compiler.is_compiling() and not hasattr(self.root, "unshard"):
+            return self._compiled
+        return self._look_up()
+
+    def _look_up(self) -> list[Use]:
+        return [
+            Use(
+                member.functions,
+                member.borrow(self.parameters),
+                {name: self.buffers[there] for name, there in member.fixed},
+                member.shared,
+                scale,
+                member.dropout,
+                member.can.additive,
+            )
+            for member, scale in self.active
+        ]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._compiled = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled": None}
+
+
+class AdaptedLinear:
+    """What an adapted layer wears above its own class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        slot: Slot = self.__dict__[SLOT]
+        if slot.dense is not None:
+            return _dense(self, slot, x)
+        if not slot.active:
+            return super().forward(x)  # type: ignore[misc,no-any-return]
+        uses = slot.uses()
+        if _fusible(self, slot, uses, x):
+            return _fused(self, slot, uses, x)
+        return add_naive(self, slot, uses, x, super().forward(x))  # type: ignore[misc]
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (undressed(type(self)), AdaptedLinear), self.__dict__
+
+
+class HookedLinear(AdaptedLinear):
+    """For a layer whose instance has a `forward` of its own (Accelerate's hooks): that one runs, adapters are added to it."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = nn.Module.__call__(self, x)  # type: ignore[arg-type]
+        slot: Slot = self.__dict__[SLOT]
+        if "forward" not in self.__dict__ or not slot.active or slot.dense is not None:
+            return y
+        return add_naive(self, slot, slot.uses(), x, y)
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (undressed(type(self)), HookedLinear), self.__dict__
+
+
+class Trained:
+    """What a module trained in full wears: while its adapter is active, the bank's copies stand in for its parameters.
+
+    `__dict__[SLOT]` is a `TrainedSlot`.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        slot: TrainedSlot = self.__dict__[SLOT]
+        if not slot.active:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        with torch.nn.utils.stateless._reparametrize_module(self, slot.tensors()):  # type: ignore[arg-type]
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (undressed(type(self)), Trained), self.__dict__
+
+
+class TrainedSlot:
+    """The stand-ins of a module that is trained in full: adapter → ((parameter name, name on the root), …)."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.parameters = root._parameters
+        self.members: dict[str, tuple[tuple[str, str], ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.active = ""
+
+    def activate(self, scales: dict[str, float]) -> None:
+        """The last active adapter that brings this module counts."""
+        self.active = next((name for name in reversed(scales) if name in self.members), "")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameter name → the bank's tensor, in the base's dtype."""
+        held = self.parameters
+        return {name: held[there].to(self.dtypes[name]) for name, there in self.members[self.active]}  # type: ignore[union-attr]
+
+
+def wear(module: nn.Module, garment: type) -> None:
+    """Give the module a subclass of its own class."""
+    if garment is AdaptedLinear and "forward" in module.__dict__:
+        garment = HookedLinear
+    module.__class__ = dressed(type(module), garment)
+
+
+def undress(module: nn.Module) -> None:
+    """Take our own layer of the class off again, whatever others have put above or below it."""
+    forward = module.__dict__.get("_old_forward")
+    cls = type(module)
+    if not isinstance(module, (AdaptedLinear, Trained)):
+        return
+    plain = undressed(cls)
+    module.__class__ = plain
+    module.__dict__.pop(SLOT, None)
+    # A hook that came after us remembers our forward as the original.
+    if getattr(forward, "__func__", None) is AdaptedLinear.forward:
+        module.__dict__["_old_forward"] = plain.forward.__get__(module)
+    own = module.__dict__.get("forward")
+    if getattr(own, "__func__", None) is AdaptedLinear.forward:
+        del module.__dict__["forward"]
+
+
+@functools.cache
+def dressed(base: type, garment: type) -> type:
+    """The subclass of `base` that wears `garment`: one per pair, with the base's name."""
+    namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (garment, base), namespace)
+
+
+def undressed(cls: type) -> type:
+    """The class without our layer; a class that others derived from ours is derived anew from the base."""
+    if garments.intersection(cls.__bases__):
+        return next(base for base in cls.__bases__ if base not in garments)
+    bases = tuple(undressed(base) if issubclass(base, tuple(garments)) else base for base in cls.__bases__)
+    return cls if bases == cls.__bases__ else type(cls.__name__, bases, dict(cls.__dict__))
+
+
+def _rebuild(base: type, garment: type) -> Any:
+    cls = dressed(base, garment)
+    return cls.__new__(cls)
+
+
+garments = {AdaptedLinear, HookedLinear, Trained}
+
+
+def add_naive(module: Any, slot: Slot, uses: list[Use], x: Tensor, y: Tensor) -> Tensor:
+    """The generic path: what the adapters' references add to the base's output, by autograd."""
+    for use in uses:
+        tensors = use.tensors if use.additive else {**use.tensors, "base_weight": _base_weight(module, slot)}
+        inner = nn.functional.dropout(x, use.dropout, module.training)
+        delta = use.functions.naive(inner, tensors, use.binding)
+        y = y + (delta if use.scale == 1.0 else delta * use.scale).to(y.dtype)
+    return y
+
+
+def _base_weight(module: Any, slot: Slot) -> Tensor:
+    return slot.dense if slot.dense is not None else bases.dense_weight(module)
+
+
+def _dense(module: Any, slot: Slot, x: Tensor) -> Tensor:
+    """A quantized layer into which an adapter is merged: its dense weight stands in for the packed one."""
+    weight = slot.dense
+    assert weight is not None
+    y = nn.functional.linear(x.to(weight.dtype), weight, None if module.bias is None else module.bias.to(weight.dtype))
+    return add_naive(module, slot, slot.uses(), x, y.to(x.dtype)) if slot.active else y.to(x.dtype)
+
+
+def _fusible(module: Any, slot: Slot, uses: list[Use], x: Tensor) -> bool:
+    weight = module.weight
+    return (
+        slot.fused
+        and not torch.compiler.is_compiling()
+        and kernels.chosen() != "naive"
+        and type(weight) in (nn.Parameter, Tensor)
+        and not weight.requires_grad
+        and (module.bias is None or not module.bias.requires_grad)
+        and weight.device == x.device
+        and x.device.type != "meta"
+        and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
+        and all(use.functions.add_ is not None and use.additive for use in uses)
+    )
+
+
+def _fused(module: Any, slot: Slot, uses: list[Use], x: Tensor) -> Tensor:
+    weight, bias, device = module.weight, module.bias, x.device.type
+    dropout = module.training and any(use.dropout for use in uses)
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        with torch.autocast(device, enabled=False):
+            return _apply(x, weight, bias, slot.transposed, uses, dropout)
+    return _apply(x, weight, bias, slot.transposed, uses, dropout)
+
+
+def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, uses: list[Use], dropout: bool) -> Tensor:
+    if x.shape[-1] != weight.shape[0 if transposed else 1]:
+        raise AdapterError(f"the input has {x.shape[-1]} features, the adapted layer expects {weight.shape[0 if transposed else 1]}")
+    edges: list[Tensor] = []
+    if torch.is_grad_enabled():
+        for use in uses:
+            for name, tensor in use.tensors.items():
+                shared = use.shared.get(name)
+                edges.append(shared.edge(tensor) if shared is not None and tensor.requires_grad else tensor)
+    return FusedLinear.apply(x, weight, bias, transposed, uses, dropout, *edges)  # type: ignore[no-any-return]
+
+
+class FusedLinear(torch.autograd.Function):
+    """y = x Wᵀ + b + Σ Δ(x), with the adapters adding in place; the base is frozen.
+
+    The adapters' parameters come as `edges`, in the order of `uses` and their tensors: the parameter itself, or the gate of
+    a shared one. Values are read from `uses`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, uses: list[Use], dropout: bool, *edges: Tensor
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])  # [tokens, in]
+        oriented = weight if transposed else weight.T  # [in, out]
+        y = torch.mm(flat, oriented) if bias is None else torch.addmm(bias, flat, oriented)
+        saved: list[Tensor] = []
+        layout: list[tuple[int, bool]] = []  # per use: number of saved tensors, whether the first is a dropout mask
+        for use in uses:
+            inner, mask = flat, None
+            if dropout and use.dropout:
+                mask = torch.empty_like(flat, dtype=torch.bool).bernoulli_(1 - use.dropout)
+                inner = flat * mask / (1 - use.dropout)
+            assert use.functions.add_ is not None
+            if use.scale == 1.0:
+                kept = use.functions.add_(inner, y, use.tensors, use.binding)
+            else:
+                delta = torch.zeros_like(y)
+                kept = use.functions.add_(inner, delta, use.tensors, use.binding)
+                y.add_(delta, alpha=use.scale)
+            layout.append((len(kept), mask is not None))
+            saved += [*kept, *([mask] if mask is not None else [])]
+        ctx.save_for_backward(weight, *saved, *(t for use in uses for t in use.tensors.values()))
+        ctx.uses, ctx.layout, ctx.transposed, ctx.shape = uses, layout, transposed, x.shape
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        weight, *rest = ctx.saved_tensors
+        flat = dy.reshape(-1, dy.shape[-1])
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.mm(flat, weight.T if ctx.transposed else weight)  # [tokens, in]
+        kept_count = sum(count + masked for count, masked in ctx.layout)
+        kept, values = iter(rest[:kept_count]), iter(rest[kept_count:])
+        gradients: list[Tensor | None] = []
+        needs = iter(ctx.needs_input_grad[6:])
+        for use, (count, masked) in zip(ctx.uses, ctx.layout, strict=True):
+            saved = tuple(next(kept) for _ in range(count))
+            mask = next(kept) if masked else None
+            tensors = {name: next(values) for name in use.tensors}
+            found = _backward_of(use, flat, dx, saved, mask, tensors)
+            for name in tensors:
+                gradients.append(_deliver(use, name, found[name], tensors[name]) if next(needs, False) else None)
+        grad_x = None if dx is None else dx.view(ctx.shape)
+        return (grad_x, None, None, None, None, None, *gradients)
+
+
+def _backward_of(
+    use: Use, dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], mask: Tensor | None, tensors: dict[str, Tensor]
+) -> Any:
+    assert use.functions.grad_ is not None
+    if use.scale != 1.0:
+        dy = dy * use.scale
+    if mask is None or dx is None:
+        return use.functions.grad_(dy, dx, saved, tensors, use.binding)
+    inner = torch.zeros_like(dx)
+    found = use.functions.grad_(dy, inner, saved, tensors, use.binding)
+    dx.add_(inner.mul_(mask), alpha=1 / (1 - use.dropout))
+    return found
+
+
+def _deliver(use: Use, name: str, gradient: Any, parameter: Tensor) -> Tensor | None:
+    """A private tensor's gradient goes to autograd, a shared one's into its buffer."""
+    shared = use.shared.get(name)
+    if shared is not None:
+        shared.add_(gradient)
+        return None
+    if not isinstance(gradient, Tensor):
+        whole = torch.zeros_like(parameter)
+        whole.index_add_(0, gradient.index, gradient.values.to(whole.dtype))
+        return whole
+    return gradient.to(parameter.dtype)

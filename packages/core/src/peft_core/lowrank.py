@@ -1,0 +1,39 @@
+"""The low-rank product Δ(x) = s·B·A·x that several methods share: A [r, in], B [out, r]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def naive(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Δ(x), x [..., in] → [..., out], differentiable: the reference."""
+    return (x @ A.to(x.dtype).T) @ B.to(x.dtype).T * scale
+
+
+def add_(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """y += s·(x Aᵀ) Bᵀ in place, x [tokens, in], y [tokens, out]. Returns h = x Aᵀ [tokens, r]."""
+    h = x @ A.to(x.dtype).T
+    y.addmm_(h, B.to(x.dtype).T, alpha=scale)
+    return h
+
+
+def grad_(
+    dy: Tensor, dx: Tensor | None, x: Tensor, h: Tensor, A: Tensor, B: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """dx += s·dy B A in place; returns (dA [r, in], dB [out, r]) in the compute dtype."""
+    dh = dy @ B.to(dy.dtype)  # [tokens, r]
+    if scale != 1.0:
+        dh *= scale
+    dB = dy.T @ h
+    if scale != 1.0:
+        dB *= scale
+    dA = dh.T @ x
+    if dx is not None:
+        dx.addmm_(dh, A.to(dy.dtype))
+    return dA, dB
+
+
+def delta(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """ΔW = s·B·A [out, in], computed in `dtype`."""
+    return scale * (B.to(dtype) @ A.to(dtype))

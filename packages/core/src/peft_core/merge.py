@@ -1,0 +1,259 @@
+"""Merging: putting what an adapter computes into the base weights, and taking it out again bit for bit.
+
+`merged_weight` is the one place where a merged weight is computed; merging in memory and merging checkpoint files both
+call it, so that they give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from . import bases, plugins
+from .bank import Bank, MergedSite, Registry
+from .errors import MergeError
+from .layer import SLOT
+from .method import Tensors
+from .targets import Site
+
+
+class Contribution(NamedTuple):
+    """What one adapter adds at one site. `owned` is the weight of a method that owns it (out × in), else None."""
+
+    method: str
+    site: Site
+    tensors: Tensors
+    binding: Tensors
+    scale: float = 1.0
+    owned: Tensor | None = None
+
+
+def merged_weight(weight: Tensor, contributions: Iterable[Contribution]) -> Tensor:
+    """The weight (out × in) with these adapters merged, in float32 (float64 for a float64 base), rounded once by the caller.
+
+    Raises:
+        MergeError: a scale other than 1 for a method that is not an added Δ, or the method returned another shape.
+    """
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    merged = weight.to(dtype)
+    for part in contributions:
+        start = merged if part.owned is None else part.owned.to(dtype)
+        result: Tensor = plugins.call(
+            part.method, "peft_merge", site=part.site, weight=start, tensors=part.tensors, binding=part.binding
+        )
+        if result.shape != start.shape:
+            raise MergeError(
+                f"method '{part.method}': peft_merge returned {list(result.shape)} for '{part.site.path}', "
+                f"expected {list(start.shape)} (out × in)"
+            )
+        if part.scale != 1.0:
+            can = plugins.method(part.method).can(part.site.options)
+            if can.exclusive:
+                raise MergeError(f"method '{part.method}' is not an added Δ and cannot be merged with weight {part.scale}")
+            result = start + part.scale * (result - start)
+        merged = result.to(dtype)
+    return merged
+
+
+@dataclass
+class KeptFile:
+    """An original weight that is kept in a file."""
+
+    path: Path
+
+    def read(self) -> Tensor:
+        """The weight as it was."""
+        return safetensors.torch.load_file(self.path)["weight"]
+
+
+def merge(root: nn.Module, registry: Registry, bank: Bank, scale: float, keep: str | Path) -> None:
+    """Merge one adapter into the base's weights and keep the originals as `keep` says.
+
+    Raises:
+        MergeError: a weight is tied to a layer outside the adapter or offloaded. Nothing has changed then.
+    """
+    sites = [(site.path, root.get_submodule(site.path)) for site in bank.plan.sites]
+    for path, module in sites:
+        if module.weight.device.type == "meta":
+            raise MergeError(
+                f"'{path}': the weight is offloaded or on the meta device; load the model without offloading, "
+                "or merge the checkpoint files with peft-export"
+            )
+    _refuse_ties(root, [(f"{path}.weight", module.weight) for path, module in sites], "exclude the tied layer")
+    trained = [
+        (f"{path}.{name}", key) for path, named in bank.plan.trained.items() for name, key in named.items()
+    ]
+    _refuse_ties(root, [(name, root.get_parameter(name)) for name, _ in trained], "name both in train_modules")
+    for path, _ in sites:
+        kept = registry.merged.setdefault(path, MergedSite(_keep(root.get_submodule(path), path, keep)))
+        kept.adapters.append(bank.name)
+        _write(root, registry, path, {**registry.active, bank.name: scale}, bank.name)
+        if path in bank.owned:
+            bank.owned[path].parked = _read(kept.original)
+    values = dict(bank.named_parameters())
+    for name, key in trained:
+        parameter = root.get_parameter(name)
+        if name not in registry.merged:
+            registry.merged[name] = MergedSite(_kept(parameter.detach(), name, keep))
+        registry.merged[name].adapters.append(bank.name)
+        with torch.no_grad():
+            parameter.copy_(values[key])
+
+
+def unmerge(root: nn.Module, registry: Registry, bank: Bank) -> None:
+    """Restore the original weights, and merge the other merged adapters again.
+
+    Raises:
+        MergeError: the originals were not kept. Nothing has changed then.
+    """
+    mine = {path: kept for path, kept in registry.merged.items() if bank.name in kept.adapters}
+    if lost := [path for path, kept in mine.items() if kept.original is None]:
+        raise MergeError(f"'{lost[0]}': the original weight was not kept (merge with keep='host' to be able to unmerge)")
+    for path, kept in mine.items():
+        kept.adapters.remove(bank.name)
+        if path in bank.plan.base.shapes and bases.describe(_module(root, path)) is not None:
+            _restore(root, path, kept.original)
+            if path in bank.owned:
+                bank.owned[path].parked = None
+            if kept.adapters:
+                _write(root, registry, path, registry.active, "")
+        else:
+            source = _trained_value(registry, kept.adapters, path)
+            with torch.no_grad():
+                root.get_parameter(path).copy_(_read(kept.original) if source is None else source)
+        if not kept.adapters:
+            del registry.merged[path]
+
+
+def settle(root: nn.Module, bank: Bank, registry: Registry) -> None:
+    """After the last merge: forget the originals, and replace quantized layers by dense ones that hold the merged weight."""
+    for path in [path for path, kept in registry.merged.items() if bank.name in kept.adapters]:
+        kept = registry.merged[path]
+        kept.adapters.remove(bank.name)
+        kept.original = None
+        if not kept.adapters:
+            del registry.merged[path]
+    for site in bank.plan.sites:
+        module = root.get_submodule(site.path)
+        slot = module.__dict__.get(SLOT)
+        if slot is not None and slot.dense is not None:
+            parent, _, child = site.path.rpartition(".")
+            plain = nn.Linear(site.in_features, site.out_features, bias=module.bias is not None, device="meta")
+            plain.weight = nn.Parameter(slot.dense, requires_grad=False)
+            plain.bias = module.bias  # type: ignore[assignment]
+            setattr(root.get_submodule(parent), child, plain.train(module.training))
+
+
+def contribution(bank: Bank, site: Site, scale: float) -> Contribution:
+    """What an attached adapter adds at a site."""
+    owned = owned_weight(bank, site) if bank.plan.spec.capabilities.owns_base_weight else None
+    tensors = {name: _whole(tensor) for name, tensor in bank.tensors(site.path).items()}
+    return Contribution(bank.plan.spec.method, site, tensors, bank.binding(site.path), scale, owned)
+
+
+def owned_weight(bank: Bank, site: Site) -> Tensor:
+    """The weight (out × in) that a method owns: its master, or what stands in the base while it is active."""
+    owned = bank.owned[site.path]
+    if owned.master is not None:
+        return owned.master
+    if owned.parked is not None:
+        return owned.parked.T if site.transposed else owned.parked
+    return bases.dense_weight(bank.root.get_submodule(site.path))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A detached tensor, gathered where FSDP2 has sharded it."""
+    gather = getattr(tensor, "full_tensor", None)
+    return (gather() if gather is not None else tensor).detach()
+
+
+def _write(root: nn.Module, registry: Registry, path: str, scales: dict[str, float], newest: str) -> None:
+    """Compute a site's merged weight from its original and put it in place."""
+    module, kept = root.get_submodule(path), registry.merged[path]
+    slot = module.__dict__[SLOT]
+    names = kept.adapters
+    if kept.original is None and not bases.is_quantized(module):
+        start, names = bases.dense_weight(module), [newest]
+    elif isinstance(kept.original, _Packed):
+        start = bases.dense_weight(module)
+    else:
+        original = _read(kept.original)
+        start = original.T if slot.transposed else original
+    parts = []
+    for name in names:
+        bank = registry.banks[name]
+        parts.append(contribution(bank, bank.sites[path], scales.get(name, bank.merged_scale)))
+    with torch.no_grad():
+        merged = merged_weight(start, parts)
+        if bases.is_quantized(module):
+            slot.dense = merged.to(start.dtype)
+        else:
+            bases.write_weight(module, merged, slot.transposed)
+
+
+class _Packed:
+    """A quantized weight is not changed by merging: a dense one stands in for it."""
+
+
+def _keep(module: nn.Module, path: str, keep: str | Path) -> Any:
+    return _Packed() if bases.is_quantized(module) else _kept(module.weight.detach(), path, keep)  # type: ignore[operator]
+
+
+def _kept(weight: Tensor, name: str, keep: str | Path) -> Any:
+    if keep == "none":
+        return None
+    if keep == "host":
+        return weight.detach().cpu().clone()
+    directory = Path(keep)
+    directory.mkdir(parents=True, exist_ok=True)
+    file = KeptFile(directory / f"{name}.safetensors")
+    safetensors.torch.save_file({"weight": weight.detach().cpu().contiguous()}, file.path)
+    return file
+
+
+def _read(kept: Any) -> Tensor:
+    return kept.read() if isinstance(kept, KeptFile) else kept  # type: ignore[no-any-return]
+
+
+def _restore(root: nn.Module, path: str, original: Any) -> None:
+    module = root.get_submodule(path)
+    if isinstance(original, _Packed):
+        module.__dict__[SLOT].dense = None
+    else:
+        with torch.no_grad():
+            module.weight.copy_(_read(original))  # type: ignore[operator]
+
+
+def _module(root: nn.Module, path: str) -> nn.Module:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return root
+
+
+def _trained_value(registry: Registry, names: list[str], path: str) -> Tensor | None:
+    """The value of a parameter trained in full by the last of these merged adapters."""
+    for name in reversed(names):
+        bank = registry.banks[name]
+        for module, named in bank.plan.trained.items():
+            for local, key in named.items():
+                if f"{module}.{local}" == path:
+                    return dict(bank.named_parameters())[key].detach()
+    return None
+
+
+def _refuse_ties(root: nn.Module, changed: list[tuple[str, Any]], remedy: str) -> None:
+    """Merging changes a tensor for everybody who holds it; all of them must be part of the adapter."""
+    names = {name for name, _ in changed}
+    holders: dict[int, list[str]] = {}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
+    for name, parameter in changed:
+        if others := [other for other in holders.get(id(parameter), []) if other not in names]:
+            raise MergeError(f"'{name}' is the same tensor as '{others[0]}': merging would change both; {remedy}")

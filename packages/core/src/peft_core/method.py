@@ -1,0 +1,157 @@
+"""What a method plugin hands to core: its description, its forward, and what it is given around an optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from .targets import Site
+
+Tensors: TypeAlias = Mapping[str, Tensor]
+"""A site's borrowed tensors by name; a binding likewise."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What core must know of a method before it plans. Core reads these and never a method's name.
+
+    Attributes:
+        additive: forward is base(x) + Δ(x), with a Δ that does not depend on the base weight. A method without it is
+            exclusive on its sites; its `naive` finds the base weight (out × in) in `tensors["base_weight"]`.
+        owns_base_weight: the method moves weight into the base. It implements `peft_attach`, is exclusive on its sites,
+            and the moved weight is part of its checkpoint.
+        starts_at_zero: attaching changes no bit of the model's output.
+        lowrank: it implements `peft_lowrank`.
+        dropout: a spec with dropout > 0 is allowed.
+        optimizer_step: it implements `peft_optimizer_step`, and training without it would be wrong.
+    """
+
+    additive: bool = True
+    owns_base_weight: bool = False
+    starts_at_zero: bool = True
+    lowrank: bool = False
+    dropout: bool = True
+    optimizer_step: bool = False
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether a site of this method can carry no second active adapter."""
+        return not self.additive or self.owns_base_weight
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What `peft_method` returns.
+
+    Attributes:
+        name: the `method` of a spec.
+        options: pydantic model of the method's own options, every one with a default.
+        capabilities: or a function of validated options, where they depend on them.
+        summary: one line. paper: a reference such as `arXiv 2409.15371`.
+        trials: option sets for tiny layers, which the conformance suite runs one by one.
+        version, distribution: filled in by core.
+    """
+
+    name: str
+    options: type[BaseModel]
+    capabilities: Capabilities | Callable[[Any], Capabilities] = Capabilities()
+    summary: str = ""
+    paper: str = ""
+    trials: Sequence[Mapping[str, Any]] = ({},)
+    version: str = ""
+    distribution: str = ""
+
+    def can(self, options: BaseModel) -> Capabilities:
+        """The capabilities under these validated options."""
+        return self.capabilities if isinstance(self.capabilities, Capabilities) else self.capabilities(options)
+
+
+class Rows(NamedTuple):
+    """A gradient that is zero but for some rows: `values[i]` belongs to row `index[i]`. No index occurs twice.
+
+    What a site returns for a tensor of which it borrows only a part, so that the cost of a site does not grow with
+    the number of sites that share the tensor.
+    """
+
+    index: Tensor
+    values: Tensor
+
+
+Gradient: TypeAlias = Tensor | Rows
+Naive: TypeAlias = Callable[[Tensor, Tensors, Tensors], Tensor]
+AddInPlace: TypeAlias = Callable[[Tensor, Tensor, Tensors, Tensors], tuple[Tensor, ...]]
+GradInPlace: TypeAlias = Callable[
+    [Tensor, Tensor | None, tuple[Tensor, ...], Tensors, Tensors], Mapping[str, Gradient]
+]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What `peft_forward` returns: plain functions that capture no weights. Make them once per kind of site (cache
+    them on options and shape), so that compiled code can be reused.
+
+    Attributes:
+        naive: `(x, tensors, binding) -> Δ(x)`, x [..., in] → [..., out], differentiable by autograd, in x's dtype
+            (float64 included). The readable reference, and the path for bases that cannot be fused.
+        add_: `(x, y, tensors, binding) -> saved`: adds Δ(x) to y in place. x [tokens, in] and y [tokens, out] are in
+            the compute dtype, tensors in their own (cast what you use). Runs without autograd. Returns the tensors that
+            `grad_` needs, nothing more.
+        grad_: `(dy, dx, saved, tensors, binding) -> gradients`: adds this adapter's part of the input gradient to dx
+            in place (unless dx is None) and returns the gradients by tensor name.
+    """
+
+    naive: Naive
+    add_: AddInPlace | None = None
+    grad_: GradInPlace | None = None
+
+
+@dataclass
+class StepMember:
+    """One site inside an optimizer step.
+
+    Attributes:
+        site: the site. tensors: its live parameters by name (`.grad` is set). binding: its fixed tensors.
+        state: the training-only tensors of its groups, to be changed in place.
+        weight: for a method that owns its base weight, that weight (out × in; a float32 master where there is one), to
+            be changed in place; set `weight_changed` when you did. None otherwise.
+    """
+
+    site: Site
+    tensors: Mapping[str, torch.nn.Parameter]
+    binding: Tensors
+    state: Mapping[str, Tensor]
+    weight: Tensor | None = None
+    weight_changed: bool = False
+
+
+@dataclass
+class OptimizerStep:
+    """What `peft_optimizer_step` is given: one real optimizer step of one adapter.
+
+    Attributes:
+        index: number of real steps before this one, over resumes.
+        total_steps: length of the run, where somebody told (`adapter.total_steps`, or a trainer).
+        seed: the adapter's seed, to key random decisions by (seed, index, site).
+        optimizer: the optimizer that steps. loss_scale: what the gradients are multiplied by (1.0 without a scaler).
+        members: the sites whose parameters this optimizer steps.
+    """
+
+    adapter: str
+    index: int
+    total_steps: int | None
+    seed: int
+    optimizer: torch.optim.Optimizer
+    loss_scale: float
+    members: Sequence[StepMember] = field(default_factory=tuple)
+
+
+class LowRank(NamedTuple):
+    """Exact factors of a site: ΔW = B·A, with A [rank, in] and B [out, rank]."""
+
+    A: Tensor
+    B: Tensor

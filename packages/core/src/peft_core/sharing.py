@@ -1,0 +1,165 @@
+"""Sharing groups: which tensors an adapter has, and which sites borrow them.
+
+Groups are data. They hold no weights, so a layout can be made on the meta device, printed, saved and compared;
+`draw` turns a tensor's initialiser into values, keyed so that every process draws the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .targets import Site
+
+
+class Initializer(ABC):
+    """How a tensor gets its first values: a frozen dataclass, so that it can be printed and compared.
+
+    A plugin may define its own. `draw` must depend on nothing but the dataclass's fields and the generator.
+    """
+
+    @abstractmethod
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Values of this shape, on the CPU, in float32 or an integer type."""
+
+
+@dataclass(frozen=True)
+class Zeros(Initializer):
+    """All zeros."""
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.zeros(shape)
+
+
+@dataclass(frozen=True)
+class Uniform(Initializer):
+    """Uniform in [-bound, bound]."""
+
+    bound: float
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.empty(shape).uniform_(-self.bound, self.bound, generator=generator)
+
+
+@dataclass(frozen=True)
+class Normal(Initializer):
+    """Normal with the given mean and standard deviation."""
+
+    std: float
+    mean: float = 0.0
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.empty(shape).normal_(self.mean, self.std, generator=generator)
+
+
+@dataclass(frozen=True)
+class FromBase(Initializer):
+    """A copy of the base model's tensor at `path`: what a module trained in full starts from."""
+
+    path: str
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        raise TypeError(f"'{self.path}' is copied from the base model, not drawn")
+
+
+def kaiming_uniform(fan_in: int) -> Uniform:
+    """Uniform in ±1/√fan_in: what `torch.nn.init.kaiming_uniform_(a=√5)` gives on an r × fan_in matrix."""
+    return Uniform(1 / math.sqrt(fan_in))
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be: its shape, how it starts, and its dtype (None: the dtype that the adapter spec asks for)."""
+
+    shape: tuple[int, ...]
+    init: Initializer = Zeros()
+    dtype: torch.dtype | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def nbytes(self, default: torch.dtype) -> int:
+        """Size in bytes, with `default` where the tensor names no dtype of its own."""
+        return self.numel * (self.dtype or default).itemsize
+
+
+@dataclass(frozen=True)
+class SharingGroup:
+    """Named trainable tensors and the sites that borrow them, in order. A private tensor is a group of one member.
+
+    Attributes:
+        name: stable and unique in its plan; a tensor's key in the checkpoint is `{name}.{tensor}`.
+        members: module paths of the borrowers.
+        tensors: the trainable tensors. A site may borrow from several groups, whose tensor names then differ.
+        state: tensors that only training needs (candidates, counters). They are no parameters, stay on the CPU, and
+            are saved to `state.safetensors`.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    tensors: Mapping[str, TensorSpec]
+    state: Mapping[str, TensorSpec] = field(default_factory=dict)
+
+    @property
+    def num_trainable(self) -> int:
+        """Trainable parameters, counted once however many sites borrow them."""
+        return sum(tensor.numel for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What `peft_init` returns.
+
+    Attributes:
+        groups: together they must cover every site.
+        bindings: for a site, the fixed tensors that say how it uses what it borrows (index matrices). They are drawn
+            once, stored in the checkpoint and never drawn again.
+        notes: remarks that the plan prints.
+    """
+
+    groups: tuple[SharingGroup, ...]
+    bindings: Mapping[str, Mapping[str, TensorSpec]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def draw(spec: TensorSpec, dtype: torch.dtype, *key: object) -> Tensor:
+    """The first values of a tensor, the same on every machine and process for the same key (seed, group, tensor)."""
+    digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return spec.init.draw(spec.shape, generator).to(spec.dtype or dtype)
+
+
+def alike(
+    sites: Sequence[Site], key: Callable[[Site], Hashable] = lambda site: None
+) -> list[tuple[str, tuple[Site, ...]]]:
+    """Sites that can share tensors: one module type, one shape, the same options, and equal `key(site)`.
+
+    Returns:
+        (name, sites) in order of first appearance. The name is the module type where that is unambiguous, otherwise
+        it carries the shape (`dense.3072x768`) and, if that is not enough, a running number.
+    """
+    classes: dict[tuple[object, ...], list[Site]] = {}
+    for site in sites:
+        options = repr(site.options)
+        classes.setdefault((site.type, site.out_features, site.in_features, options, key(site)), []).append(site)
+    types = [members[0].type for members in classes.values()]
+    shaped = [f"{m[0].type}.{m[0].out_features}x{m[0].in_features}" for m in classes.values()]
+    named: list[tuple[str, tuple[Site, ...]]] = []
+    for position, members in enumerate(classes.values()):
+        name = types[position]
+        if types.count(name) > 1:
+            name = shaped[position]
+        if types.count(types[position]) > 1 and shaped.count(name) > 1:
+            name = f"{name}.{shaped[:position].count(name)}"
+        named.append((name, tuple(members)))
+    return named

@@ -1,0 +1,167 @@
+"""The adapter spec: what a user asks for, whatever the method."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from . import plugins
+from .errors import SpecError, listed, suggestion
+from .method import Capabilities, MethodInfo
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+Patterns = str | tuple[str, ...]
+
+
+class AdapterSpec(BaseModel):
+    """What to adapt and how. Frozen; equal specs on equal models give equal plans.
+
+    Errors:
+        SpecError: names the field and the nearest valid name.
+        PluginError: the method is not installed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str = Field(description="Name of an installed method; see `peft-core methods`.")
+    targets: Patterns = Field(
+        default="all-linear",
+        description="'all-linear' (every linear layer but heads and tied embeddings), a list of module names or path "
+        "suffixes, or one regex that must match the whole module path.",
+    )
+    exclude: Patterns = Field(
+        default=(), description="What `targets` should leave out: a list of names or suffixes, or one regex."
+    )
+    layers: tuple[int, ...] | None = Field(
+        default=None, description="Indices of the layers to adapt (the first number in a module's path); null: all."
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="The method's own options, completed with its defaults.")
+    overrides: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Pattern (name, suffix or whole-path regex) → options that differ there. The last match wins.",
+    )
+    train_modules: tuple[str, ...] = Field(
+        default=(), description="Names or suffixes of modules to train in full: a new head, embeddings, norms."
+    )
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="Dropout on the adapter's input while training.")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
+        default="float32", description="dtype of the adapter's parameters; products run in the base's dtype."
+    )
+    base_model: str | None = Field(default=None, description="Name or path of the base model, for the record.")
+
+    @field_validator("targets", "exclude", mode="before")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value:
+            raise ValueError("an empty pattern matches nothing")
+        return value
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explained(cls, data: Any, handler: Callable[[Any], AdapterSpec]) -> AdapterSpec:
+        try:
+            spec = handler(data)
+        except ValidationError as error:
+            raise SpecError(_explain("AdapterSpec", error, list(cls.model_fields))) from None
+        info = plugins.method(spec.method)
+        complete = check_options(info, spec.options).model_dump(mode="json")
+        for pattern, different in spec.overrides.items():
+            check_options(info, {**complete, **different}, where=f"overrides['{pattern}']")
+        # Frozen for users; completed here, before anybody sees it.
+        spec.__dict__["options"] = complete
+        if spec.dropout and not spec.capabilities.dropout:
+            raise SpecError(f"method '{spec.method}' does not allow dropout with these options; set dropout to 0")
+        return spec
+
+    @property
+    def info(self) -> MethodInfo:
+        """The description of the spec's method."""
+        return plugins.method(self.method)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the method can do under this spec's options."""
+        return self.info.can(self.info.options.model_validate(self.options))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """dtype of the adapter's parameters."""
+        return DTYPES[self.dtype]
+
+    def to_json(self) -> str:
+        """The spec as JSON, options complete."""
+        return self.model_dump_json(indent=2)
+
+    def to_yaml(self) -> str:
+        """The spec as YAML, options complete."""
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+    @classmethod
+    def from_json(cls, text: str) -> AdapterSpec:
+        """The spec that `to_json` wrote."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise SpecError(f"AdapterSpec: not JSON: {error}") from None
+        return cls.model_validate(_mapping(data))
+
+    @classmethod
+    def from_yaml(cls, text: str) -> AdapterSpec:
+        """The spec that `to_yaml` wrote (JSON is YAML, too)."""
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise SpecError(f"AdapterSpec: not YAML: {' '.join(str(error).split())}") from None
+        return cls.model_validate(_mapping(data))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> AdapterSpec:
+        """A spec from a `.json`, `.yaml` or `.yml` file."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpecError(f"spec file '{path}' cannot be read: {error}") from None
+        return cls.from_json(text) if Path(path).suffix == ".json" else cls.from_yaml(text)
+
+
+def check_options(info: MethodInfo, options: Mapping[str, Any], where: str = "options") -> BaseModel:
+    """The method's options, completed and validated.
+
+    Raises:
+        SpecError: an option is unknown or has a value that is not allowed.
+    """
+    try:
+        return plugins.validate_options(info, dict(options))
+    except ValidationError as error:
+        known = list(info.options.model_fields)
+        raise SpecError(_explain(f"method '{info.name}': {where}", error, known)) from None
+
+
+def _mapping(data: Any) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise SpecError(f"AdapterSpec: expected a mapping of fields, found {type(data).__name__}")
+    return data
+
+
+def _explain(what: str, error: ValidationError, known: list[str]) -> str:
+    """pydantic's findings in one line, with the nearest valid name for each unknown one."""
+    return f"{what}: " + "; ".join(_finding(detail, known) for detail in error.errors())
+
+
+def _finding(detail: ErrorDetails, known: list[str]) -> str:
+    place = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"'{place}' is not a field{suggestion(place, known)}; the fields are {listed(known, 20)}"
+    if detail["type"] == "missing":
+        return f"'{place}' is required"
+    message = detail["msg"].removeprefix("Value error, ")
+    given = repr(detail["input"])
+    shown = given if len(given) <= 60 else given[:57] + "..."
+    return f"'{place}': {message} (given {shown})" if place else message

@@ -1,0 +1,256 @@
+"""Choosing sites: which layers of a model a spec adapts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from . import bases
+from .errors import TargetError, listed, suggestion
+
+if TYPE_CHECKING:
+    from .spec import AdapterSpec, Patterns
+
+
+@dataclass(frozen=True)
+class Site:
+    """One base layer to adapt: y = W x, with W [out_features, in_features].
+
+    Attributes:
+        path: module path. type: its last component (`q_proj`). layer: the first number in the path, if any.
+        transposed: the base stores its weight in × out. dtype: the base weight's.
+        options: the method's options that hold here (the spec's, with its overrides applied).
+    """
+
+    path: str
+    in_features: int
+    out_features: int
+    transposed: bool
+    dtype: torch.dtype
+    options: Any = field(default=None)
+
+    @property
+    def type(self) -> str:
+        """Last component of the path."""
+        return self.path.rpartition(".")[2]
+
+    @property
+    def layer(self) -> int | None:
+        """First number in the path: the layer's index."""
+        return layer_index(self.path)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The sites of a spec on a model, and what was passed over and why."""
+
+    sites: tuple[Site, ...]
+    notes: tuple[str, ...]
+
+
+def layer_index(path: str) -> int | None:
+    """The first component of a module path that is a number."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a name or suffix (`q_proj`, `self_attn.q_proj`) or a regex over the whole path matches."""
+    return named(pattern, path) or _regex(pattern, "pattern").fullmatch(path) is not None
+
+
+def named(name: str, path: str) -> bool:
+    """Whether `path` is `name` or ends in it, component-wise."""
+    return path == name or path.endswith("." + name)
+
+
+def choose(model: nn.Module, spec: AdapterSpec) -> Choice:
+    """The sites that a spec asks for, in the model's order.
+
+    Raises:
+        TargetError: nothing matches, a pattern of several matches nothing, or a match cannot be adapted.
+    """
+    known = {path: base for path, module in model.named_modules() if path and (base := bases.describe(module))}
+    skipped = _unreachable(model, known)
+    notes: list[str] = []
+    if spec.targets == "all-linear":
+        heads = heads_and_ties(model, known)
+        chosen = [path for path in known if path not in heads and path not in skipped]
+        if passed := [path for path in known if path in skipped]:
+            notes.append(f"left out, since their framework bypasses them: {_by_type(passed)}")
+    else:
+        chosen = _match(spec.targets, known, model, "targets")
+        if bad := [path for path in chosen if path in skipped]:
+            raise TargetError(
+                f"targets: '{bad[0]}' is never called ({skipped[bad[0]]} reads its weight directly), "
+                "so an adapter there would do nothing; leave it out with exclude=[...]"
+            )
+    if spec.exclude:
+        excluded = set(_match(spec.exclude, known, model, "exclude"))
+        chosen = [path for path in chosen if path not in excluded]
+    if spec.layers is not None:
+        chosen = _in_layers(chosen, spec.layers)
+    trained = [path for path in chosen if any(_within(path, name) for name in spec.train_modules)]
+    if trained and spec.targets != "all-linear":
+        raise TargetError(f"'{trained[0]}' is both a target and in train_modules; choose one")
+    chosen = [path for path in chosen if path not in trained]
+    if not chosen:
+        raise TargetError(f"targets: no layer is left to adapt; {_what_there_is(known)}")
+    if experts := _expert_tensors(model):
+        notes.append(f"out of reach, since they are 3-D parameters without Linear modules: {experts}")
+    return Choice(tuple(_sites(chosen, known, spec)), tuple(notes))
+
+
+def find_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Paths of the modules that `train_modules` names.
+
+    Raises:
+        TargetError: a name matches no module, or the module has no parameters.
+    """
+    found: list[str] = []
+    modules = {path: module for path, module in model.named_modules() if path}
+    for name in names:
+        paths = [path for path in modules if named(name, path)]
+        if not paths:
+            types = {path.rpartition(".")[2] for path in modules if not path.rpartition(".")[2].isdigit()}
+            raise TargetError(
+                f"train_modules: no module is named '{name}'{suggestion(name, types)}; there are {listed(sorted(types), 20)}"
+            )
+        for path in paths:
+            if not any(True for _ in modules[path].parameters()):
+                raise TargetError(f"train_modules: '{path}' has no parameters to train")
+        found += [path for path in paths if path not in found]
+    if nested := [path for path in found if any(path.startswith(other + ".") for other in found)]:
+        raise TargetError(f"train_modules: '{nested[0]}' lies within another module of train_modules; name one of the two")
+    return found
+
+
+def heads_and_ties(model: nn.Module, known: Mapping[str, bases.Base]) -> set[str]:
+    """Layers that 'all-linear' leaves out: the output head, what stands outside the trunk, and tied embeddings."""
+    out: set[str] = set()
+    head = None
+    if hasattr(model, "get_output_embeddings"):
+        head = model.get_output_embeddings()
+    prefix = getattr(model, "base_model_prefix", "")
+    trunk = prefix if prefix and prefix in model._modules else ""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for path in known:
+        module = model.get_submodule(path)
+        outside = bool(trunk) and not path.startswith(trunk + ".")
+        if module is head or outside or id(module.weight) in embeddings:
+            out.add(path)
+    return out
+
+
+def _sites(paths: Iterable[str], known: Mapping[str, bases.Base], spec: AdapterSpec) -> Iterable[Site]:
+    info = spec.info
+    cache: dict[tuple[str, ...], BaseModel] = {}
+    used: set[str] = set()
+    for path in paths:
+        applied = tuple(pattern for pattern in spec.overrides if matches(pattern, path))
+        used.update(applied)
+        if applied not in cache:
+            options = dict(spec.options)
+            for pattern in applied:
+                options.update(spec.overrides[pattern])
+            cache[applied] = info.options.model_validate(options)
+        base = known[path]
+        yield Site(path, base.in_features, base.out_features, base.transposed, base.dtype, cache[applied])
+    if unused := [pattern for pattern in spec.overrides if pattern not in used]:
+        raise TargetError(f"overrides: '{unused[0]}' matches none of the chosen layers")
+
+
+def _match(patterns: Patterns, known: Mapping[str, bases.Base], model: nn.Module, what: str) -> list[str]:
+    if isinstance(patterns, str):
+        regex = _regex(patterns, what)
+        found = [path for path in known if regex.fullmatch(path)]
+        if not found:
+            types = {path.rpartition(".")[2] for path in known}
+            hint = f"; for a module name write ['{patterns}']" if patterns in types else suggestion(patterns, types)
+            raise TargetError(
+                f"{what}: the regex '{patterns}' matches no whole module path{hint}; {_what_there_is(known)}"
+            )
+        return found
+    for name in patterns:
+        if not any(named(name, path) for path in known):
+            raise TargetError(_unmatched(name, known, model, what))
+    return [path for path in known if any(named(name, path) for name in patterns)]
+
+
+def _unmatched(name: str, known: Mapping[str, bases.Base], model: nn.Module, what: str) -> str:
+    others = [module for path, module in model.named_modules() if path and named(name, path)]
+    if others:
+        kind = type(others[0]).__name__
+        return (
+            f"{what}: '{name}' is a {kind}, which cannot carry an adapter (train_modules trains a module in full); "
+            f"{_what_there_is(known)}"
+        )
+    types = {path.rpartition(".")[2] for path in known}
+    return f"{what}: '{name}' matches no layer{suggestion(name, types)}; {_what_there_is(known)}"
+
+
+def _what_there_is(known: Mapping[str, bases.Base]) -> str:
+    types: dict[str, int] = {}
+    for path in known:
+        name = path.rpartition(".")[2]
+        types[name] = types.get(name, 0) + 1
+    if not types:
+        return "this model has no layer that can be adapted"
+    return "the layer types are " + listed([f"{name} ({count})" for name, count in types.items()], 30)
+
+
+def _by_type(paths: Iterable[str]) -> str:
+    types: dict[str, int] = {}
+    for path in paths:
+        types[path.rpartition(".")[2]] = types.get(path.rpartition(".")[2], 0) + 1
+    return listed([f"{name} ({count})" for name, count in types.items()], 20)
+
+
+def _in_layers(paths: list[str], layers: tuple[int, ...]) -> list[str]:
+    present = {layer_index(path) for path in paths} - {None}
+    if missing := [layer for layer in layers if layer not in present]:
+        there = f"0 to {max(i for i in present if i is not None)}" if present else "not numbered"
+        raise TargetError(f"layers: {missing[0]} is not the index of a chosen layer; they are {there}")
+    return [path for path in paths if layer_index(path) in layers]
+
+
+def _within(path: str, name: str) -> bool:
+    return named(name, path) or f".{name}." in f".{path}"
+
+
+def _unreachable(model: nn.Module, known: Mapping[str, bases.Base]) -> dict[str, str]:
+    """Path → the class that reads this layer's weight without calling it."""
+    out = {}
+    for path in known:
+        parent_path, _, child = path.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        if bases.bypassed(parent, child):
+            out[path] = type(parent).__name__
+    return out
+
+
+def _expert_tensors(model: nn.Module) -> str:
+    """Mixture-of-experts weights that are 3-D parameters, by name."""
+    counts: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.MultiheadAttention)):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and min(parameter.shape) > 1:
+                key = f"{path.rpartition('.')[2]}.{name}"
+                counts[key] = counts.get(key, 0) + 1
+    return listed([f"{name} ({count})" for name, count in counts.items()])
+
+
+def _regex(pattern: str, what: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise TargetError(f"{what}: '{pattern}' is not a valid regex: {error}") from None
+
+

@@ -1,0 +1,178 @@
+"""A plain training loop for causal language models: loss on completions, one optimizer, one bar."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.nn.functional import cross_entropy
+
+from .data import IGNORED, Tokens, collate
+from .errors import PeftCoreError
+
+
+class TrainingError(PeftCoreError):
+    """Training cannot go on."""
+
+
+@dataclass
+class TrainingLog:
+    """What each step gave: its loss (mean over completion tokens, in nats) and how long it took."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Median seconds of a step: the first, which sets up caches, does not count for more than one."""
+        return sorted(self.seconds)[len(self.seconds) // 2] if self.seconds else math.nan
+
+
+def train(
+    model: torch.nn.Module,
+    parameters: Iterable[torch.nn.Parameter],
+    batches: Iterator[dict[str, torch.Tensor]],
+    *,
+    steps: int,
+    lr: float,
+    warmup: float = 0.1,
+    max_grad_norm: float = 1.0,
+    weight_decay: float = 0.0,
+    console: Console | None = None,
+) -> TrainingLog:
+    """Train ``parameters`` by AdamW for ``steps`` batches; the learning rate rises over ``warmup`` of them, then falls to 0.
+
+    Shows a progress bar on ``console`` if one is given. The model is left in the mode it came in.
+    Raises TrainingError when the loss is no longer finite.
+    """
+    owned = list(parameters)
+    optimizer = torch.optim.AdamW(owned, lr=lr, weight_decay=weight_decay)
+    rising = max(1, math.ceil(warmup * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / rising, (steps - step) / max(1, steps - rising + 1))
+    )
+    log = TrainingLog()
+    was_training = model.training
+    model.train()
+    with progress_bar(console) as progress:
+        task = progress.add_task("training", total=steps, note="")
+        for step in range(steps):
+            start = time.perf_counter()
+            total, tokens = completion_loss(model, next(batches))
+            loss = total / tokens
+            value = loss.item()
+            if not math.isfinite(value):
+                raise TrainingError(f"the loss is {value} at step {step + 1}; lower the learning rate ({lr})")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(owned, max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            log.losses.append(value)
+            log.seconds.append(time.perf_counter() - start)
+            progress.update(task, advance=1, note=f"loss {value:.3f}")
+    model.train(was_training)
+    return log
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, examples: Sequence[Tokens], pad_id: int, batch_size: int = 16) -> float:
+    """Mean loss of a completion token over ``examples``, in nats, in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    by_length = sorted(examples, key=lambda tokens: len(tokens.input_ids))  # little padding, same mean
+    total, count = 0.0, 0
+    for start in range(0, len(by_length), batch_size):
+        loss, tokens = completion_loss(model, collate(by_length[start : start + batch_size], pad_id))
+        total, count = total + loss.item(), count + tokens
+    model.train(was_training)
+    return total / count
+
+
+def completion_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """``(sum of the completion tokens' losses in nats, how many they are)`` of a batch padded on the left."""
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    labels = batch.pop("labels")
+    first = int((labels != IGNORED).any(0).nonzero()[0])
+    kept = labels.shape[1] - first + 1  # a label is predicted one position earlier
+    logits = model(**_accepted(model, batch, kept)).logits[:, -kept:-1]
+    wanted = labels[:, first:]
+    total = cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total, int((wanted != IGNORED).sum())
+
+
+def progress_bar(console: Console | None) -> Progress:
+    """A bar with a column ``note`` for what is being measured; nothing is shown without ``console``."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=console is None,
+    )
+
+
+def peak_memory() -> int | None:
+    """The most bytes this process has held: on the GPU where one was used, else in main memory; None if unknown."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # not a POSIX system
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def plot_losses(losses: Sequence[float], path: Path, title: str, held_out: tuple[float, float] | None = None) -> None:
+    """Write the loss curve as a PNG, with the held-out loss before and after where it is given."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    steps = range(1, len(losses) + 1)
+    axes.plot(steps, losses, color="0.75", linewidth=1, label="training, each step")
+    axes.plot(steps, _smoothed(losses), color="C0", label="training, smoothed")
+    if held_out:
+        axes.plot([0, len(losses)], held_out, "o", color="C3", label="held out, before and after")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+
+def require_matplotlib() -> None:
+    """Raise TrainingError, with the remedy, where a loss curve could not be drawn at the end."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise TrainingError('the loss curve needs matplotlib: pip install "peft-core[quickstart]"') from error
+
+
+def _accepted(model: torch.nn.Module, batch: dict[str, torch.Tensor], kept: int) -> dict[str, Any]:
+    """The arguments that this model's forward knows, asking for the last ``kept`` positions' logits only if it can."""
+    known = inspect.signature(model.forward).parameters
+    offered: dict[str, Any] = {**batch, "logits_to_keep": kept, "use_cache": False}
+    return {name: value for name, value in offered.items() if name in known}
+
+
+def _smoothed(losses: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected for its start at zero."""
+    smooth, average = [], 0.0
+    for step, loss in enumerate(losses, start=1):
+        average = weight * average + (1 - weight) * loss
+        smooth.append(average / (1 - weight**step))
+    return smooth

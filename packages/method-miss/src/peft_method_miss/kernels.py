@@ -1,0 +1,74 @@
+"""The accumulating pair of MiSS as torch products.
+
+Summing over shards and repeating over shards are products with the shard indicator E (0/1, [r, columns]): on a matrix unit
+they cost less than the strided additions that they replace. What is saved is S (or z), [tokens, r], never x.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from peft_core import Forward
+from torch import Tensor
+
+from . import naive
+
+Tensors = dict[str, Tensor]
+
+
+@functools.lru_cache(maxsize=256)
+def indicator(count: int, r: int, interleaved: bool, sizes: tuple[int, ...] | None, dtype: torch.dtype, device: str) -> Tensor:
+    """E [r, count]: E[i, j] = 1 where column j belongs to shard i."""
+    shards = naive.shard_of(count, r, interleaved, sizes)
+    return torch.nn.functional.one_hot(shards, r).T.contiguous().to(device=device, dtype=dtype)
+
+
+@functools.cache
+def efficient(k: int, r: int, interleaved: bool, scale: float) -> Forward:
+    """ΔW = s·Dᵀ·E with D [r, out] and the indicator of the input's shards."""
+    shards = naive.shard_of(k, r, interleaved)
+
+    def reference(x: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
+        return naive.efficient(x, tensors["D"], shards.to(x.device), scale)
+
+    def add_(x: Tensor, y: Tensor, tensors: Tensors, binding: Tensors) -> tuple[Tensor, ...]:
+        S = x @ indicator(k, r, interleaved, None, x.dtype, str(x.device)).T  # [tokens, r]
+        y.addmm_(S, tensors["D"].to(x.dtype), alpha=scale)
+        return (S,)
+
+    def grad_(
+        dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: Tensors, binding: Tensors
+    ) -> Tensors:
+        if dx is not None:
+            dS = dy @ tensors["D"].to(dy.dtype).T  # [tokens, r]
+            dx.addmm_(dS, indicator(k, r, interleaved, None, dy.dtype, str(dy.device)), alpha=scale)
+        dD = saved[0].T @ dy  # [r, out]
+        return {"D": dD if scale == 1.0 else dD * scale}
+
+    return Forward(reference, add_, grad_)
+
+
+@functools.cache
+def expand(d: int, r: int, sizes: tuple[int, ...] | None, scale: float) -> Forward:
+    """ΔW = s·Eᵀ·D with D [r, in] and the indicator of the output's shards."""
+    shards = naive.shard_of(d, r, False, sizes)
+
+    def reference(x: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
+        return naive.expand(x, tensors["D"], shards.to(x.device), scale)
+
+    def add_(x: Tensor, y: Tensor, tensors: Tensors, binding: Tensors) -> tuple[Tensor, ...]:
+        z = x @ tensors["D"].to(x.dtype).T  # [tokens, r]
+        y.addmm_(z, indicator(d, r, False, sizes, x.dtype, str(x.device)), alpha=scale)
+        return (x,)
+
+    def grad_(
+        dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: Tensors, binding: Tensors
+    ) -> Tensors:
+        dz = dy @ indicator(d, r, False, sizes, dy.dtype, str(dy.device)).T  # [tokens, r]
+        if dx is not None:
+            dx.addmm_(dz, tensors["D"].to(dy.dtype), alpha=scale)
+        dD = dz.T @ saved[0]  # [r, in]
+        return {"D": dD if scale == 1.0 else dD * scale}
+
+    return Forward(reference, add_, grad_)

@@ -1,0 +1,32 @@
+"""The mathematics of MiSS, for reading and as the reference of every kernel. Any floating dtype, any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def shard_of(count: int, r: int, interleaved: bool, sizes: tuple[int, ...] | None = None) -> Tensor:
+    """The shard that each of `count` columns belongs to, as int64 [count].
+
+    Interleaved: j mod r. Otherwise runs of columns, of the given sizes or as equal as possible (the longer ones first).
+    """
+    if interleaved:
+        return torch.arange(count) % r
+    lengths = torch.tensor(sizes) if sizes else count // r + (torch.arange(r) < count % r).long()
+    return torch.repeat_interleave(torch.arange(r), lengths)
+
+
+def shard_sum(x: Tensor, shards: Tensor, r: int) -> Tensor:
+    """S_i = Σ x_j over the columns j of shard i: x [..., k] → S [..., r]."""
+    return torch.zeros(*x.shape[:-1], r, dtype=x.dtype, device=x.device).index_add(-1, shards, x)
+
+
+def efficient(x: Tensor, D: Tensor, shards: Tensor, scale: float) -> Tensor:
+    """Δ(x) = s·S·D (the paper's MiSSᵉ): x [..., k], D [r, d] → [..., d]."""
+    return shard_sum(x, shards, D.shape[0]) @ D.to(x.dtype) * scale
+
+
+def expand(x: Tensor, D: Tensor, shards: Tensor, scale: float) -> Tensor:
+    """Δ(x)_j = s·(D x)_i for every output j of shard i (the paper's basic MiSS): x [..., k], D [r, k] → [..., d]."""
+    return (x @ D.to(x.dtype).T)[..., shards] * scale

@@ -1,0 +1,66 @@
+"""The accumulating pair: gather the site's factors, then core's low-rank product.
+
+Backward gathers them again, so that no layer's factors outlive their use (the README has the measurement).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from peft_core import Forward, Rows, lowrank
+from peft_core.method import Gradient, Tensors
+
+from . import naive
+
+
+def gather_factors(tensors: Tensors, binding: Tensors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r] in `dtype`. Casts what is gathered, never a pool."""
+    A, Bt = _gather(tensors["pool_A"], binding, 0, dtype), _gather(tensors["pool_B"], binding, -1, dtype)
+    return _scaled(A, binding), Bt.T
+
+
+@cache
+def forward(alpha: float) -> Forward:
+    """Δ(x) for an alpha; r and l are read from the index, so that all sites run the same code."""
+
+    def reference(x: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
+        return naive.delta(x, tensors, binding, alpha)
+
+    def add_(x: Tensor, y: Tensor, tensors: Tensors, binding: Tensors) -> tuple[Tensor, ...]:
+        A, B = gather_factors(tensors, binding, x.dtype)
+        return x, lowrank.add_(x, y, A, B, alpha / len(A))  # [tokens, in], [tokens, r]
+
+    def grad_(
+        dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: Tensors, binding: Tensors
+    ) -> dict[str, Gradient]:
+        x, h = saved
+        A, B = gather_factors(tensors, binding, dy.dtype)
+        dA, dB = lowrank.grad_(dy, dx, x, h, A, B, alpha / len(A))
+        dA = _scaled(dA, binding)
+        return {"pool_A": _scattered(dA, binding, 0), "pool_B": _scattered(dB.T, binding, -1)}
+
+    return Forward(reference, add_, grad_)
+
+
+def _gather(pool: Tensor, binding: Tensors, which: int, dtype: torch.dtype) -> Tensor:
+    """A factor's rows [r, width] from a pool [shards, width/l]; the whole pool where there is no index."""
+    if "index" not in binding:
+        return pool.to(dtype)
+    index = binding["index"][which]  # [r, l]
+    return pool.index_select(0, index.flatten()).to(dtype).view(len(index), -1)
+
+
+def _scattered(rows: Tensor, binding: Tensors, which: int) -> Gradient:
+    """Gradient of a factor's rows [r, width] as one of the pool: its shards, none twice."""
+    if "index" not in binding:
+        return rows
+    index = binding["index"][which].flatten()  # [r·l]
+    return Rows(index, rows.reshape(len(index), -1))
+
+
+def _scaled(rows: Tensor, binding: Tensors) -> Tensor:
+    """Rows times their random factor, if there are any: for A and, since it is linear, for its gradient."""
+    return rows * binding["scaling"].to(rows.dtype)[:, None] if "scaling" in binding else rows

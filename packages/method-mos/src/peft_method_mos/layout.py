@@ -1,0 +1,109 @@
+"""Pools for each module type, and the indices by which a site draws from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peft_core import (
+    Initializer,
+    Layout,
+    Normal,
+    PlanError,
+    SharingGroup,
+    Site,
+    TensorSpec,
+    alike,
+    kaiming_uniform,
+)
+from peft_core.errors import listed
+
+from .options import MoSOptions
+
+
+@dataclass(frozen=True)
+class Shards(Initializer):
+    """Index matrices of one site, [1 or 2, r, l]: public shards without replacement, then the site's own.
+
+    Attributes:
+        public: number of public shards, which come first. own: the site's private ones, [start, stop).
+    """
+
+    public: int
+    own: tuple[int, int]
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        own = torch.arange(*self.own)
+        count = math.prod(shape[1:]) - len(own)
+        drawn = [
+            torch.cat([torch.randperm(self.public, generator=generator)[:count], own])
+            for _ in range(shape[0])
+        ]
+        return torch.stack(drawn).view(shape).to(torch.int32)
+
+
+def lay_out(sites: Sequence[Site]) -> Layout:
+    """A group per module type and shape, of `pool_A` and `pool_B`; bindings `index` and `scaling`."""
+    groups: list[SharingGroup] = []
+    bindings: dict[str, dict[str, TensorSpec]] = {}
+    whole: dict[str, int] = {}
+    for name, members in alike(sites):
+        options: MoSOptions = members[0].options
+        fan_in, fan_out = members[0].in_features, members[0].out_features
+        rank = len(members) * options.equivalent_rank  # of the pools
+        pieces = options.shards if options.subset_selection else 1
+        if options.subset_selection:
+            _check(name, members, options)
+        else:
+            whole[name] = rank
+        for number, site in enumerate(members):
+            bindings[site.path] = _binding(number, len(members), options)
+        pools = {
+            "pool_A": TensorSpec((rank * pieces, fan_in // pieces), kaiming_uniform(fan_in)),
+            "pool_B": TensorSpec((rank * pieces, fan_out // pieces)),
+        }
+        groups.append(SharingGroup(name, tuple(site.path for site in members), pools))
+    ranks = ", ".join(f"{name} {r}" for name, r in whole.items())
+    notes = (f"subset_selection is off: sites take whole pools in order, with r: {ranks}",) if whole else ()
+    return Layout(tuple(groups), bindings, notes)
+
+
+def _binding(number: int, count: int, options: MoSOptions) -> dict[str, TensorSpec]:
+    """How site `number` of `count` uses its pools: I_A and I_B (or one for both), random factors."""
+    binding = {}
+    r = count * options.equivalent_rank
+    if options.subset_selection:
+        r, pieces = options.r, options.shards
+        own = options.private_rank * pieces
+        public = count * options.equivalent_rank * pieces - count * own
+        shards = Shards(public, (public + number * own, public + (number + 1) * own))
+        binding["index"] = TensorSpec((1 + options.pair_dissociation, r, pieces), shards, torch.int32)
+    if options.random_scaling:
+        spread = options.random_scaling.std / abs(options.random_scaling.mean)
+        binding["scaling"] = TensorSpec((r,), Normal(std=spread, mean=1.0), torch.float32)
+    return binding
+
+
+def _check(name: str, members: Sequence[Site], options: MoSOptions) -> None:
+    """What only the layers can tell."""
+    L, e, p, r = len(members), options.equivalent_rank, options.private_rank, options.r
+    fan_in, fan_out = members[0].in_features, members[0].out_features
+    common = math.gcd(fan_in, fan_out)
+    if common % options.shards:
+        fit = [str(n) for n in range(1, common + 1) if common % n == 0]
+        raise PlanError(
+            f"mos: shards {options.shards} does not divide '{name}' ({fan_in} in, {fan_out} out); "
+            f"the shards that do are {listed(fit, 20)}"
+        )
+    public = L * (e - p)
+    if r - p > public:
+        raise PlanError(
+            f"mos: '{name}' has {L} {'layer' if L == 1 else 'layers'}: its pools hold {public} public ranks, "
+            f"{L}·(equivalent_rank {e} - private_rank {p}); each cannot draw r - private_rank = {r - p}; "
+            f"set r ≤ {public + p} or equivalent_rank ≥ {math.ceil((r - p) / L) + p} "
+            f"(overrides can do so for '{members[0].type}' alone)"
+        )

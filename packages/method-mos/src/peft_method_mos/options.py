@@ -1,0 +1,82 @@
+"""MoS's own options."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class RandomScaling(BaseModel):
+    """A fixed factor N(mean, std)/mean between A and B, for each rank of each site."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mean: float = Field(
+        default=1.0, allow_inf_nan=False, description="Mean of the normal distribution; not 0."
+    )
+    std: float = Field(default=0.5, ge=0, allow_inf_nan=False, description="Its standard deviation.")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> RandomScaling:
+        if self.mean == 0:
+            raise ValueError("mean must not be 0, since the factors are divided by it")
+        return self
+
+
+def _switched(value: Any) -> Any:
+    """`true` and `false` as for the other strategies."""
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
+class MoSOptions(BaseModel):
+    """Names and meanings as in the package's README."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    r: int = Field(default=16, ge=1, description="Rank of every site.")
+    equivalent_rank: int = Field(
+        default=2,
+        ge=1,
+        description="Budget e: the pools cost what LoRA of this rank would, whatever the other options.",
+    )
+    shards: int = Field(
+        default=4, ge=1, description="Pieces l that make up a row of A or a column of B; 1: whole rows."
+    )
+    private_rank: int = Field(
+        default=1, ge=0, description="Ranks p of every site whose shards no other site uses."
+    )
+    alpha: float = Field(default=16.0, gt=0, allow_inf_nan=False, description="ΔW = (alpha/r)·B·A.")
+    subset_selection: bool = Field(
+        default=True,
+        description="Every site draws its own shards. Off: pure sharing, every site takes the whole pool in "
+        "order, which fixes r = L·equivalent_rank, shards = 1 and private_rank = 0.",
+    )
+    pair_dissociation: bool = Field(
+        default=True,
+        description="A and B of a site draw their public shards independently. Off: the same indices.",
+    )
+    random_scaling: Annotated[RandomScaling | None, BeforeValidator(_switched)] = Field(
+        default=None,
+        description="Fixed random factors between A and B, by rank and site: {mean, std} or true; off: null.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MoSOptions:
+        if not self.subset_selection:
+            return self
+        e, r, p = self.equivalent_rank, self.r, self.private_rank
+        if e > r:
+            raise ValueError(
+                f"equivalent_rank {e} is more than r {r}: part of the pools would stay unused; set r ≥ {e}"
+            )
+        if p > e:
+            raise ValueError(
+                f"private_rank {p} is more than the budget equivalent_rank {e}; set private_rank ≤ {e}"
+            )
+        if p == e < r:
+            raise ValueError(
+                f"private_rank {p} = equivalent_rank leaves no public shards to fill r {r}; "
+                f"set private_rank ≤ {e - 1} or r = {e}"
+            )
+        return self

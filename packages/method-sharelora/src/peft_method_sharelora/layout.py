@@ -1,0 +1,58 @@
+"""Which factor belongs to whom: a group for what a module type has in common, one per site for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peft_core import Layout, PlanError, SharingGroup, Site, TensorSpec, alike, kaiming_uniform
+from peft_core.targets import matches
+
+from .options import Share, ShareLoRAOptions
+
+
+def lay_out(sites: Sequence[Site]) -> Layout:
+    """Groups `shared.{module type}` for the common factors and one named by its path for each site's own."""
+    _refuse_idle_patterns(sites)
+    groups: list[SharingGroup] = []
+    for name, members in alike(sites, key=lambda site: (share(site), block(site))):
+        site, r = members[0], members[0].options.r
+        factors = {
+            "A": TensorSpec((r, site.in_features), kaiming_uniform(site.in_features)),
+            "B": TensorSpec((site.out_features, r)),
+        }
+        common = {
+            factor: spec for factor, spec in factors.items() if factor in share(site)
+        }  # "none" holds neither
+        own = {factor: spec for factor, spec in factors.items() if factor not in common}
+        if common:
+            # The prefix keeps clear of the paths that name the private groups (both are "0" in a Sequential).
+            groups.append(SharingGroup(f"shared.{name}", tuple(member.path for member in members), common))
+        if own:
+            groups += [SharingGroup(member.path, (member.path,), own) for member in members]
+    return Layout(tuple(groups))
+
+
+def share(site: Site) -> Share:
+    """What this site shares. In a map the last pattern that matches decides; without one it is "none"."""
+    options: ShareLoRAOptions = site.options
+    if isinstance(options.share, str):
+        return options.share
+    found = [value for pattern, value in options.share.items() if matches(pattern, site.path)]
+    return found[-1] if found else "none"
+
+
+def block(site: Site) -> int | None:
+    """The block of consecutive layers this site is in; sites outside of numbered layers have their own."""
+    scope: str | int = site.options.scope
+    return None if isinstance(scope, str) or site.layer is None else site.layer // scope
+
+
+def _refuse_idle_patterns(sites: Sequence[Site]) -> None:
+    maps = [dict(site.options.share) for site in sites if not isinstance(site.options.share, str)]
+    for pattern in {pattern: None for map_ in maps for pattern in map_}:
+        if not any(matches(pattern, site.path) for site in sites):
+            types = ", ".join(dict.fromkeys(site.type for site in sites))
+            raise PlanError(
+                f"sharelora: share['{pattern}'] matches none of the chosen layers; use one of their names "
+                f"({types}), a suffix of a path, or a regex that matches a whole path"
+            )

@@ -1,0 +1,90 @@
+"""SwitchLoRA for peft-core: the hooks. The mathematics is in the README, and readable in `naive`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import peft_core as pc
+import torch
+from peft_core import hookimpl, lowrank
+from peft_core.method import Tensors
+from torch import Tensor
+
+from . import layout, naive, switching
+from .optimizer import RowAdamW
+from .options import Options
+
+__all__ = ["Options", "RowAdamW"]
+
+
+@hookimpl
+def peft_method() -> pc.MethodInfo:
+    return pc.MethodInfo(
+        name="switchlora",
+        options=Options,
+        capabilities=pc.Capabilities(
+            owns_base_weight=True, starts_at_zero=False, lowrank=False, dropout=False, optimizer_step=True
+        ),
+        summary="full-rank learning with low-rank gradients: vectors of B and A are exchanged as training goes on",
+        paper="arXiv 2406.06564",
+        trials=(
+            {"r": 4, "interval": 4, "freeze_steps": 2, "total_steps": 100},
+            {"r": 4, "alpha": 3, "interval": 2, "freeze_steps": 1, "total_steps": 100, "order": "random"},
+        ),
+    )
+
+
+@hookimpl
+def peft_init(sites: Sequence[pc.Site]) -> pc.Layout:
+    return layout.layout(sites)
+
+
+@hookimpl
+def peft_attach(site: pc.Site, weight: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    moved = naive.split_off(wide, tensors["A"], tensors["B"], site.options.scale)
+    return moved if site.options.keeps_master(weight.dtype) else moved.to(weight.dtype)
+
+
+@hookimpl
+def peft_forward(site: pc.Site) -> pc.Forward:
+    return _forward(site.options.scale)
+
+
+@hookimpl
+def peft_optimizer_step(step: pc.OptimizerStep) -> AbstractContextManager[Any]:
+    return switching.switching(step)
+
+
+@hookimpl
+def peft_merge(site: pc.Site, weight: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
+    return naive.merged(weight, tensors["A"], tensors["B"], site.options.scale)
+
+
+@hookimpl
+def peft_lowrank(site: pc.Site, tensors: Tensors, binding: Tensors) -> pc.LowRank:
+    raise pc.MergeError(
+        f"'{site.path}': SwitchLoRA has moved weight into the base, so that its change has full rank and no exact "
+        "low-rank factors; merge it, or ask for a truncated SVD, whose error is then reported"
+    )
+
+
+@functools.cache
+def _forward(scale: float) -> pc.Forward:
+    def delta(x: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
+        return lowrank.naive(x, tensors["A"], tensors["B"], scale)
+
+    def add_(x: Tensor, y: Tensor, tensors: Tensors, binding: Tensors) -> tuple[Tensor, ...]:
+        return x, lowrank.add_(x, y, tensors["A"], tensors["B"], scale)
+
+    def grad_(
+        dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: Tensors, binding: Tensors
+    ) -> dict[str, Tensor]:
+        x, h = saved
+        dA, dB = lowrank.grad_(dy, dx, x, h, tensors["A"], tensors["B"], scale)
+        return {"A": dA, "B": dB}
+
+    return pc.Forward(delta, add_, grad_)

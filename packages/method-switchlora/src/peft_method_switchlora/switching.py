@@ -1,0 +1,185 @@
+"""Switching: which vectors a step exchanges, the exchange, and keeping still what it made stale."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from peft_core import OptimizerStep, OptimizerStepError, StepMember
+from torch import Tensor
+
+from . import optimizer as optimizers
+from .kernels import switch_update_
+from .options import Options
+
+# Rows of the bookkeeping tensors, and the dimension along which a factor's vectors lie: A's are its rows, B's its columns.
+A, B = 0, 1
+
+
+class Exchange(NamedTuple):
+    """In one factor, the vectors at `places` make way for the candidates in `slots`."""
+
+    places: list[int]
+    slots: list[int]
+
+
+class Leaving(NamedTuple):
+    """Vectors [k, ·] on their way back into the `slots` of their `candidates`."""
+
+    candidates: Tensor
+    slots: Tensor
+    vectors: Tensor
+
+
+class Still(NamedTuple):
+    """Vectors of a parameter that an optimizer step must not move, and their values."""
+
+    parameter: Tensor
+    dim: int
+    index: Tensor
+    values: Tensor
+
+
+@contextmanager
+def switching(step: OptimizerStep) -> Iterator[None]:
+    """Around one optimizer step: exchange before it, and afterwards put back what must not have moved.
+
+    Raises:
+        OptimizerStepError: the optimizer's state is not understood, or nobody knows how long the run is.
+    """
+    members = [member for member in step.members if member.state]
+    if members:
+        optimizers.check(step.optimizer)
+    with torch.no_grad():
+        send_home([leaving for member in members for leaving in switch_(step, member)])
+        still = [vectors for member in members for vectors in hold_still(member, step.index)]
+    yield
+    coupled = optimizers.decays_through_moments(step.optimizer)
+    with torch.no_grad():
+        for parameter, dim, index, values in still:
+            parameter.index_copy_(dim, index, values)
+            if coupled:
+                optimizers.zero_moments(step.optimizer, parameter, dim, index)
+
+
+def switch_(step: OptimizerStep, member: StepMember) -> list[Leaving]:
+    """Decide and make this step's exchanges on one site. Returns the vectors that left."""
+    options: Options = member.site.options
+    total_steps = options.total_steps or step.total_steps
+    if total_steps is None:
+        raise OptimizerStepError(
+            f"adapter '{step.adapter}': SwitchLoRA switches less and less over a run and must know its length: "
+            "set the option total_steps, or adapter.total_steps (a trainer does)"
+        )
+    draws = random.Random(f"{step.seed}/{step.index}/{member.site.path}")
+    exchanges = decide(options, member.state, step.index, total_steps, draws)
+    if not exchanges[A].places:
+        return []
+    assert member.weight is not None  # the method owns it
+    leaving = exchange_(member.tensors, member.state, member.weight, options.scale, exchanges)
+    member.weight_changed = True
+    book_(member.state, exchanges, step.index, options.freeze_steps)
+    for dim, counterpart in ((B, "A"), (A, "B")):
+        parameter = member.tensors[counterpart]
+        places = torch.tensor(exchanges[dim].places, device=parameter.device)
+        optimizers.restart(step.optimizer, parameter, 1 - dim, places)
+    return leaving
+
+
+def decide(
+    options: Options, state: Mapping[str, Tensor], step: int, total_steps: int, draws: random.Random
+) -> tuple[Exchange, Exchange]:
+    """What a site exchanges in A and in B at this step (from 0): equally many, at places that have nothing in common.
+
+    Pure, and so the same on every rank.
+    """
+    r, c = options.r, state["candidates_A"].shape[0]
+    expected = options.expected_switches(step, total_steps)
+    count = int(expected) + (draws.random() < expected % 1)
+    next_A, next_B = state["next"].tolist()
+    count = min(count, (next_B - next_A) % r, (next_A - next_B) % r, c - r)
+    if count:
+        blocked = (state["frozen_until"] > step).any(0).tolist()
+        count = min(count, _run(blocked, next_A), _run(blocked, next_B))
+    exchanges = []
+    for place, slots in zip((next_A, next_B), state["slots"].tolist(), strict=True):
+        if options.order == "random":
+            chosen = draws.sample(sorted(set(range(c)).difference(slots)), count)
+        else:
+            chosen = [(slots[place - 1] + 1 + k) % c for k in range(count)]
+        exchanges.append(Exchange([(place + k) % r for k in range(count)], chosen))
+    return exchanges[A], exchanges[B]
+
+
+def exchange_(
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    weight: Tensor,
+    scale: float,
+    exchanges: tuple[Exchange, Exchange],
+) -> list[Leaving]:
+    """Put candidates in their places, and into W [out, in] what keeps W + s·B·A the same: one pass over W."""
+    rows, columns = tensors["A"], tensors["B"]  # [r, in], [out, r]
+    at_A, at_B = (torch.tensor(exchange.places, device=rows.device) for exchange in exchanges)
+    to_A, to_B = (torch.tensor(exchange.slots) for exchange in exchanges)
+    old_A, old_B = rows.index_select(0, at_A), columns.index_select(1, at_B)
+    new_A = state["candidates_A"][to_A].to(rows)
+    new_B = state["candidates_B"][to_B].to(columns).T
+
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    left = torch.cat([old_B.to(wide) - new_B.to(wide), columns.index_select(1, at_A).to(wide)], dim=1)
+    right = torch.cat([rows.index_select(0, at_B).to(wide), old_A.to(wide) - new_A.to(wide)])
+    switch_update_(weight, left, right, scale)
+
+    rows.index_copy_(0, at_A, new_A)
+    columns.index_copy_(1, at_B, new_B)
+    from_A = state["slots"][A, at_A.cpu()]
+    from_B = state["slots"][B, at_B.cpu()]
+    return [
+        Leaving(state["candidates_A"], from_A, old_A),
+        Leaving(state["candidates_B"], from_B, old_B.T),
+    ]
+
+
+def send_home(leaving: Sequence[Leaving]) -> None:
+    """Put vectors back into their slots. From each accelerator in one copy: every copy would wait for it."""
+    by_device: dict[torch.device, list[Leaving]] = {}
+    for one in leaving:
+        by_device.setdefault(one.vectors.device, []).append(one)
+    for group in by_device.values():
+        together = torch.cat([one.vectors.flatten() for one in group]).to(group[0].candidates)
+        for one, values in zip(group, together.split([one.vectors.numel() for one in group]), strict=True):
+            one.candidates.index_copy_(0, one.slots, values.view(one.vectors.shape))
+
+
+def book_(
+    state: Mapping[str, Tensor], exchanges: tuple[Exchange, Exchange], step: int, freeze_steps: int
+) -> None:
+    """Note who is where now, whose counterpart is frozen until when, and where the next switch begins."""
+    for factor, exchange in zip((A, B), exchanges, strict=True):
+        places = torch.tensor(exchange.places)
+        state["slots"][factor, places] = torch.tensor(exchange.slots)
+        state["frozen_until"][1 - factor, places] = step + freeze_steps
+    state["next"].add_(len(exchanges[A].places)).remainder_(state["slots"].shape[1])
+
+
+def hold_still(member: StepMember, step: int) -> Iterator[Still]:
+    """The frozen vectors of a site, as they are. Their gradients are zeroed, so that their moments stay zero."""
+    for dim, name in ((A, "A"), (B, "B")):
+        index = (member.state["frozen_until"][dim] > step).nonzero().flatten()
+        if not index.numel():
+            continue
+        parameter = member.tensors[name]
+        index = index.to(parameter.device)
+        if parameter.grad is not None:
+            parameter.grad.index_fill_(dim, index, 0)
+        yield Still(parameter, dim, index, parameter.index_select(dim, index))
+
+
+def _run(blocked: Sequence[bool], start: int) -> int:
+    """How many places in a row, from `start` and round, are not blocked."""
+    r = len(blocked)
+    return next((k for k in range(r) if blocked[(start + k) % r]), r)
