@@ -23,8 +23,18 @@ def packages() -> dict[str, Path]:
 
 def pip(*arguments: str) -> None:
     """Run this interpreter's pip under the repository's constraints."""
-    command = [sys.executable, "-m", "pip", *arguments, "--quiet", "--constraint", str(ROOT / "constraints.txt")]
-    subprocess.run(command, check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        *arguments,
+        "--quiet",
+        "--constraint",
+        str(ROOT / "constraints.txt"),
+    ]
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        raise SystemExit(status)  # pip has said why
 
 
 def install(wanted_extras: list[str], editable: bool) -> None:
@@ -32,7 +42,9 @@ def install(wanted_extras: list[str], editable: bool) -> None:
     extras = {item.partition("[")[0]: item[item.index("[") :] for item in wanted_extras if "[" in item}
     unknown = sorted(extras.keys() - packages().keys())
     if unknown:
-        raise SystemExit(f"no package {', '.join(unknown)} under packages/; there are: {', '.join(packages())}")
+        raise SystemExit(
+            f"no package {', '.join(unknown)} under packages/; there are: {', '.join(packages())}"
+        )
     arguments = ["install", "--no-build-isolation"]
     for name, path in packages().items():
         arguments += ["--editable"] if editable else []
@@ -47,7 +59,9 @@ def wheels(out: Path, more: list[Path]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list")
     installer = commands.add_parser("install")

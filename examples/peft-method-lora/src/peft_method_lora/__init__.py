@@ -1,7 +1,7 @@
 """LoRA (arXiv 2106.09685) as a peft-core plugin: ΔW = (alpha/r)·B·A, A Kaiming, B zero, one pair per layer.
 
-Everything that a method is: its options, its layout, its forward with the backward that belongs to it, its merge.
-Core does the rest. Copy this file to write your own.
+Everything that a method is: its options, its layout, its forward with the backward that belongs to it,
+its merge. Core does the rest. Copy this file to write your own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import peft_core as pc
 
 
 class Options(BaseModel):
-    """What a spec's `options` may hold for this method. Core reports misspelt and impossible ones to the user."""
+    """What a spec's `options` may hold for this method. Core reports misspelt and impossible ones."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -35,11 +35,11 @@ def peft_method() -> pc.MethodInfo:
     return pc.MethodInfo(
         name="lora",
         options=Options,
-        # It is an added Δ(x), starts at zero and allows dropout, as most methods do. And its ΔW has exact factors.
+        # An added Δ(x) that starts at zero and allows dropout, as most are; and its ΔW has exact factors.
         capabilities=pc.Capabilities(lowrank=True),
         summary="two low-rank factors per layer",
         paper="arXiv 2106.09685",
-        trials=({"r": 4, "alpha": 8}, {"r": 5, "alpha": 2}),  # alpha ≠ r, or a forgotten scale would not be seen
+        trials=({"r": 4, "alpha": 8}, {"r": 5, "alpha": 2}),  # alpha ≠ r shows a forgotten scale
     )
 
 
@@ -53,7 +53,7 @@ def _group(site: pc.Site) -> pc.SharingGroup:
     rank = site.options.r
     if rank > min(site.in_features, site.out_features):
         raise pc.PlanError(
-            f"r: {rank} is larger than '{site.path}' ({site.out_features}×{site.in_features}); choose a smaller r"
+            f"r: {rank} is larger than '{site.path}' ({site.out_features}×{site.in_features}); lower r"
         )
     tensors = {
         "A": pc.TensorSpec((rank, site.in_features), pc.kaiming_uniform(site.in_features)),

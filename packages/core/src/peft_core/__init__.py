@@ -1,5 +1,7 @@
 """peft-core: a plugin-based framework for parameter-efficient fine-tuning of PyTorch models."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import lowrank
 from .attach import Adapter, activate, adapters, attach, load
 from .errors import (
@@ -17,7 +19,7 @@ from .errors import (
 )
 from .hookspecs import hookimpl
 from .kernels import kernels
-from .method import Capabilities, Forward, LowRank, MethodInfo, OptimizerStep, Rows, StepMember
+from .method import Capabilities, Forward, LowRank, MethodInfo, OptimizerStep, Rows, StepMember, Tensors
 from .plan import Plan, plan
 from .plugins import methods
 from .sharing import (
@@ -34,12 +36,17 @@ from .sharing import (
 from .spec import AdapterSpec
 from .targets import Site
 
+if TYPE_CHECKING:
+    from .trainer import AdapterTrainer, AdapterTrainerMixin
+
 __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
     "AdapterError",
     "AdapterSpec",
+    "AdapterTrainer",
+    "AdapterTrainerMixin",
     "Capabilities",
     "CheckpointError",
     "DataError",
@@ -64,6 +71,7 @@ __all__ = [
     "StepMember",
     "TargetError",
     "TensorSpec",
+    "Tensors",
     "Uniform",
     "Zeros",
     "activate",
@@ -78,3 +86,12 @@ __all__ = [
     "methods",
     "plan",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The trainers, which need transformers' (seconds to import) and are imported when asked for."""
+    if name not in ("AdapterTrainer", "AdapterTrainerMixin"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import trainer
+
+    return getattr(trainer, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from .bank import (
 )
 from .errors import AdapterError, MergeError, suggestion
 from .gradients import SharedGradient
-from .layer import SLOT, AdaptedLinear, Member, Slot, Trained, TrainedSlot, undress, wear
+from .layer import SLOT, AdaptedLinear, AdaptedRoot, Member, Slot, Trained, TrainedSlot, undress, wear
 from .plan import ROOT_PREFIX, Plan, plan
 from .spec import AdapterSpec
 
@@ -95,6 +96,37 @@ class Adapter:
         """
         self._registry()
         checkpoint.save(self._bank, directory)
+
+    def restore(self, directory: str | Path) -> None:
+        """Take over the values of a saved adapter of the same layout, in place: optimizers, compiled code and wrappers
+        around the model go on as they are. For resuming, and for exchanging one adapter for another.
+
+        Raises:
+            CheckpointError: the directory is damaged, or its adapter has another layout (method, options, layers,
+                dtypes); nothing has changed then. AdapterError: this adapter is merged.
+        """
+        self._registry()
+        if self.merged:
+            raise AdapterError(f"adapter '{self.name}' is merged; unmerge it to give it other values")
+        bank = self._bank
+        header = checkpoint.read_header(directory)
+        checkpoint.check_fit(directory, header, self.model)
+        checkpoint.check_layout(directory, header, bank)
+        stored = checkpoint.read(directory, header)
+        state = checkpoint.read_state(directory, header, self.plan) if bank.state else {}
+        with torch.no_grad():
+            for key, parameter in bank.named_parameters():
+                parameter.copy_(_sharded_like(parameter, stored[key]))
+            for path, named in header.bindings().items():
+                for local, key in named.items():
+                    bank.binding(path)[local].copy_(stored[key])
+            for key, value in state.items():
+                bank.state[key].copy_(value)
+            for path in bank.owned:
+                optim.write_owned_weight(bank, bank.sites[path], stored[f"base_weight/{path}"])
+        bank.seed, bank.steps = header.seed, header.steps
+        bank.backwards, bank.fresh_gradient = 0, False
+        bank.stepped_by.clear()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -169,9 +201,13 @@ class Adapter:
             AdapterError: the adapter is merged. MergeError: it owns base weights whose originals were not kept.
         """
         if self.merged:
-            raise AdapterError(f"adapter '{self.name}' is merged; unmerge it first, or use merge_and_detach()")
+            raise AdapterError(
+                f"adapter '{self.name}' is merged; unmerge it first, or use merge_and_detach()"
+            )
         if lost := [path for path, owned in self._bank.owned.items() if owned.original is None]:
-            raise MergeError(f"'{lost[0]}': the original weight was not kept (attach with keep='host' to detach)")
+            raise MergeError(
+                f"'{lost[0]}': the original weight was not kept (attach with keep='host' to detach)"
+            )
         _swap_owned(self.model, self._bank, show=False)
         _remove(self.model, self._bank)
 
@@ -188,7 +224,9 @@ class Adapter:
         return found
 
 
-def attach(model: nn.Module, spec: AdapterSpec, name: str = "default", seed: int = 0, keep: str = "host") -> Adapter:
+def attach(
+    model: nn.Module, spec: AdapterSpec, name: str = "default", seed: int = 0, keep: str = "host"
+) -> Adapter:
     """Plan a spec on a model and put the adapter on it, in place. The base is frozen; only the new adapter is active.
 
     Args:
@@ -205,11 +243,22 @@ def attach(model: nn.Module, spec: AdapterSpec, name: str = "default", seed: int
     bank = Bank(model, name, made, seed)
     bank.state = initial_state(made, seed)
     return _install(
-        bank, initial_tensors(model, made, seed), initial_bindings(model, made, seed), trainable=True, keep=keep, owned={}
+        bank,
+        initial_tensors(model, made, seed),
+        initial_bindings(model, made, seed),
+        trainable=True,
+        keep=keep,
+        owned={},
     )
 
 
-def load(model: nn.Module, directory: str | Path, name: str = "default", trainable: bool = False, keep: str = "host") -> Adapter:
+def load(
+    model: nn.Module,
+    directory: str | Path,
+    name: str = "default",
+    trainable: bool = False,
+    keep: str = "host",
+) -> Adapter:
     """Put a saved adapter on a model. With `trainable`, training goes on from where it was saved.
 
     Raises:
@@ -252,12 +301,20 @@ def activate(model: nn.Module, names: str | Sequence[str] | Mapping[str, float])
         AdapterError: no such adapter, a merged one, or two that one site cannot carry together.
     """
     model = unwrap(model)
-    wanted = {names: 1.0} if isinstance(names, str) else dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
+    wanted = (
+        {names: 1.0}
+        if isinstance(names, str)
+        else dict(names)
+        if isinstance(names, Mapping)
+        else dict.fromkeys(names, 1.0)
+    )
     found = registry(model)
     known = found.banks if found else {}
     for name in wanted:
         if name not in known:
-            raise AdapterError(f"no adapter '{name}' on this model{suggestion(name, known)}; there are: {', '.join(known) or 'none'}")
+            raise AdapterError(
+                f"no adapter '{name}' on this model{suggestion(name, known)}; there are: {', '.join(known) or 'none'}"
+            )
         if adapters(model)[name].merged:
             raise AdapterError(f"adapter '{name}' is merged; unmerge it to make it active")
     _set_active(model, {name: float(scale) for name, scale in wanted.items()})
@@ -288,6 +345,8 @@ def _install(
         found.frozen = {name: p.requires_grad for name, p in model.named_parameters()}
     found.banks[bank.name] = bank
     bank.register(tensors, bindings, trainable)
+    if not isinstance(model, AdaptedRoot):
+        wear(model, AdaptedRoot)
     try:
         if made.spec.capabilities.owns_base_weight:
             _take_over(bank, owned, keep)
@@ -296,8 +355,8 @@ def _install(
         _swap_owned(model, bank, show=False)
         _remove(model, bank)
         raise
-    for name, parameter in model.named_parameters():
-        if not name.startswith(ROOT_PREFIX):
+    for module in model.modules():
+        for _, parameter in bases.own_parameters(module):
             parameter.requires_grad_(False)
     if hasattr(model, "save_pretrained"):
         model.__dict__["save_pretrained"] = _AdapterSaver(model)
@@ -324,7 +383,9 @@ def _dress(bank: Bank, functions: Mapping[str, Any]) -> None:
     found = registry(model)
     assert found is not None
     shared = {
-        f"{group.name}.{name}": found.gradients.setdefault(bank.root_name(f"{group.name}.{name}"), SharedGradient())
+        f"{group.name}.{name}": found.gradients.setdefault(
+            bank.root_name(f"{group.name}.{name}"), SharedGradient()
+        )
         for group in made.groups
         if len(group.members) > 1
         for name in group.tensors
@@ -355,7 +416,6 @@ def _dress(bank: Bank, functions: Mapping[str, Any]) -> None:
             module.__dict__[SLOT] = TrainedSlot(model)
         slot = module.__dict__[SLOT]
         slot.members[bank.name] = tuple((local, bank.root_name(key)) for local, key in named.items())
-        slot.dtypes.update({local: module.get_parameter(local).dtype for local in named})
 
 
 def _take_over(bank: Bank, owned: Mapping[str, Tensor], keep: str) -> None:
@@ -364,7 +424,9 @@ def _take_over(bank: Bank, owned: Mapping[str, Tensor], keep: str) -> None:
         module = bank.root.get_submodule(site.path)
         if bases.is_quantized(module) or module.weight.device.type == "meta":
             what = "quantized" if bases.is_quantized(module) else "on the meta device"
-            raise AdapterError(f"'{site.path}' is {what}; method '{bank.plan.spec.method}' needs to write its weight")
+            raise AdapterError(
+                f"'{site.path}' is {what}; method '{bank.plan.spec.method}' needs to write its weight"
+            )
         weight = bases.dense_weight(module)
         bank.owned[site.path] = OwnedWeight(module.weight.detach().cpu().clone() if keep == "host" else None)  # type: ignore[operator]
         with torch.no_grad():
@@ -388,20 +450,22 @@ def _take_over(bank: Bank, owned: Mapping[str, Tensor], keep: str) -> None:
 def _refuse_conflicts(model: nn.Module, made: Plan, name: str) -> None:
     """A site whose weight is owned by a method can carry no other adapter; and a merged site must be left alone by it."""
     mine = made.spec.capabilities.owns_base_weight
-    places = {site.path for site in made.sites} | set(made.trained)
+    places = {site.path for site in made.sites}
     for other, adapter in adapters(model).items():
-        theirs = adapter.plan.spec.capabilities.owns_base_weight
-        taken = {site.path for site in adapter.plan.sites}
-        both = sorted(places & taken)
-        if both and (mine or theirs):
+        theirs = bool(adapter._bank.owned)
+        taken = adapter._bank.sites.keys()
+        both = sorted((places | made.trained.keys()) & taken) if mine or theirs else []
+        if both:
             owner = made.spec.method if mine else adapter.plan.spec.method
             raise AdapterError(
                 f"'{both[0]}' carries the adapter '{other}', and method '{owner}' owns its base weight: "
                 "they cannot stand on one layer; detach one or choose other targets"
             )
-        crossed = sorted((set(made.trained) & taken) | ({s.path for s in made.sites} & set(adapter.plan.trained)))
+        crossed = sorted((made.trained.keys() & taken) | (places & adapter.plan.trained.keys()))
         if crossed:
-            raise AdapterError(f"'{crossed[0]}' is trained in full by one of the adapters '{other}' and '{name}' and adapted by the other")
+            raise AdapterError(
+                f"'{crossed[0]}' is trained in full by one of the adapters '{other}' and '{name}' and adapted by the other"
+            )
 
 
 def _set_active(model: nn.Module, scales: dict[str, float]) -> None:
@@ -409,16 +473,21 @@ def _set_active(model: nn.Module, scales: dict[str, float]) -> None:
     assert found is not None
     _refuse_together(found, scales)
     for bank in found.banks.values():
-        hides = bank.owned and bank.name in found.active and bank.name not in scales and not Adapter(bank).merged
+        hides = (
+            bank.owned and bank.name in found.active and bank.name not in scales and not Adapter(bank).merged
+        )
         if hides and any(owned.original is None for owned in bank.owned.values()):
-            raise AdapterError(f"adapter '{bank.name}' owns its base weights and the originals were not kept (attach with keep='host')")
+            raise AdapterError(
+                f"adapter '{bank.name}' owns its base weights and the originals were not kept (attach with keep='host')"
+            )
     for bank in found.banks.values():
         if not Adapter(bank).merged:
             _swap_owned(model, bank, show=bank.name in scales)
+    # Sites at which nothing was active and nothing will be are left alone: the cost does not grow with idle adapters.
+    concerned = [bank for name, bank in found.banks.items() if name in scales or name in found.active]
     found.active = scales
-    for bank in found.banks.values():
-        for path in [*bank.sites, *bank.plan.trained]:
-            model.get_submodule(path).__dict__[SLOT].activate(scales)
+    for path in {path: None for bank in concerned for path in (*bank.sites, *bank.plan.trained)}:
+        model.get_submodule(path).__dict__[SLOT].activate(scales)
 
 
 def _refuse_together(found: Registry, scales: Mapping[str, float]) -> None:
@@ -434,6 +503,16 @@ def _refuse_together(found: Registry, scales: Mapping[str, float]) -> None:
                     raise AdapterError(
                         f"'{path}' cannot carry '{other}' and '{name}' at once: method '{one.plan.spec.method}' is not an added Δ"
                     )
+
+
+def _sharded_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """A whole tensor as FSDP2 has divided the parameter."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(parameter.device), mesh, parameter.placements)  # type: ignore[attr-defined]
 
 
 def _swap_owned(model: nn.Module, bank: Bank, show: bool) -> None:
@@ -458,8 +537,15 @@ class _AdapterSaver:
         """Save the adapters: the only one in `save_directory`, several in a directory each below it.
 
         Raises:
-            AdapterError: an adapter is merged (so it is not clear what is to be saved), or `push_to_hub` is asked for.
+            AdapterError: an adapter is merged (so it is not clear what is to be saved), `push_to_hub` is asked for, or
+                the caller is a plain Trainer that would at its end fail to load its best checkpoint, and go on.
         """
+        caller = sys._getframe(1).f_locals.get("self")
+        if getattr(getattr(caller, "args", None), "load_best_model_at_end", False):
+            raise AdapterError(
+                f"{type(caller).__name__} cannot load an adapter back for load_best_model_at_end; use peft_core.AdapterTrainer "
+                "(or AdapterTrainerMixin before the trainer's class)"
+            )
         present = adapters(self.model)
         for adapter in present.values():
             if adapter.merged:
@@ -468,7 +554,9 @@ class _AdapterSaver:
                     "the merged model, or adapter.save(directory) for the adapter"
                 )
         if options.get("push_to_hub"):
-            raise AdapterError("save_pretrained: push_to_hub is not supported for adapters; save to a directory and upload it")
+            raise AdapterError(
+                "save_pretrained: push_to_hub is not supported for adapters; save to a directory and upload it"
+            )
         for adapter in present.values():
             adapter.save(save_directory if len(present) == 1 else Path(save_directory) / adapter.name)
 
@@ -499,4 +587,5 @@ def _remove(model: nn.Module, bank: Bank) -> None:
             if name in found.frozen:
                 parameter.requires_grad_(found.frozen[name])
         model.__dict__.pop("save_pretrained", None)
+        undress(model)
         forget(model)

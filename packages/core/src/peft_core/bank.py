@@ -100,7 +100,9 @@ class Bank:
         groups = (group for group in self.plan.groups if path in group.members)
         return {name: self.state[f"{group.name}.{name}"] for group in groups for name in group.state}
 
-    def register(self, tensors: Mapping[str, Tensor], bindings: Mapping[str, Mapping[str, Tensor]], trainable: bool) -> None:
+    def register(
+        self, tensors: Mapping[str, Tensor], bindings: Mapping[str, Mapping[str, Tensor]], trainable: bool
+    ) -> None:
         """Put the adapter's values on the root model."""
         for key, value in tensors.items():
             self.root._parameters[self.root_name(key)] = nn.Parameter(value, requires_grad=trainable)
@@ -151,7 +153,9 @@ def initial_state(plan: Plan, seed: int) -> dict[str, Tensor]:
     }
 
 
-def _first(root: nn.Module, spec: TensorSpec, plan: Plan, device: torch.device, seed: int, *key: str) -> Tensor:
+def _first(
+    root: nn.Module, spec: TensorSpec, plan: Plan, device: torch.device, seed: int, *key: str
+) -> Tensor:
     dtype = spec.dtype or plan.spec.torch_dtype
     if device.type == "meta":
         return torch.empty(spec.shape, dtype=dtype, device=device)
@@ -217,7 +221,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model that carries adapters inside DDP's and torch.compile's wrappers."""
     while _REGISTRY not in model.__dict__:
         inner = model._modules.get("_orig_mod") or model._modules.get("module")
-        if inner is None or type(model).__name__ not in ("OptimizedModule", "DistributedDataParallel", "DataParallel"):
+        if inner is None or type(model).__name__ not in (
+            "OptimizedModule",
+            "DistributedDataParallel",
+            "DataParallel",
+        ):
             return model
         model = inner
     return model

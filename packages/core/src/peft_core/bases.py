@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Prefix of everything that an adapter registers on the root model; no module path can contain it.
+ROOT_PREFIX = "peft_core/"
 
 # Layers whose forward is never called, because their parent reads the weights itself: (parent class, child name).
 # An adapter there would do nothing.
@@ -38,6 +43,13 @@ class Base:
     transposed: bool
     fused: bool
     dtype: torch.dtype
+
+
+def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) that the module itself holds, without those of adapters: its cost hardly grows with their number."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not name.startswith(ROOT_PREFIX):
+            yield name, parameter
 
 
 def describe(module: nn.Module) -> Base | None:
@@ -91,10 +103,15 @@ def dense_weight(module: Any) -> Tensor:
 
         state = getattr(module.weight, "quant_state", None)
         if state is not None:
-            return functional.dequantize_4bit(module.weight.data, state)  # type: ignore[no-any-return]
+            packed = module.weight.data
+            if getattr(state, "packing_format_for_cpu", False):  # repacked by a forward on the CPU
+                packed, state = functional._convert_weight_packed_for_cpu_inverse(
+                    packed, copy.deepcopy(state)
+                )
+            return functional.dequantize_4bit(packed, state)  # type: ignore[no-any-return]
         scales = module.state.SCB if module.state.SCB is not None else module.weight.SCB
-        packed = module.state.CB if module.state.CB is not None else module.weight.data
-        dense = packed.to(torch.float32) * (scales.to(torch.float32).unsqueeze(1) / 127)
+        codes = module.state.CB if module.state.CB is not None else module.weight.data
+        dense = codes.to(torch.float32) * (scales.to(torch.float32).unsqueeze(1) / 127)
         return dense.to(_dequantized_dtype(module))
     weight: Tensor = module.weight.detach()
     return weight.T if "Conv1D" in {cls.__name__ for cls in type(module).__mro__} else weight

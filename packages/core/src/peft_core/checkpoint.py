@@ -1,9 +1,9 @@
 """The checkpoint directory of an adapter: plain files, tensors only, written whole or not at all, read strictly.
 
-    adapter.json         format version, spec, method, base, sites, groups (`AdapterFile`)
-    adapter.safetensors  `{group}.{tensor}` once per trainable tensor, `binding/{site}.{name}`, `base_weight/{site}`
-    state.safetensors    what only resuming needs, where the method has such state
-    README.md            the model card
+adapter.json         format version, spec, method, base, sites, groups (`AdapterFile`)
+adapter.safetensors  `{group}.{tensor}` once per trainable tensor, `binding/{site}.{name}`, `base_weight/{site}`
+state.safetensors    what only resuming needs, where the method has such state
+README.md            the model card
 """
 
 from __future__ import annotations
@@ -150,7 +150,11 @@ def save(bank: Bank, directory: str | Path) -> None:
     check_stepped(bank)
     tensors = _collect(bank)
     state = {key: tensor for key, tensor in bank.state.items()}
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_rank() != 0
+    ):
         return  # sharded tensors have been gathered with the others; one process writes
     with files.whole_directory(directory, (HEADER, TENSORS, STATE, *_own_card(Path(directory)))) as temporary:
         checksums = {TENSORS: files.write_tensors(temporary / TENSORS, tensors, {"format": "pt"})}
@@ -210,7 +214,11 @@ def read_header(directory: str | Path) -> AdapterFile:
     """
     path = Path(directory) / HEADER
     if not path.is_file():
-        what = "does not exist" if not Path(directory).exists() else f"is no adapter directory: it has no {HEADER}"
+        what = (
+            "does not exist"
+            if not Path(directory).exists()
+            else f"is no adapter directory: it has no {HEADER}"
+        )
         if (Path(directory) / "adapter_config.json").is_file():
             what = "is an adapter of Hugging Face PEFT, not one of peft-core"
         raise CheckpointError(f"'{directory}' {what}")
@@ -242,11 +250,15 @@ def read(directory: str | Path, header: AdapterFile) -> dict[str, Tensor]:
     _compare(str(path), {key: stored.shape for key, stored in header.tensors.items()}, tensors)
     for key, tensor in tensors.items():
         if _name(tensor.dtype) != header.tensors[key].dtype:
-            raise CheckpointError(f"'{path}': '{key}' is {_name(tensor.dtype)}, {HEADER} says {header.tensors[key].dtype}")
+            raise CheckpointError(
+                f"'{path}': '{key}' is {_name(tensor.dtype)}, {HEADER} says {header.tensors[key].dtype}"
+            )
         if tensor.numel() == 0:
             raise CheckpointError(f"'{path}': '{key}' is empty")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"'{path}': '{key}' holds NaN or infinite values; the training run diverged")
+            raise CheckpointError(
+                f"'{path}': '{key}' holds NaN or infinite values; the training run diverged"
+            )
     return tensors
 
 
@@ -270,7 +282,11 @@ def check_fit(directory: str | Path, header: AdapterFile, model: nn.Module) -> N
     here, there = base_info(model).shapes, header.base.shapes
     if dict(here) == there:
         return
-    name = f" ({header.base.architecture} '{header.base.name}')" if header.base.name else f" ({header.base.architecture})"
+    name = (
+        f" ({header.base.architecture} '{header.base.name}')"
+        if header.base.name
+        else f" ({header.base.architecture})"
+    )
     for key in [*there, *here]:
         mine, theirs = here.get(key), there.get(key)
         if mine != theirs:
@@ -293,6 +309,54 @@ def check_plan(directory: str | Path, header: AdapterFile, plan: Plan) -> None:
             f"'{directory}': tensor '{key}' is laid out otherwise by {plan.spec.info.distribution or plan.spec.method} "
             f"{plan.spec.info.version} than by {header.method.version or 'the version'} that wrote it"
         )
+
+
+def check_layout(directory: str | Path, header: AdapterFile, bank: Bank) -> None:
+    """Refuse an adapter whose values cannot take the place of this bank's.
+
+    Raises:
+        CheckpointError: names the method, the layer or the tensor that differs.
+    """
+    mine = describe(bank, _collect(bank), {})
+    if header.method.name != mine.method.name:
+        raise CheckpointError(
+            f"'{directory}' has the method '{header.method.name}', adapter '{bank.name}' '{mine.method.name}'"
+        )
+    for here, there in (
+        (
+            {site.path: site.model_dump() for site in mine.sites},
+            {site.path: site.model_dump() for site in header.sites},
+        ),
+        (
+            {group.name: group.members for group in mine.groups},
+            {group.name: group.members for group in header.groups},
+        ),
+        (
+            {key: t.model_dump() for key, t in mine.tensors.items()},
+            {key: t.model_dump() for key, t in header.tensors.items()},
+        ),
+        (mine.trained, header.trained),
+    ):
+        for key in [*there, *here]:
+            if here.get(key) != there.get(key):
+                raise CheckpointError(
+                    f"'{directory}' has another layout than adapter '{bank.name}', so that its values cannot be taken over: "
+                    f"'{key}' {_difference(there.get(key), here.get(key))}; use load() for an adapter of its own"
+                )
+
+
+def _difference(there: Any, here: Any) -> str:
+    """`has r 4 there and 8 here`: where two descriptions differ."""
+    while isinstance(there, dict) and isinstance(here, dict):
+        name = next(name for name in [*there, *here] if there.get(name) != here.get(name))
+        there, here = there.get(name), here.get(name)
+        if not (isinstance(there, dict) and isinstance(here, dict)):
+            return f"has {name} {there} there and {here} here"
+    return (
+        f"is {'absent' if there is None else 'present'} there and {'absent' if here is None else 'present'} here"
+        if (there is None or here is None)
+        else "has other members there"
+    )
 
 
 def spec_of(header: AdapterFile) -> AdapterSpec:
@@ -366,7 +430,9 @@ def _compare(path: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[
         raise CheckpointError(f"'{path}': '{unexpected[0]}' is not expected")
     for key, shape in expected.items():
         if tuple(found[key].shape) != tuple(shape):
-            raise CheckpointError(f"'{path}': '{key}' has shape {list(found[key].shape)}, expected {list(shape)}")
+            raise CheckpointError(
+                f"'{path}': '{key}' has shape {list(found[key].shape)}, expected {list(shape)}"
+            )
 
 
 def _own_card(directory: Path) -> tuple[str, ...]:

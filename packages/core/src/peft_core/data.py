@@ -22,9 +22,21 @@ from .errors import DataError
 IGNORED = -100
 """The label of a token that no loss is taken on (what torch's and transformers' losses skip)."""
 
-# Not the library itself: tests, demos, bundled installers, and tables written as Python.
+# Not the library itself: tests, demos, and what is installed beside it.
 _SKIPPED_FOLDERS = frozenset(
-    "test tests idle_test idlelib lib2to3 turtledemo ensurepip site-packages dist-packages __phello__ pydoc_data".split()
+    {
+        "test",
+        "tests",
+        "idle_test",
+        "idlelib",
+        "lib2to3",
+        "turtledemo",
+        "ensurepip",
+        "pydoc_data",
+        "__phello__",
+        "site-packages",
+        "dist-packages",
+    }
 )
 
 
@@ -40,7 +52,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Tokens:
-    """One tokenised example: ``labels`` repeats ``input_ids`` where loss is taken and is IGNORED elsewhere."""
+    """One tokenised example: ``labels`` are ``input_ids`` where loss is taken, else IGNORED."""
 
     input_ids: list[int]
     labels: list[int]
@@ -48,11 +60,11 @@ class Tokens:
 
 
 def docstring_pairs(root: Path | None = None) -> list[Example]:
-    """Functions of Python's standard library and the first line of their docstrings, in a fixed order.
+    """Functions of Python's standard library and the first lines of their docstrings, in a fixed order.
 
-    The prompt is the function's source without its docstring, then a line that asks for it. Functions without
-    a body of their own, first lines that are no sentence, and repeated functions are left out. About 5 000 pairs,
-    somewhat more or fewer by Python version.
+    The prompt is the function's source without its docstring, then its signature with an opening quote: the
+    completion stands next. Functions without a body of their own, first lines that are no sentence,
+    and repeated functions are left out. About 5 000 pairs, somewhat more or fewer by Python version.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
     pairs: dict[str, Example] = {}
@@ -61,13 +73,8 @@ def docstring_pairs(root: Path | None = None) -> list[Example]:
         for example in _module_pairs(path, module):
             pairs.setdefault(example.prompt, example)
     if not pairs:
-        raise DataError(f"no documented functions under {root}; is Python's standard library there as source?")
+        raise DataError(f"no documented functions under {root}; is the standard library there as source?")
     return list(pairs.values())
-
-
-def docstring_prompt(source: str) -> str:
-    """The prompt that asks for the first docstring line of a function."""
-    return f"{textwrap.dedent(source).strip()}\n\n# What the function does, in one line:\n"
 
 
 def read_pairs(path: Path) -> list[Example]:
@@ -89,8 +96,12 @@ def read_pairs(path: Path) -> list[Example]:
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path}, line {number}: not a JSON object with prompt and completion") from error
         if not (isinstance(prompt, str) and isinstance(completion, str) and completion.strip()):
-            raise DataError(f"{path}, line {number}: prompt and completion must be text, the completion not empty")
-        pairs.append(Example(prompt, completion, module=str(row.get("module", number)), name=f"line {number}"))
+            raise DataError(
+                f"{path}, line {number}: prompt and completion must be text, the completion not empty"
+            )
+        pairs.append(
+            Example(prompt, completion, module=str(row.get("module", number)), name=f"line {number}")
+        )
     if len(pairs) < 2:
         raise DataError(f"{path} has {len(pairs)} pairs; training and holding out need at least two")
     return pairs
@@ -99,8 +110,8 @@ def read_pairs(path: Path) -> list[Example]:
 def split_by_module(examples: Sequence[Example], percent: int = 10) -> tuple[list[Example], list[Example]]:
     """``(training, held out)``: up to ``percent`` % of the examples held out, by whole top-level modules.
 
-    Modules are taken in the order of a hash of their names while they fit, so none is in both parts, no large one
-    makes up the held-out part alone, and the choice hardly changes when a module is added.
+    Modules are taken in the order of a hash of their names while they fit, so none is in both parts, no large
+    one makes up the held-out part alone, and the choice hardly changes when a module is added.
     """
     sizes = Counter(_top(example) for example in examples)
     if len(sizes) < 2:
@@ -126,7 +137,9 @@ def tokenise(example: Example, tokenizer: Any, max_length: int) -> Tokens:
     completion = list(tokenizer(example.completion, add_special_tokens=False)["input_ids"])
     if tokenizer.eos_token_id is not None:
         completion.append(tokenizer.eos_token_id)
-    kept = completion[: max_length - 1]  # one prompt token at least: the first completion token needs a predecessor
+    kept = completion[
+        : max_length - 1
+    ]  # one prompt token at least: the first completion token needs a predecessor
     room = max_length - len(kept)
     truncated = len(kept) < len(completion) or room < len(prompt)
     prompt = cut_middle(prompt, room)
@@ -150,7 +163,7 @@ def cut_middle(ids: list[int], length: int) -> list[int]:
 
 
 def collate(batch: Sequence[Tokens], pad_id: int) -> dict[str, torch.Tensor]:
-    """One batch, padded on the left: ``input_ids``, ``attention_mask``, ``position_ids``, ``labels``, [batch, length].
+    """Input ids, ``attention_mask``, ``position_ids`` and ``labels``, [batch, length], padded on the left.
 
     On the left, so that completions end together and the vocabulary's logits are needed for a few last
     positions only.
@@ -171,17 +184,18 @@ def collate(batch: Sequence[Tokens], pad_id: int) -> dict[str, torch.Tensor]:
 def batches(
     tokens: Sequence[Tokens], size: int, pad_id: int, seed: int, window: int = 16
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of ``size`` without end, in an order that depends on ``seed`` alone; an epoch's last few are dropped.
+    """Batches of ``size`` without end, in an order that depends on ``seed`` alone.
 
-    Within ``window`` batches of a shuffled epoch, examples of like length share a batch: half the time of a step
-    would go into padding otherwise.
+    Within ``window`` batches of a shuffled epoch, examples of like length share a batch: else half the time of
+    a step would go into padding. What does not fill the last batch of a window is dropped.
     """
     generator = torch.Generator().manual_seed(seed)
     size = min(size, len(tokens))
     while True:
         order = torch.randperm(len(tokens), generator=generator).tolist()
         for start in range(0, len(order), window * size):
-            chunk = sorted(order[start : start + window * size], key=lambda index: len(tokens[index].input_ids))
+            chunk = order[start : start + window * size]
+            chunk.sort(key=lambda index: len(tokens[index].input_ids))
             groups = [chunk[at : at + size] for at in range(0, len(chunk) - size + 1, size)]
             for at in torch.randperm(len(groups), generator=generator).tolist():
                 yield collate([tokens[index] for index in groups[at]], pad_id)
@@ -211,11 +225,18 @@ def _module_pairs(path: Path, module: str) -> Iterator[Example]:
             continue
         first, _, rest = (ast.get_docstring(node) or "").strip().partition("\n")
         first = first.strip()
-        # Left out: one word, a doctest, a sentence that goes on in the next line, a function of docstring alone.
+        # Left out: one word, a doctest, a sentence that goes on in the next line, a body of docstring alone.
         continues = rest.partition("\n")[0].strip() and not first.endswith(".")
         if len(first.split()) < 2 or first.startswith(">>>") or continues or len(node.body) < 2:
             continue
-        documented = node.body[0]
-        assert documented.end_lineno is not None and node.end_lineno is not None
-        source = lines[node.lineno - 1 : documented.lineno - 1] + lines[documented.end_lineno : node.end_lineno]
-        yield Example(docstring_prompt("\n".join(source)), first, module, node.name)
+        docstring = node.body[0]
+        assert docstring.end_lineno is not None and node.end_lineno is not None
+        signature = lines[node.lineno - 1 : docstring.lineno - 1]
+        body = lines[docstring.end_lineno : node.end_lineno]
+        if signature:  # none: the docstring is on the line of the def
+            prompt = f'{_dedented(signature + body)}\n\n{_dedented(signature)}\n    """'
+            yield Example(prompt, first, module, node.name)
+
+
+def _dedented(lines: Sequence[str]) -> str:
+    return textwrap.dedent("\n".join(lines)).strip()

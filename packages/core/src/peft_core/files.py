@@ -38,7 +38,9 @@ def whole_directory(target: str | Path, ours: Collection[str]) -> Iterator[Path]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}-", suffix=".tmp", dir=target.parent))
+        temporary = Path(
+            tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}-", suffix=".tmp", dir=target.parent)
+        )
         os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
         if target.exists():
@@ -49,14 +51,20 @@ def whole_directory(target: str | Path, ours: Collection[str]) -> Iterator[Path]
         _put_in_place(temporary, target)
         _sync(target.parent)
     except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error)
-        raise CheckpointError(f"'{target}' could not be written: {reason}; what was there before is unchanged") from error
+        reason = (
+            "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error)
+        )
+        raise CheckpointError(
+            f"'{target}' could not be written: {reason}; what was there before is unchanged"
+        ) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> str:
     """Write a safetensors file and return its SHA-256."""
     ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     try:
@@ -79,14 +87,22 @@ def read_tensors(path: Path, expected_checksum: str | None = None) -> dict[str, 
         start = file.read(16)
     if not start:
         raise CheckpointError(f"'{path}' is empty; restore it from a copy")
-    if start.startswith((b"PK", b"\x80")):
-        raise CheckpointError(f"'{path}' is a pickle, which can run code when it is read; only safetensors files are read here")
+    # safetensors: eight bytes of header length, then the header's brace.
+    headed = len(start) > 8 and start[8:9] == b"{"
+    if not headed and start.startswith((b"PK", b"\x80")):
+        raise CheckpointError(
+            f"'{path}' is a pickle, which can run code when it is read; only safetensors files are read here"
+        )
     if expected_checksum is not None and checksum(path) != expected_checksum:
-        raise CheckpointError(f"'{path}' is not the file that was saved (its SHA-256 differs): it is cut short, damaged or exchanged")
+        raise CheckpointError(
+            f"'{path}' is not the file that was saved (its SHA-256 differs): it is cut short, damaged or exchanged"
+        )
     try:
         return safetensors.torch.load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}' cannot be read as safetensors: {error}; it is cut short or damaged") from None
+        raise CheckpointError(
+            f"'{path}' cannot be read as safetensors: {error}; it is cut short or damaged"
+        ) from None
 
 
 def checksum(path: Path) -> str:

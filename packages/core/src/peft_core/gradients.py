@@ -71,4 +71,3 @@ class SharedGradient:
 
     def __reduce__(self) -> tuple[type[SharedGradient], tuple[()]]:
         return SharedGradient, ()
-

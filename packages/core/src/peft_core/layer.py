@@ -9,7 +9,7 @@ own forward runs and the adapters' naive Δ(x) is added to it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -139,7 +139,7 @@ class AdaptedLinear:
         uses = slot.uses()
         if _fusible(self, slot, uses, x):
             return _fused(self, slot, uses, x)
-        return add_naive(self, slot, uses, x, super().forward(x))  # type: ignore[misc]
+        return add_to(self, slot, uses, x, super().forward(x))  # type: ignore[misc]
 
     def __reduce__(self) -> Any:
         return _rebuild, (undressed(type(self)), AdaptedLinear), self.__dict__
@@ -153,7 +153,7 @@ class HookedLinear(AdaptedLinear):
         slot: Slot = self.__dict__[SLOT]
         if "forward" not in self.__dict__ or not slot.active or slot.dense is not None:
             return y
-        return add_naive(self, slot, slot.uses(), x, y)
+        return add_to(self, slot, slot.uses(), x, y)
 
     def __reduce__(self) -> Any:
         return _rebuild, (undressed(type(self)), HookedLinear), self.__dict__
@@ -169,8 +169,14 @@ class Trained:
         slot: TrainedSlot = self.__dict__[SLOT]
         if not slot.active:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        with torch.nn.utils.stateless._reparametrize_module(self, slot.tensors()):  # type: ignore[arg-type]
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        # A hook on the instance (Accelerate's) would put the base's parameters back; all of them stand in, so it is not needed.
+        hooked = self.__dict__.pop("forward", None)
+        try:
+            with torch.nn.utils.stateless._reparametrize_module(self, slot.tensors(self)):  # type: ignore[arg-type]
+                return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if hooked is not None:
+                self.__dict__["forward"] = hooked
 
     def __reduce__(self) -> Any:
         return _rebuild, (undressed(type(self)), Trained), self.__dict__
@@ -182,17 +188,38 @@ class TrainedSlot:
     def __init__(self, root: nn.Module) -> None:
         self.parameters = root._parameters
         self.members: dict[str, tuple[tuple[str, str], ...]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
         self.active = ""
 
     def activate(self, scales: dict[str, float]) -> None:
         """The last active adapter that brings this module counts."""
         self.active = next((name for name in reversed(scales) if name in self.members), "")
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, module: Any) -> dict[str, Tensor]:
         """Parameter name → the bank's tensor, in the base's dtype."""
         held = self.parameters
-        return {name: held[there].to(self.dtypes[name]) for name, there in self.members[self.active]}  # type: ignore[union-attr]
+        return {
+            name: held[there].to(module.get_parameter(name).dtype)
+            for name, there in self.members[self.active]
+        }  # type: ignore[union-attr]
+
+
+class AdaptedRoot:
+    """What the root model wears: its own parameters come before those of its adapters, since the first parameter is what
+    `model.dtype` and much user code take for the model's.
+    """
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """See `nn.Module.named_parameters`."""
+        ours = []
+        for name, parameter in super().named_parameters(*args, **kwargs):  # type: ignore[misc]
+            if bases.ROOT_PREFIX in name:
+                ours.append((name, parameter))
+            else:
+                yield name, parameter
+        yield from ours
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (undressed(type(self)), AdaptedRoot), self.__dict__
 
 
 def wear(module: nn.Module, garment: type) -> None:
@@ -206,7 +233,7 @@ def undress(module: nn.Module) -> None:
     """Take our own layer of the class off again, whatever others have put above or below it."""
     forward = module.__dict__.get("_old_forward")
     cls = type(module)
-    if not isinstance(module, (AdaptedLinear, Trained)):
+    if not isinstance(module, tuple(garments)):
         return
     plain = undressed(cls)
     module.__class__ = plain
@@ -239,17 +266,29 @@ def _rebuild(base: type, garment: type) -> Any:
     return cls.__new__(cls)
 
 
-garments = {AdaptedLinear, HookedLinear, Trained}
+garments = {AdaptedLinear, HookedLinear, Trained, AdaptedRoot}
 
 
-def add_naive(module: Any, slot: Slot, uses: list[Use], x: Tensor, y: Tensor) -> Tensor:
-    """The generic path: what the adapters' references add to the base's output, by autograd."""
+def add_to(module: Any, slot: Slot, uses: list[Use], x: Tensor, y: Tensor) -> Tensor:
+    """The path for bases that cannot be fused: what the active adapters add to the base's output."""
+    if _paired(uses):
+        with torch.autocast(x.device.type, enabled=False):
+            return FusedDelta.apply(x.to(y.dtype), y, uses, module.training, *_edges(uses))  # type: ignore[no-any-return]
     for use in uses:
         tensors = use.tensors if use.additive else {**use.tensors, "base_weight": _base_weight(module, slot)}
         inner = nn.functional.dropout(x, use.dropout, module.training)
         delta = use.functions.naive(inner, tensors, use.binding)
         y = y + (delta if use.scale == 1.0 else delta * use.scale).to(y.dtype)
     return y
+
+
+def _paired(uses: list[Use]) -> bool:
+    """Whether the methods' accumulating pairs are to be used, and all have one."""
+    return (
+        not torch.compiler.is_compiling()
+        and kernels.chosen() != "naive"
+        and all(use.functions.add_ is not None and use.additive for use in uses)
+    )
 
 
 def _base_weight(module: Any, slot: Slot) -> Tensor:
@@ -260,23 +299,23 @@ def _dense(module: Any, slot: Slot, x: Tensor) -> Tensor:
     """A quantized layer into which an adapter is merged: its dense weight stands in for the packed one."""
     weight = slot.dense
     assert weight is not None
-    y = nn.functional.linear(x.to(weight.dtype), weight, None if module.bias is None else module.bias.to(weight.dtype))
-    return add_naive(module, slot, slot.uses(), x, y.to(x.dtype)) if slot.active else y.to(x.dtype)
+    y = nn.functional.linear(
+        x.to(weight.dtype), weight, None if module.bias is None else module.bias.to(weight.dtype)
+    )
+    return add_to(module, slot, slot.uses(), x, y.to(x.dtype)) if slot.active else y.to(x.dtype)
 
 
 def _fusible(module: Any, slot: Slot, uses: list[Use], x: Tensor) -> bool:
     weight = module.weight
     return (
         slot.fused
-        and not torch.compiler.is_compiling()
-        and kernels.chosen() != "naive"
+        and _paired(uses)
         and type(weight) in (nn.Parameter, Tensor)
         and not weight.requires_grad
         and (module.bias is None or not module.bias.requires_grad)
         and weight.device == x.device
         and x.device.type != "meta"
         and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
-        and all(use.functions.add_ is not None and use.additive for use in uses)
     )
 
 
@@ -291,77 +330,130 @@ def _fused(module: Any, slot: Slot, uses: list[Use], x: Tensor) -> Tensor:
     return _apply(x, weight, bias, slot.transposed, uses, dropout)
 
 
-def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, uses: list[Use], dropout: bool) -> Tensor:
+def _apply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, uses: list[Use], dropout: bool
+) -> Tensor:
     if x.shape[-1] != weight.shape[0 if transposed else 1]:
-        raise AdapterError(f"the input has {x.shape[-1]} features, the adapted layer expects {weight.shape[0 if transposed else 1]}")
+        raise AdapterError(
+            f"the input has {x.shape[-1]} features, the adapted layer expects {weight.shape[0 if transposed else 1]}"
+        )
+    return FusedLinear.apply(x, weight, bias, transposed, uses, dropout, *_edges(uses))  # type: ignore[no-any-return]
+
+
+def _edges(uses: list[Use]) -> list[Tensor]:
+    """The adapters' parameters as autograd sees them, in the order of `uses` and their tensors: the parameter itself, or the
+    gate of a shared one.
+    """
     edges: list[Tensor] = []
     if torch.is_grad_enabled():
         for use in uses:
             for name, tensor in use.tensors.items():
                 shared = use.shared.get(name)
                 edges.append(shared.edge(tensor) if shared is not None and tensor.requires_grad else tensor)
-    return FusedLinear.apply(x, weight, bias, transposed, uses, dropout, *edges)  # type: ignore[no-any-return]
+    return edges
 
 
 class FusedLinear(torch.autograd.Function):
     """y = x Wᵀ + b + Σ Δ(x), with the adapters adding in place; the base is frozen.
 
-    The adapters' parameters come as `edges`, in the order of `uses` and their tensors: the parameter itself, or the gate of
-    a shared one. Values are read from `uses`.
+    `edges` are what autograd knows of the adapters' parameters (see `_edges`); their values are read from `uses`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, uses: list[Use], dropout: bool, *edges: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        transposed: bool,
+        uses: list[Use],
+        dropout: bool,
+        *edges: Tensor,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # [tokens, in]
         oriented = weight if transposed else weight.T  # [in, out]
         y = torch.mm(flat, oriented) if bias is None else torch.addmm(bias, flat, oriented)
-        saved: list[Tensor] = []
-        layout: list[tuple[int, bool]] = []  # per use: number of saved tensors, whether the first is a dropout mask
-        for use in uses:
-            inner, mask = flat, None
-            if dropout and use.dropout:
-                mask = torch.empty_like(flat, dtype=torch.bool).bernoulli_(1 - use.dropout)
-                inner = flat * mask / (1 - use.dropout)
-            assert use.functions.add_ is not None
-            if use.scale == 1.0:
-                kept = use.functions.add_(inner, y, use.tensors, use.binding)
-            else:
-                delta = torch.zeros_like(y)
-                kept = use.functions.add_(inner, delta, use.tensors, use.binding)
-                y.add_(delta, alpha=use.scale)
-            layout.append((len(kept), mask is not None))
-            saved += [*kept, *([mask] if mask is not None else [])]
-        ctx.save_for_backward(weight, *saved, *(t for use in uses for t in use.tensors.values()))
-        ctx.uses, ctx.layout, ctx.transposed, ctx.shape = uses, layout, transposed, x.shape
+        _add_all(ctx, uses, flat, y, dropout, weight)
+        ctx.transposed, ctx.shape = transposed, x.shape
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        weight, *rest = ctx.saved_tensors
+        weight, *saved = ctx.saved_tensors
         flat = dy.reshape(-1, dy.shape[-1])
         dx = None
         if ctx.needs_input_grad[0]:
             dx = torch.mm(flat, weight.T if ctx.transposed else weight)  # [tokens, in]
-        kept_count = sum(count + masked for count, masked in ctx.layout)
-        kept, values = iter(rest[:kept_count]), iter(rest[kept_count:])
-        gradients: list[Tensor | None] = []
-        needs = iter(ctx.needs_input_grad[6:])
-        for use, (count, masked) in zip(ctx.uses, ctx.layout, strict=True):
-            saved = tuple(next(kept) for _ in range(count))
-            mask = next(kept) if masked else None
-            tensors = {name: next(values) for name in use.tensors}
-            found = _backward_of(use, flat, dx, saved, mask, tensors)
-            for name in tensors:
-                gradients.append(_deliver(use, name, found[name], tensors[name]) if next(needs, False) else None)
-        grad_x = None if dx is None else dx.view(ctx.shape)
-        return (grad_x, None, None, None, None, None, *gradients)
+        gradients = _grad_all(ctx, flat, dx, saved, ctx.needs_input_grad[6:])
+        return (None if dx is None else dx.view(ctx.shape), None, None, None, None, None, *gradients)
+
+
+class FusedDelta(torch.autograd.Function):
+    """y + Σ Δ(x) for a base that computes y itself (quantized, hooked)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, uses: list[Use], dropout: bool, *edges: Tensor) -> Tensor:
+        flat, total = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]).clone()
+        _add_all(ctx, uses, flat, total, dropout)
+        ctx.shape = x.shape
+        return total.view(y.shape)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        flat = dy.reshape(-1, dy.shape[-1])
+        dx = flat.new_zeros(flat.shape[0], ctx.shape[-1]) if ctx.needs_input_grad[0] else None
+        gradients = _grad_all(ctx, flat, dx, ctx.saved_tensors, ctx.needs_input_grad[4:])
+        return (None if dx is None else dx.view(ctx.shape), dy, None, None, *gradients)
+
+
+def _add_all(ctx: Any, uses: list[Use], x: Tensor, y: Tensor, dropout: bool, *more: Tensor) -> None:
+    """Let every adapter add to y [tokens, out] in place; save what their gradients need, after `more`."""
+    saved: list[Tensor] = []
+    layout: list[tuple[int, bool]] = []  # per use: number of saved tensors, whether a dropout mask follows
+    for use in uses:
+        inner, mask = x, None
+        if dropout and use.dropout:
+            mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - use.dropout)
+            inner = x * mask / (1 - use.dropout)
+        assert use.functions.add_ is not None
+        if use.scale == 1.0:
+            kept = use.functions.add_(inner, y, use.tensors, use.binding)
+        else:
+            delta = torch.zeros_like(y)
+            kept = use.functions.add_(inner, delta, use.tensors, use.binding)
+            y.add_(delta, alpha=use.scale)
+        layout.append((len(kept), mask is not None))
+        saved += [*kept, *([mask] if mask is not None else [])]
+    ctx.save_for_backward(*more, *saved, *(tensor for use in uses for tensor in use.tensors.values()))
+    ctx.uses, ctx.layout = uses, layout
+
+
+def _grad_all(
+    ctx: Any, dy: Tensor, dx: Tensor | None, saved: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Let every adapter add to dx [tokens, in] in place, and collect the gradients of their edges."""
+    kept_count = sum(count + masked for count, masked in ctx.layout)
+    kept, values, needed = iter(saved[:kept_count]), iter(saved[kept_count:]), iter(needs)
+    gradients: list[Tensor | None] = []
+    for use, (count, masked) in zip(ctx.uses, ctx.layout, strict=True):
+        own = tuple(next(kept) for _ in range(count))
+        mask = next(kept) if masked else None
+        tensors = {name: next(values) for name in use.tensors}
+        found = _backward_of(use, dy, dx, own, mask, tensors)
+        for name in tensors:
+            gradients.append(_deliver(use, name, found[name], tensors[name]) if next(needed) else None)
+    return gradients
 
 
 def _backward_of(
-    use: Use, dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], mask: Tensor | None, tensors: dict[str, Tensor]
+    use: Use,
+    dy: Tensor,
+    dx: Tensor | None,
+    saved: tuple[Tensor, ...],
+    mask: Tensor | None,
+    tensors: dict[str, Tensor],
 ) -> Any:
     assert use.functions.grad_ is not None
     if use.scale != 1.0:

@@ -20,6 +20,7 @@ from .bank import Bank, MergedSite, Registry
 from .errors import MergeError
 from .layer import SLOT
 from .method import Tensors
+from .plan import ROOT_PREFIX
 from .targets import Site
 
 
@@ -45,7 +46,12 @@ def merged_weight(weight: Tensor, contributions: Iterable[Contribution]) -> Tens
     for part in contributions:
         start = merged if part.owned is None else part.owned.to(dtype)
         result: Tensor = plugins.call(
-            part.method, "peft_merge", site=part.site, weight=start, tensors=part.tensors, binding=part.binding
+            part.method,
+            "peft_merge",
+            site=part.site,
+            weight=start,
+            tensors=part.tensors,
+            binding=part.binding,
         )
         if result.shape != start.shape:
             raise MergeError(
@@ -55,7 +61,9 @@ def merged_weight(weight: Tensor, contributions: Iterable[Contribution]) -> Tens
         if part.scale != 1.0:
             can = plugins.method(part.method).can(part.site.options)
             if can.exclusive:
-                raise MergeError(f"method '{part.method}' is not an added Δ and cannot be merged with weight {part.scale}")
+                raise MergeError(
+                    f"method '{part.method}' is not an added Δ and cannot be merged with weight {part.scale}"
+                )
             result = start + part.scale * (result - start)
         merged = result.to(dtype)
     return merged
@@ -85,11 +93,15 @@ def merge(root: nn.Module, registry: Registry, bank: Bank, scale: float, keep: s
                 f"'{path}': the weight is offloaded or on the meta device; load the model without offloading, "
                 "or merge the checkpoint files with peft-export"
             )
-    _refuse_ties(root, [(f"{path}.weight", module.weight) for path, module in sites], "exclude the tied layer")
+    _refuse_ties(
+        root, [(f"{path}.weight", module.weight) for path, module in sites], "exclude the tied layer"
+    )
     trained = [
         (f"{path}.{name}", key) for path, named in bank.plan.trained.items() for name, key in named.items()
     ]
-    _refuse_ties(root, [(name, root.get_parameter(name)) for name, _ in trained], "name both in train_modules")
+    _refuse_ties(
+        root, [(name, root.get_parameter(name)) for name, _ in trained], "name both in train_modules"
+    )
     for path, _ in sites:
         kept = registry.merged.setdefault(path, MergedSite(_keep(root.get_submodule(path), path, keep)))
         kept.adapters.append(bank.name)
@@ -114,7 +126,9 @@ def unmerge(root: nn.Module, registry: Registry, bank: Bank) -> None:
     """
     mine = {path: kept for path, kept in registry.merged.items() if bank.name in kept.adapters}
     if lost := [path for path, kept in mine.items() if kept.original is None]:
-        raise MergeError(f"'{lost[0]}': the original weight was not kept (merge with keep='host' to be able to unmerge)")
+        raise MergeError(
+            f"'{lost[0]}': the original weight was not kept (merge with keep='host' to be able to unmerge)"
+        )
     for path, kept in mine.items():
         kept.adapters.remove(bank.name)
         if path in bank.plan.base.shapes and bases.describe(_module(root, path)) is not None:
@@ -144,7 +158,9 @@ def settle(root: nn.Module, bank: Bank, registry: Registry) -> None:
         slot = module.__dict__.get(SLOT)
         if slot is not None and slot.dense is not None:
             parent, _, child = site.path.rpartition(".")
-            plain = nn.Linear(site.in_features, site.out_features, bias=module.bias is not None, device="meta")
+            plain = nn.Linear(
+                site.in_features, site.out_features, bias=module.bias is not None, device="meta"
+            )
             plain.weight = nn.Parameter(slot.dense, requires_grad=False)
             plain.bias = module.bias  # type: ignore[assignment]
             setattr(root.get_submodule(parent), child, plain.train(module.training))
@@ -192,9 +208,21 @@ def _write(root: nn.Module, registry: Registry, path: str, scales: dict[str, flo
     with torch.no_grad():
         merged = merged_weight(start, parts)
         if bases.is_quantized(module):
-            slot.dense = merged.to(start.dtype)
+            slot.dense = merged.to(_model_dtype(root))
         else:
             bases.write_weight(module, merged, slot.transposed)
+
+
+def _model_dtype(root: nn.Module) -> torch.dtype:
+    """The dtype in which a quantized model computes: that of what it did not quantize."""
+    return next(
+        (
+            p.dtype
+            for name, p in root.named_parameters()
+            if p.is_floating_point() and not name.startswith(ROOT_PREFIX)
+        ),
+        torch.float32,
+    )
 
 
 class _Packed:
@@ -256,4 +284,6 @@ def _refuse_ties(root: nn.Module, changed: list[tuple[str, Any]], remedy: str) -
         holders.setdefault(id(parameter), []).append(name)
     for name, parameter in changed:
         if others := [other for other in holders.get(id(parameter), []) if other not in names]:
-            raise MergeError(f"'{name}' is the same tensor as '{others[0]}': merging would change both; {remedy}")
+            raise MergeError(
+                f"'{name}' is the same tensor as '{others[0]}': merging would change both; {remedy}"
+            )

@@ -54,6 +54,8 @@ class MethodInfo:
         capabilities: or a function of validated options, where they depend on them.
         summary: one line. paper: a reference such as `arXiv 2409.15371`.
         trials: option sets for tiny layers, which the conformance suite runs one by one.
+        optimizer: `(parameters, lr=, weight_decay=) -> Optimizer`, for methods that come with one of their own; trainers
+            take it unless the user chooses another.
         version, distribution: filled in by core.
     """
 
@@ -63,12 +65,15 @@ class MethodInfo:
     summary: str = ""
     paper: str = ""
     trials: Sequence[Mapping[str, Any]] = ({},)
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None
     version: str = ""
     distribution: str = ""
 
     def can(self, options: BaseModel) -> Capabilities:
         """The capabilities under these validated options."""
-        return self.capabilities if isinstance(self.capabilities, Capabilities) else self.capabilities(options)
+        return (
+            self.capabilities if isinstance(self.capabilities, Capabilities) else self.capabilities(options)
+        )
 
 
 class Rows(NamedTuple):

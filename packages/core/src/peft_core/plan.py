@@ -17,13 +17,11 @@ from rich.table import Table
 from torch import nn
 
 from . import bases, plugins
+from .bases import ROOT_PREFIX as ROOT_PREFIX
 from .errors import ModelError, PlanError, listed
 from .sharing import FromBase, Layout, SharingGroup, TensorSpec
 from .spec import AdapterSpec
 from .targets import Site, choose, find_modules
-
-# Prefix of everything that an adapter registers on the root model; no module path can contain it.
-ROOT_PREFIX = "peft_core/"
 
 
 @dataclass(frozen=True)
@@ -175,11 +173,15 @@ def meta_model(directory: str | Path) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(path)
     except (ValueError, OSError, KeyError) as error:
-        raise ModelError(f"'{directory}': config.json cannot be read: {' '.join(str(error).split())}") from None
+        raise ModelError(
+            f"'{directory}': config.json cannot be read: {' '.join(str(error).split())}"
+        ) from None
     architecture = (config.architectures or [None])[0]
     cls = getattr(transformers, architecture or "", None)
     if cls is None:
-        raise ModelError(f"'{directory}': config.json names the architecture '{architecture}', which transformers lacks")
+        raise ModelError(
+            f"'{directory}': config.json names the architecture '{architecture}', which transformers lacks"
+        )
     with torch.device("meta"):
         model: nn.Module = cls._from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
     return model
@@ -194,10 +196,10 @@ def base_info(model: nn.Module, name: str | None = None) -> BaseInfo:
         base = bases.describe(module)
         if base:
             shapes[path] = (base.out_features, base.in_features)
-        for local, parameter in module.named_parameters(recurse=False):
-            if local.startswith(ROOT_PREFIX):
-                continue
-            logical = base.in_features * base.out_features if base and local == "weight" else parameter.numel()
+        for local, parameter in bases.own_parameters(module):
+            logical = (
+                base.in_features * base.out_features if base and local == "weight" else parameter.numel()
+            )
             if not (base and local == "weight"):
                 shapes[f"{path}.{local}" if path else local] = tuple(parameter.shape)
             if id(parameter) not in seen:
@@ -230,21 +232,29 @@ def _trained_modules(
                 raise PlanError(f"train_modules: '{path}.{name}' is quantized and cannot be trained in full")
             if id(parameter) not in owners:
                 owners[id(parameter)] = f"{path}.{name}"
-                groups.setdefault(path, {})[name] = TensorSpec(tuple(parameter.shape), FromBase(f"{path}.{name}"))
+                groups.setdefault(path, {})[name] = TensorSpec(
+                    tuple(parameter.shape), FromBase(f"{path}.{name}")
+                )
                 members[path] = [path]
             key = owners[id(parameter)]
             trained[path][name] = key
-            owner = next(p for p in groups if key.startswith(p + ".") and key.removeprefix(p + ".") in groups[p])
+            owner = next(
+                p for p in groups if key.startswith(p + ".") and key.removeprefix(p + ".") in groups[p]
+            )
             if path not in members[owner]:
                 members[owner].append(path)
     made = tuple(SharingGroup(path, tuple(members[path]), tensors) for path, tensors in groups.items())
     notes = tuple(
-        f"'{group.name}' and '{group.members[1]}' share their weight and stay tied" for group in made if len(group.members) > 1
+        f"'{group.name}' and '{group.members[1]}' share their weight and stay tied"
+        for group in made
+        if len(group.members) > 1
     )
     return made, trained, notes
 
 
-def _check(spec: AdapterSpec, sites: tuple[Site, ...], layout: Layout, groups: tuple[SharingGroup, ...]) -> None:
+def _check(
+    spec: AdapterSpec, sites: tuple[Site, ...], layout: Layout, groups: tuple[SharingGroup, ...]
+) -> None:
     """A layout that cannot work is a fault of the plugin; name it here, before anything is attached."""
     where = f"method '{spec.method}': peft_init"
     names = Counter(group.name for group in groups)
@@ -256,9 +266,13 @@ def _check(spec: AdapterSpec, sites: tuple[Site, ...], layout: Layout, groups: t
     paths = {site.path for site in sites}
     for group in layout.groups:
         if strangers := [member for member in group.members if member not in paths]:
-            raise PlanError(f"{where}: group '{group.name}' has the member '{strangers[0]}', which is no site of the plan")
+            raise PlanError(
+                f"{where}: group '{group.name}' has the member '{strangers[0]}', which is no site of the plan"
+            )
         if not group.tensors or not group.members:
-            raise PlanError(f"{where}: group '{group.name}' has no {'members' if group.tensors else 'tensors'}")
+            raise PlanError(
+                f"{where}: group '{group.name}' has no {'members' if group.tensors else 'tensors'}"
+            )
     uncovered = paths - {member for group in layout.groups for member in group.members}
     if uncovered:
         raise PlanError(f"{where} gave no tensor to {listed(sorted(uncovered), 3)}")
@@ -292,7 +306,16 @@ def size(count: float) -> str:
 def _table(plan: Plan) -> Table:
     spec = plan.spec
     table = Table(title=f"Plan: {spec.method} on {plan.base.architecture}", title_justify="left")
-    for heading in ("module type", "sites", "tensor", "shape", "tensors × borrowers", "trainable", "bytes", "% of base"):
+    for heading in (
+        "module type",
+        "sites",
+        "tensor",
+        "shape",
+        "tensors × borrowers",
+        "trainable",
+        "bytes",
+        "% of base",
+    ):
         table.add_column(heading, justify="left" if heading in ("module type", "tensor") else "right")
     site_types = {site.path: site.type for site in plan.sites}
     rows: dict[tuple[str, str, tuple[int, ...]], list[tuple[TensorSpec, int]]] = {}
@@ -329,7 +352,9 @@ def _table(plan: Plan) -> Table:
         size(plan.trainable_bytes),
         f"{100 * plan.num_trainable / plan.base.num_parameters:.3f}",
     )
-    remarks = [f"merging keeps {size(plan.merge_bytes)} of original weights, disabling {size(plan.disable_bytes)}"]
+    remarks = [
+        f"merging keeps {size(plan.merge_bytes)} of original weights, disabling {size(plan.disable_bytes)}"
+    ]
     if plan.state_bytes:
         remarks.append(f"training keeps {size(plan.state_bytes)} of state that is no parameter, on the CPU")
     table.caption = "\n".join([*remarks, *plan.notes])

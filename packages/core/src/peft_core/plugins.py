@@ -176,7 +176,9 @@ def _check(pm: pluggy.PluginManager) -> None:
         if not callable(info.capabilities):
             required |= {hook for can, hook in _PROMISES.items() if getattr(info.capabilities, can)}
         if missing := sorted(required - implemented):
-            raise PluginError(f"method '{info.name}' ({_named(info)}) does not implement {', '.join(missing)}")
+            raise PluginError(
+                f"method '{info.name}' ({_named(info)}) does not implement {', '.join(missing)}"
+            )
     for hook in _METHOD_HOOKS:
         for implementation in getattr(pm.hook, hook).get_hookimpls():
             observes = implementation.hookwrapper or implementation.wrapper

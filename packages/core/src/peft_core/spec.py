@@ -16,7 +16,12 @@ from . import plugins
 from .errors import SpecError, listed, suggestion
 from .method import Capabilities, MethodInfo
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 Patterns = str | tuple[str, ...]
 
 
@@ -40,21 +45,29 @@ class AdapterSpec(BaseModel):
         default=(), description="What `targets` should leave out: a list of names or suffixes, or one regex."
     )
     layers: tuple[int, ...] | None = Field(
-        default=None, description="Indices of the layers to adapt (the first number in a module's path); null: all."
+        default=None,
+        description="Indices of the layers to adapt (the first number in a module's path); null: all.",
     )
-    options: dict[str, Any] = Field(default_factory=dict, description="The method's own options, completed with its defaults.")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="The method's own options, completed with its defaults."
+    )
     overrides: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="Pattern (name, suffix or whole-path regex) → options that differ there. The last match wins.",
     )
     train_modules: tuple[str, ...] = Field(
-        default=(), description="Names or suffixes of modules to train in full: a new head, embeddings, norms."
+        default=(),
+        description="Names or suffixes of modules to train in full: a new head, embeddings, norms.",
     )
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="Dropout on the adapter's input while training.")
+    dropout: float = Field(
+        default=0.0, ge=0.0, lt=1.0, description="Dropout on the adapter's input while training."
+    )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         default="float32", description="dtype of the adapter's parameters; products run in the base's dtype."
     )
-    base_model: str | None = Field(default=None, description="Name or path of the base model, for the record.")
+    base_model: str | None = Field(
+        default=None, description="Name or path of the base model, for the record."
+    )
 
     @field_validator("targets", "exclude", mode="before")
     @classmethod
@@ -77,7 +90,9 @@ class AdapterSpec(BaseModel):
         # Frozen for users; completed here, before anybody sees it.
         spec.__dict__["options"] = complete
         if spec.dropout and not spec.capabilities.dropout:
-            raise SpecError(f"method '{spec.method}' does not allow dropout with these options; set dropout to 0")
+            raise SpecError(
+                f"method '{spec.method}' does not allow dropout with these options; set dropout to 0"
+            )
         return spec
 
     @property

@@ -75,7 +75,9 @@ def choose(model: nn.Module, spec: AdapterSpec) -> Choice:
     Raises:
         TargetError: nothing matches, a pattern of several matches nothing, or a match cannot be adapted.
     """
-    known = {path: base for path, module in model.named_modules() if path and (base := bases.describe(module))}
+    known = {
+        path: base for path, module in model.named_modules() if path and (base := bases.describe(module))
+    }
     skipped = _unreachable(model, known)
     notes: list[str] = []
     if spec.targets == "all-linear":
@@ -126,7 +128,9 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
                 raise TargetError(f"train_modules: '{path}' has no parameters to train")
         found += [path for path in paths if path not in found]
     if nested := [path for path in found if any(path.startswith(other + ".") for other in found)]:
-        raise TargetError(f"train_modules: '{nested[0]}' lies within another module of train_modules; name one of the two")
+        raise TargetError(
+            f"train_modules: '{nested[0]}' lies within another module of train_modules; name one of the two"
+        )
     return found
 
 
@@ -171,7 +175,11 @@ def _match(patterns: Patterns, known: Mapping[str, bases.Base], model: nn.Module
         found = [path for path in known if regex.fullmatch(path)]
         if not found:
             types = {path.rpartition(".")[2] for path in known}
-            hint = f"; for a module name write ['{patterns}']" if patterns in types else suggestion(patterns, types)
+            hint = (
+                f"; for a module name write ['{patterns}']"
+                if patterns in types
+                else suggestion(patterns, types)
+            )
             raise TargetError(
                 f"{what}: the regex '{patterns}' matches no whole module path{hint}; {_what_there_is(known)}"
             )
@@ -240,7 +248,7 @@ def _expert_tensors(model: nn.Module) -> str:
     for path, module in model.named_modules():
         if isinstance(module, (nn.modules.conv._ConvNd, nn.MultiheadAttention)):
             continue
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in bases.own_parameters(module):
             if parameter.dim() == 3 and min(parameter.shape) > 1:
                 key = f"{path.rpartition('.')[2]}.{name}"
                 counts[key] = counts.get(key, 0) + 1
@@ -252,5 +260,3 @@ def _regex(pattern: str, what: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise TargetError(f"{what}: '{pattern}' is not a valid regex: {error}") from None
-
-

@@ -6,7 +6,7 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,23 +39,21 @@ class TrainingLog:
 
 def train(
     model: torch.nn.Module,
-    parameters: Iterable[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
     batches: Iterator[dict[str, torch.Tensor]],
     *,
     steps: int,
-    lr: float,
     warmup: float = 0.1,
     max_grad_norm: float = 1.0,
-    weight_decay: float = 0.0,
     console: Console | None = None,
 ) -> TrainingLog:
-    """Train ``parameters`` by AdamW for ``steps`` batches; the learning rate rises over ``warmup`` of them, then falls to 0.
+    """Train what ``optimizer`` holds for ``steps`` batches.
 
-    Shows a progress bar on ``console`` if one is given. The model is left in the mode it came in.
-    Raises TrainingError when the loss is no longer finite.
+    Its learning rate rises over ``warmup`` (a part of the steps), then falls to 0; gradients are clipped to
+    ``max_grad_norm``. Shows a progress bar on ``console`` if there is one. The model stays in the mode it
+    is in. Raises TrainingError when the loss is no longer finite.
     """
-    owned = list(parameters)
-    optimizer = torch.optim.AdamW(owned, lr=lr, weight_decay=weight_decay)
+    owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     rising = max(1, math.ceil(warmup * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rising, (steps - step) / max(1, steps - rising + 1))
@@ -71,7 +69,7 @@ def train(
             loss = total / tokens
             value = loss.item()
             if not math.isfinite(value):
-                raise TrainingError(f"the loss is {value} at step {step + 1}; lower the learning rate ({lr})")
+                raise TrainingError(f"the loss is {value} at step {step + 1}; lower the learning rate")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(owned, max_grad_norm)
@@ -85,15 +83,26 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, examples: Sequence[Tokens], pad_id: int, batch_size: int = 16) -> float:
+def evaluate(
+    model: torch.nn.Module,
+    examples: Sequence[Tokens],
+    pad_id: int,
+    batch_size: int = 16,
+    console: Console | None = None,
+    title: str = "evaluating",
+) -> float:
     """Mean loss of a completion token over ``examples``, in nats, in evaluation mode."""
     was_training = model.training
     model.eval()
     by_length = sorted(examples, key=lambda tokens: len(tokens.input_ids))  # little padding, same mean
     total, count = 0.0, 0
-    for start in range(0, len(by_length), batch_size):
-        loss, tokens = completion_loss(model, collate(by_length[start : start + batch_size], pad_id))
-        total, count = total + loss.item(), count + tokens
+    with progress_bar(console) as progress:
+        task = progress.add_task(title, total=len(by_length), note="")
+        for start in range(0, len(by_length), batch_size):
+            batch = by_length[start : start + batch_size]
+            loss, tokens = completion_loss(model, collate(batch, pad_id))
+            total, count = total + loss.item(), count + tokens
+            progress.update(task, advance=len(batch), note=f"loss {total / count:.3f}")
     model.train(was_training)
     return total / count
 
@@ -107,12 +116,14 @@ def completion_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> t
     kept = labels.shape[1] - first + 1  # a label is predicted one position earlier
     logits = model(**_accepted(model, batch, kept)).logits[:, -kept:-1]
     wanted = labels[:, first:]
-    total = cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
+    total = cross_entropy(
+        logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
     return total, int((wanted != IGNORED).sum())
 
 
 def progress_bar(console: Console | None) -> Progress:
-    """A bar with a column ``note`` for what is being measured; nothing is shown without ``console``."""
+    """A progress bar with a column ``note`` beside it; nothing is shown without ``console``."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -125,7 +136,7 @@ def progress_bar(console: Console | None) -> Progress:
 
 
 def peak_memory() -> int | None:
-    """The most bytes this process has held: on the GPU where one was used, else in main memory; None if unknown."""
+    """The most bytes this process has held, on the GPU where one was used; None if unknown."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     try:
@@ -136,7 +147,9 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def plot_losses(losses: Sequence[float], path: Path, title: str, held_out: tuple[float, float] | None = None) -> None:
+def plot_losses(
+    losses: Sequence[float], path: Path, title: str, held_out: tuple[float, float] | None = None
+) -> None:
     """Write the loss curve as a PNG, with the held-out loss before and after where it is given."""
     require_matplotlib()
     from matplotlib.figure import Figure
@@ -163,7 +176,7 @@ def require_matplotlib() -> None:
 
 
 def _accepted(model: torch.nn.Module, batch: dict[str, torch.Tensor], kept: int) -> dict[str, Any]:
-    """The arguments that this model's forward knows, asking for the last ``kept`` positions' logits only if it can."""
+    """The arguments that this forward knows; logits of the last ``kept`` positions only, if it can."""
     known = inspect.signature(model.forward).parameters
     offered: dict[str, Any] = {**batch, "logits_to_keep": kept, "use_cache": False}
     return {name: value for name, value in offered.items() if name in known}

@@ -1,7 +1,8 @@
 """The accumulating pair of MiSS as torch products.
 
-Summing over shards and repeating over shards are products with the shard indicator E (0/1, [r, columns]): on a matrix unit
-they cost less than the strided additions that they replace. What is saved is S (or z), [tokens, r], never x.
+Summing over shards and repeating over shards are products with the shard indicator E (0/1, [r, columns]): on
+a matrix unit they cost less than the strided additions that they replace. What is saved is S [tokens, r], and
+x only by `expand`, whose gradient needs it.
 """
 
 from __future__ import annotations
@@ -9,41 +10,49 @@ from __future__ import annotations
 import functools
 
 import torch
-from peft_core import Forward
 from torch import Tensor
+
+from peft_core import Forward, Tensors
 
 from . import naive
 
-Tensors = dict[str, Tensor]
-
 
 @functools.lru_cache(maxsize=256)
-def indicator(count: int, r: int, interleaved: bool, sizes: tuple[int, ...] | None, dtype: torch.dtype, device: str) -> Tensor:
+def indicator(
+    count: int, r: int, interleaved: bool, sizes: tuple[int, ...] | None, dtype: torch.dtype, device: str
+) -> Tensor:
     """E [r, count]: E[i, j] = 1 where column j belongs to shard i."""
     shards = naive.shard_of(count, r, interleaved, sizes)
     return torch.nn.functional.one_hot(shards, r).T.contiguous().to(device=device, dtype=dtype)
 
 
 @functools.cache
-def efficient(k: int, r: int, interleaved: bool, scale: float) -> Forward:
-    """ΔW = s·Dᵀ·E with D [r, out] and the indicator of the input's shards."""
+def efficient(k: int, d: int, r: int, interleaved: bool, scale: float) -> Forward:
+    """ΔW = s·Dᵀ·E with D [r, d] and the indicator of the input's shards; `mini`: D [r, m] tiled d/m times."""
     shards = naive.shard_of(k, r, interleaved)
 
     def reference(x: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
-        return naive.efficient(x, tensors["D"], shards.to(x.device), scale)
+        return naive.mini(x, tensors["D"], shards.to(x.device), scale, d)
+
+    def tiled(D: Tensor, dtype: torch.dtype) -> Tensor:
+        D = D.to(dtype)
+        return D if D.shape[1] == d else D.repeat(1, d // D.shape[1])
 
     def add_(x: Tensor, y: Tensor, tensors: Tensors, binding: Tensors) -> tuple[Tensor, ...]:
         S = x @ indicator(k, r, interleaved, None, x.dtype, str(x.device)).T  # [tokens, r]
-        y.addmm_(S, tensors["D"].to(x.dtype), alpha=scale)
+        y.addmm_(S, tiled(tensors["D"], x.dtype), alpha=scale)
         return (S,)
 
     def grad_(
         dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: Tensors, binding: Tensors
-    ) -> Tensors:
+    ) -> dict[str, Tensor]:
+        D = tensors["D"]
         if dx is not None:
-            dS = dy @ tensors["D"].to(dy.dtype).T  # [tokens, r]
+            dS = dy @ tiled(D, dy.dtype).T  # [tokens, r]
             dx.addmm_(dS, indicator(k, r, interleaved, None, dy.dtype, str(dy.device)), alpha=scale)
-        dD = saved[0].T @ dy  # [r, out]
+        dD = saved[0].T @ dy  # [r, d]
+        if D.shape[1] != d:
+            dD = dD.view(r, -1, D.shape[1]).sum(1, dtype=D.dtype)
         return {"D": dD if scale == 1.0 else dD * scale}
 
     return Forward(reference, add_, grad_)
@@ -64,7 +73,7 @@ def expand(d: int, r: int, sizes: tuple[int, ...] | None, scale: float) -> Forwa
 
     def grad_(
         dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: Tensors, binding: Tensors
-    ) -> Tensors:
+    ) -> dict[str, Tensor]:
         dz = dy @ indicator(d, r, False, sizes, dy.dtype, str(dy.device)).T  # [tokens, r]
         if dx is not None:
             dx.addmm_(dz, tensors["D"].to(dy.dtype), alpha=scale)
@@ -72,3 +81,13 @@ def expand(d: int, r: int, sizes: tuple[int, ...] | None, scale: float) -> Forwa
         return {"D": dD if scale == 1.0 else dD * scale}
 
     return Forward(reference, add_, grad_)
+
+
+@functools.cache
+def bat(scale: float) -> Forward:
+    """Wᵢⱼ + s·(Wᵢⱼ·Dᵢ + Dᵢ), with the base weight at hand: the reference only, since it is no added Δ."""
+
+    def reference(x: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
+        return naive.bat(x, tensors["D"], tensors["base_weight"], scale)
+
+    return Forward(reference)

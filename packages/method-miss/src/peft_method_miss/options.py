@@ -12,17 +12,29 @@ class MissOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    variant: Literal["efficient", "expand"] = Field(
-        default="efficient", description="efficient: input shards share (the paper's MiSSᵉ); expand: output shards share."
+    variant: Literal["efficient", "expand", "mini", "bat"] = Field(
+        default="efficient",
+        description="efficient: input shards share (the paper's MiSSᵉ); expand: output shards share; "
+        "mini: efficient, with a narrower matrix tiled along the output; bat: block affine in the weight.",
     )
-    r: PositiveInt = Field(default=64, description="Number of shards: the rank of ΔW.")
+    r: PositiveInt = Field(
+        default=64,
+        description="Number of shards: the rank of ΔW. bat: the side of a block, which divides in and out.",
+    )
     layout: Literal["interleaved", "contiguous"] = Field(
         default="interleaved",
-        description="efficient: column j belongs to shard j mod r (as the authors' code does), or shards are runs of columns.",
+        description="efficient and mini: column j belongs to shard j mod r (as in the authors' code), or "
+        "shards are runs of columns.",
     )
-    alpha: PositiveFloat | None = Field(default=None, description="Scale alpha/r of ΔW; null: 1, as in the paper.")
+    alpha: PositiveFloat | None = Field(
+        default=None, description="Scale alpha/r of ΔW; null: 1, as in the paper."
+    )
+    mini_r: PositiveInt | None = Field(
+        default=None, description="mini: number of columns of the trained matrix, which divides out."
+    )
     sizes: tuple[PositiveInt, ...] | None = Field(
-        default=None, description="expand: lengths of the r output shards, which sum to out; null: as equal as possible."
+        default=None,
+        description="expand: lengths of the r output shards, which sum to out; null: as equal as possible.",
     )
 
     @model_validator(mode="after")
@@ -31,11 +43,20 @@ class MissOptions(BaseModel):
             raise ValueError("sizes belongs to variant 'expand'")
         if self.sizes is not None and len(self.sizes) != self.r:
             raise ValueError(f"sizes names {len(self.sizes)} shards, r is {self.r}")
-        if self.layout == "contiguous" and self.variant == "expand":
-            raise ValueError("layout belongs to variant 'efficient'")
+        if self.layout == "contiguous" and self.variant in ("expand", "bat"):
+            raise ValueError("layout belongs to the variants 'efficient' and 'mini'")
+        if self.mini_r is not None and self.variant != "mini":
+            raise ValueError("mini_r belongs to variant 'mini'")
+        if self.mini_r is None and self.variant == "mini":
+            raise ValueError("variant 'mini' needs mini_r, the number of columns of D, which divides out")
         return self
 
     @property
     def scale(self) -> float:
         """What ΔW is multiplied by."""
         return 1.0 if self.alpha is None else self.alpha / self.r
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether column j belongs to shard j mod r."""
+        return self.layout == "interleaved"

@@ -102,8 +102,9 @@ def _check(name: str, members: Sequence[Site], options: MoSOptions) -> None:
     public = L * (e - p)
     if r - p > public:
         raise PlanError(
-            f"mos: '{name}' has {L} {'layer' if L == 1 else 'layers'}: its pools hold {public} public ranks, "
-            f"{L}·(equivalent_rank {e} - private_rank {p}); each cannot draw r - private_rank = {r - p}; "
+            f"mos: '{name}' has {L} {'layer' if L == 1 else 'layers'}, so its pools hold "
+            f"{L}·(equivalent_rank {e} - private_rank {p}) = {public} public ranks; "
+            f"a layer cannot draw r - private_rank = {r - p} of them; "
             f"set r ≤ {public + p} or equivalent_rank ≥ {math.ceil((r - p) / L) + p} "
             f"(overrides can do so for '{members[0].type}' alone)"
         )

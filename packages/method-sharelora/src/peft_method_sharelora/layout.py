@@ -14,22 +14,29 @@ def lay_out(sites: Sequence[Site]) -> Layout:
     """Groups `shared.{module type}` for the common factors and one named by its path for each site's own."""
     _refuse_idle_patterns(sites)
     groups: list[SharingGroup] = []
-    for name, members in alike(sites, key=lambda site: (share(site), block(site))):
-        site, r = members[0], members[0].options.r
-        factors = {
-            "A": TensorSpec((r, site.in_features), kaiming_uniform(site.in_features)),
-            "B": TensorSpec((site.out_features, r)),
-        }
+    sharing = [site for site in sites if share(site) != "none"]
+    for name, members in alike(sharing, key=lambda site: (share(site), block(site))):
         common = {
-            factor: spec for factor, spec in factors.items() if factor in share(site)
-        }  # "none" holds neither
-        own = {factor: spec for factor, spec in factors.items() if factor not in common}
-        if common:
-            # The prefix keeps clear of the paths that name the private groups (both are "0" in a Sequential).
-            groups.append(SharingGroup(f"shared.{name}", tuple(member.path for member in members), common))
-        if own:
-            groups += [SharingGroup(member.path, (member.path,), own) for member in members]
-    return Layout(tuple(groups))
+            factor: spec for factor, spec in _factors(members[0]).items() if factor in share(members[0])
+        }
+        # The prefix keeps clear of the paths that name the private groups (both are "0" in a Sequential).
+        groups.append(SharingGroup(f"shared.{name}", tuple(site.path for site in members), common))
+    for site in sites:
+        # "none" holds neither letter.
+        if own := {factor: spec for factor, spec in _factors(site).items() if factor not in share(site)}:
+            groups.append(SharingGroup(site.path, (site.path,), own))
+    types = {site.path: site.type for site in sites}
+    order = list(dict.fromkeys(types.values()))
+    return Layout(tuple(sorted(groups, key=lambda group: order.index(types[group.members[0]]))))
+
+
+def _factors(site: Site) -> dict[str, TensorSpec]:
+    """A Kaiming, B zero."""
+    r: int = site.options.r
+    return {
+        "A": TensorSpec((r, site.in_features), kaiming_uniform(site.in_features)),
+        "B": TensorSpec((site.out_features, r)),
+    }
 
 
 def share(site: Site) -> Share:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import peft_core as pc
 import torch
+from torch import Tensor
+
+import peft_core as pc
 from peft_core import hookimpl, lowrank
 from peft_core.method import Tensors
-from torch import Tensor
 
 from . import layout, naive, switching
 from .optimizer import RowAdamW
@@ -28,12 +29,13 @@ def peft_method() -> pc.MethodInfo:
         capabilities=pc.Capabilities(
             owns_base_weight=True, starts_at_zero=False, lowrank=False, dropout=False, optimizer_step=True
         ),
-        summary="full-rank learning with low-rank gradients: vectors of B and A are exchanged as training goes on",
+        summary="full-rank learning with low-rank gradients: vectors of B and A are exchanged in training",
         paper="arXiv 2406.06564",
         trials=(
             {"r": 4, "interval": 4, "freeze_steps": 2, "total_steps": 100},
             {"r": 4, "alpha": 3, "interval": 2, "freeze_steps": 1, "total_steps": 100, "order": "random"},
         ),
+        optimizer=RowAdamW,
     )
 
 
@@ -67,8 +69,8 @@ def peft_merge(site: pc.Site, weight: Tensor, tensors: Tensors, binding: Tensors
 @hookimpl
 def peft_lowrank(site: pc.Site, tensors: Tensors, binding: Tensors) -> pc.LowRank:
     raise pc.MergeError(
-        f"'{site.path}': SwitchLoRA has moved weight into the base, so that its change has full rank and no exact "
-        "low-rank factors; merge it, or ask for a truncated SVD, whose error is then reported"
+        f"'{site.path}': SwitchLoRA has moved weight into the base, so that its change has full rank and no "
+        "exact low-rank factors; merge it, or ask for a truncated SVD, whose error is then reported"
     )
 
 

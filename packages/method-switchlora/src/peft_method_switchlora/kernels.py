@@ -1,13 +1,15 @@
-"""The update of W that keeps the function while vectors are exchanged: one pass over W for all of a step's exchanges."""
+"""The update of W that keeps the function while vectors are exchanged: one pass for a step's exchanges."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from peft_core.kernels import chosen
 from torch import Tensor
+
+from peft_core.kernels import chosen
 
 from . import naive
 
@@ -29,7 +31,7 @@ def switch_update_(weight: Tensor, columns: Tensor, rows: Tensor, scale: float) 
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    """float32 products in float32, whatever the user allows the model: TF32 would let W drift with every exchange."""
+    """float32 products in float32, whatever the user allows the model: in TF32, W would drift."""
     if not hasattr(torch.backends, "fp32_precision"):  # torch < 2.9
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
@@ -38,7 +40,7 @@ def _full_float32() -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(before)
         return
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     lowered = [(b, b.fp32_precision) for b in backends if b.fp32_precision in ("tf32", "bf16")]
     try:
         for backend, _ in lowered:

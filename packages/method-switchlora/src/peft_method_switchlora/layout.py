@@ -1,4 +1,4 @@
-"""What a site has: A and B, the candidates that wait to take a place in them, and the books on who is where."""
+"""What a site has: A and B, the candidates that wait for a place in them, and the books on who is where."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import peft_core as pc
 import torch
-from peft_core.plan import size
 from torch import Tensor
+
+import peft_core as pc
+from peft_core.plan import size
 
 from .options import initial_stds
 
 
 @dataclass(frozen=True)
 class LastSlots(pc.Initializer):
-    """[2, r]: the candidate slots that A's rows and B's columns come from: the last r, B's rotated by r // 2."""
+    """[2, r]: the candidate slots of A's rows and of B's columns: the last r, B's rotated by r // 2."""
 
     candidates: int
 
@@ -41,7 +42,7 @@ def layout(sites: Sequence[pc.Site]) -> pc.Layout:
 
 
 def switches(site: pc.Site) -> bool:
-    """Whether there is anything to switch: candidates beyond the current vectors, and two places to do it in."""
+    """Whether there is anything to switch: spare candidates, and two places to put them."""
     return 1 < site.options.r < min(site.out_features, site.in_features)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-
 import torch
-from peft_core import lowrank
 from torch import Tensor
+
+from peft_core import lowrank
 
 
 def split_off(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
-from peft_core import OptimizerStepError
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from peft_core import OptimizerStepError
 
 
 class RowAdamW(torch.optim.AdamW):
     """AdamW in which a vector (a row or a column of a parameter) can start afresh: moments *and* step count.
 
-    Until a vector of a parameter is reset, that parameter is updated by torch's own AdamW. From then on its state's
-    `step` is no scalar but has a count for each vector, shaped to broadcast: [r, 1] for rows, [1, r] for columns.
+    Until a vector of a parameter is reset, that parameter is updated by torch's own AdamW. From then on its
+    state's `step` is no scalar but holds a count per vector, shaped to broadcast: [r, 1] for rows, [1, r] for
+    columns.
 
     Args:
         params, lr, betas, eps, weight_decay, foreach: as for `torch.optim.AdamW`.
@@ -33,13 +35,13 @@ class RowAdamW(torch.optim.AdamW):
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, foreach=foreach)
 
-    def restart_counts(self, parameter: Tensor, dim: int, index: Tensor) -> None:
-        """The vectors at `index` along `dim` count their steps from 0 again."""
+    def restart_counts(self, parameter: Tensor, dim: int, places: Tensor) -> None:
+        """The vectors at `places` along `dim` count their steps from 0 again."""
         state = self.state[parameter]
         if state["step"].dim() == 0:
             shape = [size if axis == dim else 1 for axis, size in enumerate(parameter.shape)]
             state["step"] = state["step"].expand(shape).clone()
-        state["step"].index_fill_(dim, index.to(state["step"].device), 0)
+        state["step"].index_fill_(dim, places.to(state["step"].device), 0)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -56,18 +58,22 @@ class RowAdamW(torch.optim.AdamW):
                 loss = closure()
         for group in self.param_groups:
             plain: list[Tensor] = []
-            by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            counted: dict[Any, list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 if self._state(parameter)["step"].dim() == 0:
                     plain.append(parameter)
                 else:
-                    by_kind.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+                    counted.setdefault(_batch(parameter, group["foreach"]), []).append(parameter)
+            numbers: dict[str, Any] = {name: group[name] for name in ("lr", "eps", "weight_decay")}
+            numbers["beta1"], numbers["beta2"] = group["betas"]
             if plain:
-                adamw(*self._lists(plain, True), **_settings(group), foreach=group["foreach"])
-            for counted in by_kind.values():
-                update_vectors(*self._lists(counted, False), **_settings(group))
+                torchs = {**numbers, "amsgrad": False, "maximize": False, "foreach": group["foreach"]}
+                gradients, exp_avgs, exp_avg_sqs, counts = self._lists(plain)
+                adamw(plain, gradients, exp_avgs, exp_avg_sqs, [], counts, **torchs)
+            for parameters in counted.values():
+                update_vectors(parameters, *self._lists(parameters), **numbers)
         return loss
 
     def _state(self, parameter: Tensor) -> dict[str, Any]:
@@ -78,13 +84,11 @@ class RowAdamW(torch.optim.AdamW):
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state
 
-    def _lists(self, parameters: Sequence[Tensor], torchs: bool) -> list[list[Tensor]]:
-        """Parameters, gradients and moments in the order in which torch's functional AdamW takes them."""
-        states = [self._state(parameter) for parameter in parameters]
-        moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
+    def _lists(self, parameters: list[Tensor]) -> tuple[list[Tensor], ...]:
+        """Gradients, first and second moments, counts: four lists."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        maxima: list[list[Tensor]] = [[]] if torchs else []  # of AMSGrad
-        return [list(parameters), gradients, *moments, *maxima, [state["step"] for state in states]]
+        states = [self._state(parameter) for parameter in parameters]
+        return gradients, *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
 
 
 def update_vectors(
@@ -102,15 +106,14 @@ def update_vectors(
 ) -> None:
     """AdamW with a step count per vector, on parameters of one device and dtype. The counts rise by 1.
 
-    p −= lr/c₁·m / (√v/√c₂ + ε), c = 1 − βᵏ, is computed as lr·m / (√v·c₁/√c₂ + ε·c₁): whatever differs from vector
-    to vector is in the denominator, and the parameters themselves are updated by one call for all.
+    p −= lr/c₁·m / (√v/√c₂ + ε), c = 1 − βᵏ, is computed as lr·m / (√v·c₁/√c₂ + ε·c₁): whatever differs from
+    vector to vector is in the denominator, and one call updates all parameters.
     """
     torch._foreach_add_(counts, 1)
     flat = torch.cat([count.flatten() for count in counts]).double()
     c1, c2 = 1 - beta1**flat, 1 - beta2**flat
     like = parameters[0]
     factors = torch.stack([c1 / c2.sqrt(), eps * c1]).to(like.device, like.dtype, non_blocking=True)
-    sizes = [count.numel() for count in counts]
 
     if weight_decay:
         torch._foreach_mul_(parameters, 1 - lr * weight_decay)
@@ -118,28 +121,35 @@ def update_vectors(
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, 1 - beta2)
     denominators = torch._foreach_sqrt(exp_avg_sqs)
-    for denominator, count, (factor, floor) in zip(
-        denominators, counts, (part.unbind() for part in factors.split(sizes, dim=1)), strict=True
-    ):
+    parts = factors.split([count.numel() for count in counts], dim=1)
+    for denominator, count, (factor, floor) in zip(denominators, counts, parts, strict=True):
         denominator.mul_(factor.view_as(count)).add_(floor.view_as(count))
     torch._foreach_addcdiv_(parameters, exp_avgs, denominators, -lr)
 
 
+def _batch(parameter: Tensor, foreach: bool | None) -> Any:
+    """What parameters that are updated together have in common. By default, as in torch, all of an
+    accelerator are (calls are dear there), and none in main memory (one parameter should stay in the cache).
+    """
+    together = parameter.device.type != "cpu" if foreach is None else foreach
+    return (parameter.device, parameter.dtype) if together else parameter
+
+
 def check(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer whose state cannot be reset vector by vector; before its first step, so by its class.
+    """Refuse an optimizer whose state cannot be reset by vectors; by its class, before it has any state.
 
     Raises:
         OptimizerStepError: names the ones that can.
     """
     if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)):
         raise OptimizerStepError(
-            f"SwitchLoRA resets single vectors in the optimizer's state, and does not know that of "
-            f"{type(optimizer).__name__}; use peft_method_switchlora.RowAdamW, or AdamW, Adam or SGD of torch.optim"
+            "SwitchLoRA resets single vectors in the optimizer's state, and does not know that of "
+            f"{type(optimizer).__name__}; use peft_method_switchlora.RowAdamW, or torch's AdamW, Adam or SGD"
         )
 
 
-def zero_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, dim: int, index: Tensor) -> None:
-    """Zero the moments of the vectors at `index` along `dim`: whatever state has the parameter's shape.
+def zero_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, dim: int, places: Tensor) -> None:
+    """Zero the moments of the vectors at `places` along `dim`: whatever state has the parameter's shape.
 
     Raises:
         OptimizerStepError: the state is packed (8-bit), so that zero may not mean zero.
@@ -152,22 +162,17 @@ def zero_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, dim: int, 
                 f"SwitchLoRA does not understand '{name}' in the state of {type(optimizer).__name__}: "
                 f"{value.dtype} of shape {tuple(value.shape)}; use peft_method_switchlora.RowAdamW"
             )
-        value.index_fill_(dim, index, 0)
+        value.index_fill_(dim, places, 0)
 
 
-def restart(optimizer: torch.optim.Optimizer, parameter: Tensor, dim: int, index: Tensor) -> None:
-    """Let the vectors at `index` along `dim` start afresh: moments zero, and step counts where there is one each."""
-    zero_moments(optimizer, parameter, dim, index)
+def restart(optimizer: torch.optim.Optimizer, parameter: Tensor, dim: int, places: Tensor) -> None:
+    """Let the vectors at `places` along `dim` start afresh: moments, and counts where each has its own."""
+    zero_moments(optimizer, parameter, dim, places)
     if isinstance(optimizer, RowAdamW) and parameter in optimizer.state:
-        optimizer.restart_counts(parameter, dim, index)
+        optimizer.restart_counts(parameter, dim, places)
 
 
 def decays_through_moments(optimizer: torch.optim.Optimizer) -> bool:
     """Whether weight decay is part of the gradient, so that it fills moments that should stay zero."""
     coupled = not isinstance(optimizer, torch.optim.AdamW)
     return coupled and any(group.get("weight_decay") for group in optimizer.param_groups)
-
-
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    beta1, beta2 = group["betas"]
-    return {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": group["weight_decay"]}

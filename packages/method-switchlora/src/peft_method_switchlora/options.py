@@ -16,13 +16,17 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    r: int = Field(default=128, gt=0, description="Rank: how many columns of B and rows of A are trained at a time.")
+    r: int = Field(default=128, gt=0, description="Rank: columns of B and rows of A trained at a time.")
     alpha: float = Field(default=1.0, gt=0, description="ΔW = (alpha/r)·B·A; the initialisation assumes 1.")
     interval: float = Field(
-        default=40, gt=0, description="Steps between two switches of one vector, at the start; at least 2·freeze_steps."
+        default=40,
+        gt=0,
+        description="Steps from one switch of a vector to its next, at first; ≥ 2·freeze_steps.",
     )
     ratio: float = Field(
-        default=0.1, gt=0, description="After this part of the run, switches come at 0.3 times the first rate."
+        default=0.1,
+        gt=0,
+        description="After this part of the run, the rate of switching is 0.3 times the first.",
     )
     total_steps: int | None = Field(
         default=None, gt=0, description="Length of the run in optimizer steps; null: the trainer tells."
@@ -31,22 +35,22 @@ class Options(BaseModel):
         default=5, ge=0, description="Steps for which the counterpart of a switched vector does not move."
     )
     order: Literal["consecutive", "random"] = Field(
-        default="consecutive", description="Which candidate comes next: the following one, or a free one at random."
+        default="consecutive", description="Which candidate comes next: the following, or any free one."
     )
     offload_candidates: bool = Field(
         default=True, description="Keep the candidates in main memory instead of on the accelerator."
     )
     weight_master: Literal["none", "float32"] | None = Field(
         default=None,
-        description="Precision in which moved weight is kept, beside the base's; null: float32 for 16-bit bases.",
+        description="float32: keep a copy in which weight is moved exactly; null: that, for 16-bit bases.",
     )
 
     @model_validator(mode="after")
     def _thawed_in_time(self) -> Options:
         if self.interval < 2 * self.freeze_steps:
             raise ValueError(
-                f"interval must be at least 2·freeze_steps = {2 * self.freeze_steps}: a vector would come round while "
-                f"its counterpart is still frozen; raise interval ({self.interval:g}) or lower freeze_steps"
+                f"interval must be at least 2·freeze_steps = {2 * self.freeze_steps}, "
+                "or a vector comes round while its counterpart is frozen"
             )
         return self
 
@@ -56,7 +60,7 @@ class Options(BaseModel):
         return self.alpha / self.r
 
     def expected_switches(self, step: int, total_steps: int) -> float:
-        """Mean number of columns of B, and of rows of A, that a site switches at this step (from 0): r/interval(t)."""
+        """Mean number of columns of B, and of rows of A, that a site switches at a step (from 0)."""
         interval = self.interval / max(0.3 ** ((step + 1) / (self.ratio * total_steps)), 1e-8)
         return self.r / interval
 

@@ -8,14 +8,15 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from peft_core import OptimizerStep, OptimizerStepError, StepMember
 from torch import Tensor
+
+from peft_core import OptimizerStep, OptimizerStepError, StepMember
 
 from . import optimizer as optimizers
 from .kernels import switch_update_
 from .options import Options
 
-# Rows of the bookkeeping tensors, and the dimension along which a factor's vectors lie: A's are its rows, B's its columns.
+# Rows of the bookkeeping tensors, and the dimension along which a factor's vectors lie: rows, columns.
 A, B = 0, 1
 
 
@@ -39,7 +40,7 @@ class Still(NamedTuple):
 
     parameter: Tensor
     dim: int
-    index: Tensor
+    places: Tensor
     values: Tensor
 
 
@@ -59,10 +60,10 @@ def switching(step: OptimizerStep) -> Iterator[None]:
     yield
     coupled = optimizers.decays_through_moments(step.optimizer)
     with torch.no_grad():
-        for parameter, dim, index, values in still:
-            parameter.index_copy_(dim, index, values)
+        for parameter, dim, places, values in still:
+            parameter.index_copy_(dim, places, values)
             if coupled:
-                optimizers.zero_moments(step.optimizer, parameter, dim, index)
+                optimizers.zero_moments(step.optimizer, parameter, dim, places)
 
 
 def switch_(step: OptimizerStep, member: StepMember) -> list[Leaving]:
@@ -71,7 +72,7 @@ def switch_(step: OptimizerStep, member: StepMember) -> list[Leaving]:
     total_steps = options.total_steps or step.total_steps
     if total_steps is None:
         raise OptimizerStepError(
-            f"adapter '{step.adapter}': SwitchLoRA switches less and less over a run and must know its length: "
+            f"adapter '{step.adapter}': SwitchLoRA switches ever less in a run and must know its length: "
             "set the option total_steps, or adapter.total_steps (a trainer does)"
         )
     draws = random.Random(f"{step.seed}/{step.index}/{member.site.path}")
@@ -92,7 +93,7 @@ def switch_(step: OptimizerStep, member: StepMember) -> list[Leaving]:
 def decide(
     options: Options, state: Mapping[str, Tensor], step: int, total_steps: int, draws: random.Random
 ) -> tuple[Exchange, Exchange]:
-    """What a site exchanges in A and in B at this step (from 0): equally many, at places that have nothing in common.
+    """What a site exchanges in A and in B at this step (from 0): equally many, and never at the same place.
 
     Pure, and so the same on every rank.
     """
@@ -167,16 +168,16 @@ def book_(
 
 
 def hold_still(member: StepMember, step: int) -> Iterator[Still]:
-    """The frozen vectors of a site, as they are. Their gradients are zeroed, so that their moments stay zero."""
+    """The frozen vectors of a site, as they are. Their gradients are zeroed: so their moments stay zero."""
     for dim, name in ((A, "A"), (B, "B")):
-        index = (member.state["frozen_until"][dim] > step).nonzero().flatten()
-        if not index.numel():
+        places = (member.state["frozen_until"][dim] > step).nonzero().flatten()
+        if not places.numel():
             continue
         parameter = member.tensors[name]
-        index = index.to(parameter.device)
+        places = places.to(parameter.device)
         if parameter.grad is not None:
-            parameter.grad.index_fill_(dim, index, 0)
-        yield Still(parameter, dim, index, parameter.index_select(dim, index))
+            parameter.grad.index_fill_(dim, places, 0)
+        yield Still(parameter, dim, places, parameter.index_select(dim, places))
 
 
 def _run(blocked: Sequence[bool], start: int) -> int:

@@ -13,6 +13,7 @@ import peft_core as pc
 from peft_core import plugins
 from peft_core.bank import registry
 from peft_core.method import Gradient
+from peft_core.plan import ROOT_PREFIX
 
 from .families import Family
 
@@ -62,10 +63,15 @@ def randomise(adapter: pc.Adapter, seed: int = 0, std: float = 0.1) -> pc.Adapte
 
 
 def adapted(
-    family: Family, trial: Trial, dtype: torch.dtype = torch.float32, seed: int = 0, std: float = 0.1, **fields: Any
+    family: Family,
+    trial: Trial,
+    base_dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    std: float = 0.1,
+    **fields: Any,
 ) -> tuple[nn.Module, pc.Adapter]:
-    """A family's model with a randomised adapter of the trial."""
-    model = family.build(dtype=dtype)
+    """A family's model with a randomised adapter of the trial; `fields` are further fields of the spec."""
+    model = family.build(dtype=base_dtype)
     return model, randomise(pc.attach(model, trial.spec(family, **fields), seed=seed), seed, std)
 
 
@@ -119,6 +125,8 @@ def dense(gradient: Gradient, like: Tensor) -> Tensor:
 def relative(found: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
     """Root mean square of the difference over that of `scale` (default: of what is expected)."""
     assert found.shape == expected.shape, f"shape {list(found.shape)}, expected {list(expected.shape)}"
+    if not expected.numel():
+        return 0.0
     difference = (found.detach().double() - expected.detach().double()).square().mean().sqrt()
     reference = (expected if scale is None else scale).detach().double().square().mean().sqrt()
     return float(difference / reference) if float(reference) else float(difference)
@@ -163,7 +171,9 @@ class Snapshot:
     def assert_restored(self, model: nn.Module) -> None:
         """The model is what it was: values, keys, classes, attributes, flags."""
         now = Snapshot.of(model)
-        assert list(now.state) == list(self.state), f"state_dict keys differ: {set(now.state) ^ set(self.state)}"
+        assert list(now.state) == list(self.state), (
+            f"state_dict keys differ: {set(now.state) ^ set(self.state)}"
+        )
         self.assert_same_values(model)
         assert now.buffers == self.buffers
         assert now.flags == self.flags, "requires_grad flags differ"
@@ -186,7 +196,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def run(family: Family, model: nn.Module, seed: int = 0) -> Tensor:
     """The model's output for the family's inputs, without autograd."""
-    dtype = next(parameter.dtype for parameter in model.parameters())
+    dtype = next(p.dtype for name, p in model.named_parameters() if not name.startswith(ROOT_PREFIX))
     with torch.no_grad():
         return family.forward(model, family.inputs(seed, dtype)).clone()
 

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from .checks import trials
+from .checks import Trial, trials
 from .families import CORE, FAMILIES
+
+_INSTALLED = pytest.StashKey[list[Trial]]()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "trial" in metafunc.fixturenames:
+        if _INSTALLED not in metafunc.config.stash:
+            metafunc.config.stash[_INSTALLED] = trials([])
         found = trials(metafunc.config.getoption("peft_methods"))
         if not found:
-            raise pytest.UsageError("no method is installed; conformance needs one: pip install peft-method-NAME")
+            raise pytest.UsageError(
+                "no method is installed; conformance needs one: pip install peft-method-NAME"
+            )
         metafunc.parametrize("trial", found, ids=str)
     if "family" in metafunc.fixturenames:
         marker = metafunc.definition.get_closest_marker("families")
@@ -38,3 +45,23 @@ def seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture
+def partner(trial: Trial, pytestconfig: pytest.Config) -> Trial:
+    """Another trial that may stand on the same sites: of another method if there is one."""
+    installed = pytestconfig.stash[_INSTALLED]
+    possible = [other for other in installed if not other.can.exclusive and other != trial] or [trial]
+    return next((other for other in possible if other.method != trial.method), possible[0])
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """`torch.empty` gives NaN, so that reading what nobody wrote is seen."""
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    settings.fill_uninitialized_memory = before[1]

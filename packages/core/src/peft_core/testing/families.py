@@ -1,7 +1,7 @@
-"""Tiny random models, one per family of architectures, for the conformance suite and for a method's own tests.
+"""Tiny random models, one per family of architectures, for the conformance suite and a method's own tests.
 
-What a method's `trials` may count on: every layer to adapt has in and out sizes that are multiples of 3 (and not all of
-anything larger) and at least 24, and every module type occurs at least twice.
+What a method's `trials` may count on: every layer to adapt has in and out sizes that are multiples of 3 (and
+not all of anything larger) and at least 24, and every module type occurs at least twice.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Family:
     """One architecture.
 
     Attributes:
-        name: of the family. make: a new model with whatever weights. draw: its keyword arguments from a generator;
-            floating-point ones are cast to the model's dtype.
+        name: of the family. make: a new model with whatever weights.
+        draw: its keyword arguments from a generator; floating-point ones are cast to the model's dtype.
         output: what of the model's answer is compared. train_modules: trained in full beside the adapter.
     """
 
@@ -52,7 +52,9 @@ class Family:
     def inputs(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Keyword arguments of the model."""
         drawn = self.draw(torch.Generator().manual_seed(seed))
-        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in drawn.items()}
+        return {
+            name: value.to(dtype) if value.is_floating_point() else value for name, value in drawn.items()
+        }
 
     def forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """The model's output tensor for what `inputs` gave."""
@@ -65,7 +67,7 @@ def _built(name: str, seed: int, dtype: torch.dtype) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = family.make()
-        # transformers starts with weights so small that hardly anything but the residual stream would be tested.
+        # transformers' weights start so small that hardly anything but the residual stream would be tested.
         with torch.no_grad():
             for module in model.modules():
                 weight = getattr(module, "weight", None)
@@ -80,7 +82,7 @@ def _built(name: str, seed: int, dtype: torch.dtype) -> nn.Module:
 
 
 class OddBlocks(nn.Sequential):
-    """Two blocks of 63 → 60 → 63: sizes that no kernel's block size divides, under a root that is an nn.Sequential."""
+    """Two blocks of 63 → 60 → 63: sizes that no kernel's block divides, under an nn.Sequential as root."""
 
     def __init__(self) -> None:
         def block() -> nn.Module:
@@ -92,13 +94,15 @@ class OddBlocks(nn.Sequential):
 
 
 class Experts(nn.Module):
-    """A mixture of Linear experts. Tokens are routed by their id, so that rounding cannot send one elsewhere."""
+    """A mixture of Linear experts. Tokens are routed by id, so that rounding cannot send one elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
         self.router = nn.Linear(HIDDEN, HEADS * 6)
         self.experts = nn.ModuleList(
-            nn.Sequential(OrderedDict(up=nn.Linear(HIDDEN, INNER), act=nn.SiLU(), down=nn.Linear(INNER, HIDDEN)))
+            nn.Sequential(
+                OrderedDict(up=nn.Linear(HIDDEN, INNER), act=nn.SiLU(), down=nn.Linear(INNER, HIDDEN))
+            )
             for _ in range(4)
         )
 
@@ -134,7 +138,10 @@ def _tokens(generator: torch.Generator) -> dict[str, Tensor]:
 
 def _even_tokens(generator: torch.Generator) -> dict[str, Tensor]:
     # Of the four experts, only the first three see tokens.
-    return {"input_ids": torch.randint(0, VOCABULARY // 4, (BATCH, LENGTH), generator=generator) * 4 + torch.arange(LENGTH) % 3}
+    return {
+        "input_ids": torch.randint(0, VOCABULARY // 4, (BATCH, LENGTH), generator=generator) * 4
+        + torch.arange(LENGTH) % 3
+    }
 
 
 def _padded_tokens(generator: torch.Generator) -> dict[str, Tensor]:
@@ -162,7 +169,7 @@ def _vectors(generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def _transformer(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
-    """A maker of `transformers.<model>` with `transformers.<config>`; dropout is off unless `settings` say otherwise."""
+    """A maker of `transformers.<model>` with `transformers.<config>`."""
 
     def make() -> nn.Module:
         import transformers
@@ -231,7 +238,9 @@ _ALL = (
         _transformer("Gemma3ForCausalLM", "Gemma3TextConfig", **_DECODER, head_dim=12, sliding_window=4),
         _tokens,
     ),
-    Family("mistral", _transformer("MistralForCausalLM", "MistralConfig", **_DECODER, sliding_window=4), _tokens),
+    Family(
+        "mistral", _transformer("MistralForCausalLM", "MistralConfig", **_DECODER, sliding_window=4), _tokens
+    ),
     Family("phi3", _transformer("Phi3ForCausalLM", "Phi3Config", **_DECODER), _tokens),
     Family(
         "gpt_neox",
@@ -277,7 +286,11 @@ _ALL = (
         _transformer(
             "ViTForImageClassification",
             "ViTConfig",
-            **{name: _ENCODER[name] for name in _ENCODER if name not in ("vocab_size", "max_position_embeddings")},
+            **{
+                name: _ENCODER[name]
+                for name in _ENCODER
+                if name not in ("vocab_size", "max_position_embeddings")
+            },
             image_size=16,
             patch_size=8,
         ),

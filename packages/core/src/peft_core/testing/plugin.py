@@ -1,6 +1,7 @@
 """pytest's side of the conformance suite: `pytest --pyargs peft_core.testing --method NAME`.
 
-pytest loads this in every run of an environment that has peft-core, so it imports nothing and acts only on the suite.
+pytest loads this in every run of an environment that has peft-core, so it imports nothing and acts only on
+the suite.
 """
 
 from __future__ import annotations
@@ -25,5 +26,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "families(*names): model families that a conformance test runs on, instead of the core ones"
+        "markers",
+        "families(*names): model families that a conformance test runs on, instead of the core ones",
     )

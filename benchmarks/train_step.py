@@ -1,0 +1,246 @@
+"""A training step of every installed method and of the field's PEFT library, against the floor, on SmolLM2-135M.
+
+    tox run -e bench -- [--rounds 14] [--json FILE] [--short] [--only miss,lora] [--cpu-time]
+
+The floor is the frozen base with gradients of its inputs only: what no adapter can go below. All runs share one process
+and one copy of the base's weights (bf16). Time: the runs take turns, each once a round, in an order that rotates; a run
+is judged by the median of its per-round ratios to the floor, and by the ratio of the two shortest times. A step is
+forward, loss, backward and AdamW (fused); for the floor, forward, loss and backward.
+
+Memory: torch's allocator reports every allocation of one step to the profiler, so the peak of what is alive is counted,
+not sampled. `peak` is that peak above the floor's (gradients included, parameters and optimizer state not); `saved` is
+what lives from forward to backward, by unique storages, above the floor's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import peft_core as pc
+from peft_core.models import load_base
+
+R = 16
+# Label, method, options: of ours, where they are installed.
+OURS: list[tuple[str, str, dict[str, Any]]] = [
+    ("miss", "miss", {"r": R}),
+    ("miss contiguous", "miss", {"r": R, "layout": "contiguous"}),
+    ("miss expand", "miss", {"r": R, "variant": "expand"}),
+    ("lora", "lora", {"r": R, "alpha": R}),
+    ("mos", "mos", {"r": R, "equivalent_rank": 2}),
+    ("sharelora", "sharelora", {"r": R, "alpha": R}),
+    ("switchlora", "switchlora", {"r": R}),
+]
+# Label → their configuration's class and whether it keeps float32 parameters, its default.
+THEIRS: dict[str, tuple[str, bool]] = {
+    "peft MiSS": ("MissConfig", True),
+    "peft MiSS bf16": ("MissConfig", False),
+    "peft LoRA": ("LoraConfig", True),
+    "peft LoRA bf16": ("LoraConfig", False),
+}
+TYPES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Of ours: the limit of its time against the floor, and of its memory above it against theirs.
+TARGETS: dict[str, tuple[float, float, str]] = {
+    "miss": (1.10, 0.20, "peft MiSS"),
+    "lora": (1.15, 0.35, "peft LoRA"),
+}
+FLOOR = "floor"
+
+
+@dataclass
+class Run:
+    """One model that takes training steps."""
+
+    model: nn.Module
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    optimizer: torch.optim.Optimizer | None = None
+    seconds: list[float] = field(default_factory=list)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """The loss. Gradients flow to the embedded inputs, through every layer, in every run alike."""
+        embedded = self.model.get_input_embeddings()(ids).detach().requires_grad_()  # type: ignore[operator]
+        loss: torch.Tensor = self.model(inputs_embeds=embedded, labels=ids, use_cache=False).loss
+        return loss
+
+    def step(self, ids: torch.Tensor) -> float:
+        """One training step; returns the loss."""
+        loss = self.forward(ids)
+        loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return float(loss.detach())
+
+
+def base_model() -> nn.Module:
+    """SmolLM2-135M in bf16, frozen, in training mode."""
+    model: nn.Module = load_base("smollm2-135m", dtype=torch.bfloat16)[0]
+    return model.requires_grad_(False).train()
+
+
+def copy_of(base: nn.Module) -> nn.Module:
+    """A model of its own on the same weights."""
+    shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    return copy.deepcopy(base, shared)
+
+
+def ours(base: nn.Module, method: str, options: dict[str, Any]) -> Run:
+    """A run of one of our methods."""
+    spec = pc.AdapterSpec(method=method, options=options)
+    model = copy.deepcopy(base) if spec.capabilities.owns_base_weight else copy_of(base)
+    adapter = pc.attach(model, spec)
+    adapter.total_steps = 1000
+    make = spec.info.optimizer
+    parameters = list(adapter.parameters())
+    optimizer = make(parameters, lr=1e-4) if make else torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    return Run(model, parameters, optimizer)
+
+
+def theirs(base: nn.Module, kind: str, wide: bool) -> Run:
+    """A run of the PEFT library."""
+    import peft
+
+    settings = {"lora_alpha": R} if kind == "LoraConfig" else {}
+    config = getattr(peft, kind)(r=R, target_modules=TYPES, **settings)
+    model = peft.get_peft_model(copy_of(base), config, autocast_adapter_dtype=wide).train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Run(model, parameters, torch.optim.AdamW(parameters, lr=1e-4, fused=True))
+
+
+def saved_bytes(run: Run, ids: torch.Tensor) -> int:
+    """Bytes that live from forward to backward, by unique storages, without the model's own tensors."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*run.model.parameters(), *run.model.buffers())}
+    held: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = run.forward(ids)
+    del loss
+    return sum(held.values())
+
+
+def peak_bytes(run: Run, ids: torch.Tensor) -> int:
+    """The most that is alive at once of what forward and backward allocate."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        run.forward(ids).backward()
+    for parameter in run.parameters:
+        parameter.grad = None
+    alive = most = 0
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            most = max(most, alive)
+    return most
+
+
+def main() -> None:
+    """Print the table; the figures go to --json."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=14, help="rounds in which every run takes a step (14)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--short", action="store_true", help="2 rounds of 1 × 64 tokens: does it run?")
+    parser.add_argument("--batch", type=int, default=4, help="sequences (4)")
+    parser.add_argument("--length", type=int, default=256, help="tokens in each (256)")
+    parser.add_argument("--only", default="", help="labels of the runs beside the floor, separated by commas")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="one thread, its processor time: for a machine that does other work",
+    )
+    arguments = parser.parse_args()
+    if arguments.short:
+        arguments.rounds, arguments.batch, arguments.length = 2, 1, 64
+    warnings.filterwarnings("ignore")
+    clock: Callable[[], float] = time.perf_counter
+    if arguments.cpu_time:
+        torch.set_num_threads(1)
+        clock = time.process_time
+
+    base = base_model()
+    vocabulary = base.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (arguments.batch, arguments.length), generator=generator)
+    wanted = [label for label in arguments.only.split(",") if label]
+    makers: dict[str, Callable[[], Run]] = {FLOOR: lambda: Run(copy_of(base))}
+    for label, method, options in OURS:
+        if method in pc.methods():
+            makers[label] = lambda method=method, options=options: ours(base, method, options)  # type: ignore[misc]
+    for label, (kind, wide) in THEIRS.items():
+        makers[label] = lambda kind=kind, wide=wide: theirs(base, kind, wide)  # type: ignore[misc]
+    runs = {label: make() for label, make in makers.items() if not wanted or label in [FLOOR, *wanted]}
+
+    figures: dict[str, dict[str, float]] = {}
+    for label, run in runs.items():
+        run.step(ids)  # optimizer states, caches
+        gc.collect()
+        figures[label] = {"saved": saved_bytes(run, ids), "peak": peak_bytes(run, ids)}
+        figures[label]["parameters"] = sum(parameter.numel() for parameter in run.parameters)
+        run.step(ids)
+    labels = list(runs)
+    for index in range(arguments.rounds):
+        for label in labels[index % len(labels) :] + labels[: index % len(labels)]:
+            start = clock()
+            runs[label].step(ids)
+            runs[label].seconds.append(clock() - start)
+
+    floor = runs[FLOOR].seconds
+    for label, run in runs.items():
+        found = figures[label]
+        found["median ratio"] = statistics.median(a / b for a, b in zip(run.seconds, floor, strict=True))
+        found["ratio of minima"] = min(run.seconds) / min(floor)
+        found["saved above floor"] = found["saved"] - figures[FLOOR]["saved"]
+        found["peak above floor"] = found["peak"] - figures[FLOOR]["peak"]
+    how = "processor time of one thread" if arguments.cpu_time else f"{torch.get_num_threads()} threads"
+    print(
+        f"SmolLM2-135M bf16, {arguments.batch} × {arguments.length} tokens, {arguments.rounds} rounds, {how}; "
+        f"floor: median {statistics.median(floor):.3f} s, shortest {min(floor):.3f} s, "
+        f"peak {figures[FLOOR]['peak'] / 1e6:.0f} MB"
+    )
+    print(f"{'':16} {'parameters':>10} {'median':>8} {'minima':>8} {'saved':>9} {'peak':>9}")
+    for label in labels:
+        found = figures[label]
+        print(
+            f"{label:16} {found['parameters']:10,.0f} {found['median ratio']:8.3f} {found['ratio of minima']:8.3f} "
+            f"{found['saved above floor'] / 1e6:6.1f} MB {found['peak above floor'] / 1e6:6.1f} MB"
+        )
+    for label, (limit, memory, against) in TARGETS.items():
+        if label in runs:
+            line = f"{label}: time {figures[label]['median ratio']:.3f} (target ≤ {limit})"
+            if against in runs:
+                for what in ("saved", "peak"):
+                    share = figures[label][f"{what} above floor"] / figures[against][f"{what} above floor"]
+                    line += f", {what} {share:.2f} × {against}"
+                line += f" (target ≤ {memory})"
+            print(line)
+    if arguments.json:
+        seconds = {label: run.seconds for label, run in runs.items()}
+        settings = {name: str(value) for name, value in vars(arguments).items()}
+        arguments.json.write_text(
+            json.dumps({"settings": settings, "figures": figures, "seconds": seconds}, indent=2)
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""The program ``peft-core``. Plugins add commands of their own through the hook ``peft_cli``.
+
+What takes long to import (transformers) is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .errors import CheckpointError, ModelError, PeftCoreError, SpecError, listed, suggestion
+
+if TYPE_CHECKING:
+    import torch
+
+    from .checkpoint import AdapterFile
+
+_USER_ERROR = 2
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Base = Annotated[str, typer.Option(help="The base model: a checkpoint directory, or smollm2-135m.")]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: what is fast on the device.")]
+
+
+def main() -> None:
+    """Run the program. A user's mistake is one line on standard error and exit status 2."""
+    try:
+        program()()
+    except PeftCoreError as error:
+        print(f"peft-core: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(_USER_ERROR)
+
+
+def program() -> typer.Typer:
+    """The program with every command, those of plugins included."""
+    from . import plugins
+
+    app = typer.Typer(
+        help="Parameter-efficient fine-tuning of PyTorch models.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+    )
+    for command in (methods, plan, inspect, quickstart, generate):
+        app.command()(command)
+    plugins.add_commands(app)
+    return app
+
+
+def methods(json_: Json = False) -> None:
+    """List the installed methods, their options and what they can do."""
+    from . import plugins
+
+    found = plugins.methods()
+    if json_:
+        _print_json(
+            {
+                name: {
+                    "version": info.version,
+                    "distribution": info.distribution,
+                    "summary": info.summary,
+                    "paper": info.paper,
+                    "options": info.options.model_json_schema(),
+                }
+                for name, info in sorted(found.items())
+            }
+        )
+        return
+    if not found:
+        typer.echo("No methods are installed. They are distributions named peft-method-NAME.")
+        return
+    table = Table(title="Installed methods", title_justify="left")
+    for heading in ("method", "what it is", "options and defaults", "distribution", "paper"):
+        table.add_column(heading)
+    for name, info in sorted(found.items()):
+        options = info.options().model_dump(mode="json")
+        defaults = ", ".join(f"{option}={json.dumps(value)}" for option, value in options.items())
+        package = f"{info.distribution} {info.version}".strip()
+        table.add_row(*map(escape, (name, info.summary, defaults, package, info.paper)))
+    _console().print(table)
+
+
+def plan(
+    model: Base,
+    spec: Annotated[Path, typer.Option(help="The adapter's spec, YAML or JSON.")],
+    json_: Json = False,
+) -> None:
+    """Show what a spec does to a model: sites, tensors, parameters, memory. No weights are read."""
+    from .models import base_path
+    from .plan import plan as make_plan
+    from .spec import AdapterSpec
+
+    made = make_plan(base_path(model), AdapterSpec.from_file(spec))
+    if json_:
+        _print_json(made.to_json())
+    else:
+        _console().print(made)
+
+
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="An adapter directory.")],
+    json_: Json = False,
+) -> None:
+    """Show what a saved adapter is: method, base model, options, tensors. Its method may be missing."""
+    from .checkpoint import TENSORS, read_header
+
+    header = read_header(directory)
+    file = directory / TENSORS
+    if not file.is_file():
+        raise CheckpointError(f"'{directory}': {TENSORS} is missing")
+    size = file.stat().st_size
+    if json_:
+        _print_json({**header.model_dump(mode="json"), "file_bytes": size})
+    else:
+        _show_header(directory, header, size)
+
+
+def quickstart(
+    method: Annotated[str, typer.Option(help="An installed method; see `peft-core methods`.")],
+    model: Base = "smollm2-135m",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 60,
+    out: Annotated[Path, typer.Option(help="Folder for adapter, loss curve and metrics.")] = Path("out"),
+    data: Annotated[
+        Path | None,
+        typer.Option(help="JSON Lines with prompt and completion; default: Python's standard library."),
+    ] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--options", "-o", metavar="NAME=VALUE", help="An option of the method; repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same numbers.")] = 0,
+    lr: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 8,
+    held_out: Annotated[int, typer.Option(min=1, help="Held-out examples to measure the loss on.")] = 128,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    json_: Json = False,
+) -> None:
+    """Fine-tune a real model, save, load, merge, and check all of it."""
+    from . import plugins
+
+    parsed = parse_options(options or [])
+    plugins.method(method)  # a misspelt name is told before transformers is imported
+    from .quickstart import run
+
+    report = run(
+        method,
+        model,
+        steps,
+        out,
+        data,
+        parsed,
+        seed=seed,
+        lr=lr,
+        batch_size=batch_size,
+        held_out=held_out,
+        dtype=_dtype(dtype, device),
+        device=device,
+        console=Console(stderr=True) if json_ else _console(),
+    )
+    if json_:
+        print(report.to_json())
+    else:
+        _console().print(report)
+    for failure in report.failures:
+        print(f"peft-core: {failure}", file=sys.stderr)
+    if report.failures:
+        raise typer.Exit(1)
+
+
+def generate(
+    base: Base,
+    adapter: Annotated[Path, typer.Option(help="An adapter directory.")],
+    prompt: Annotated[str, typer.Option(help="What the model goes on from; `-` reads standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to write.")] = 64,
+    chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    json_: Json = False,
+) -> None:
+    """Write on from a prompt with a base model and a saved adapter, always taking the likeliest token."""
+    from .attach import load
+    from .checkpoint import read_header
+    from .models import complete, load_base
+
+    read_header(adapter)  # no adapter there: said before the base is loaded
+    text = sys.stdin.read() if prompt == "-" else prompt
+    model, tokenizer = load_base(base, _dtype(dtype, device), device)
+    load(model, adapter)
+    if chat:
+        if not tokenizer.chat_template:
+            raise ModelError(f"{base} has no chat template; leave out --chat")
+        message = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    written = complete(model, tokenizer, text, max_new_tokens)
+    if json_:
+        _print_json({"prompt": text, "completion": written})
+    else:
+        print(written)
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """``["r=16", "share=AB"]`` as ``{"r": 16, "share": "AB"}``; values are read as YAML. Raises SpecError."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator or not name:
+            raise SpecError(f"--options {pair}: write NAME=VALUE, such as r=16")
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SpecError(f"--options {pair}: the value cannot be read as YAML") from error
+    return options
+
+
+def _dtype(name: str, device: str) -> torch.dtype:
+    from .models import checked_device, fast_dtype
+    from .spec import DTYPES
+
+    if name == "auto":
+        return fast_dtype(checked_device(device))
+    if name not in DTYPES:
+        known = ["auto", *DTYPES]
+        raise SpecError(f"no dtype {name!r}{suggestion(name, known)}; there are {listed(known)}")
+    return DTYPES[name]
+
+
+def _show_header(directory: Path, header: AdapterFile, size: int) -> None:
+    summary = Table(title=f"Adapter: {escape(str(directory))}", title_justify="left", show_header=False)
+    trainable = sum(math.prod(shape) for group in header.groups for shape in group.tensors.values())
+    share = 100 * trainable / max(1, header.base.num_parameters)
+    rows = {
+        "method": f"{header.method.name} ({header.method.distribution} {header.method.version})",
+        "base model": f"{header.base.architecture} {header.base.name}".strip(),
+        "fingerprint": header.base.fingerprint,
+        "options": ", ".join(f"{k}={json.dumps(v)}" for k, v in header.spec.get("options", {}).items()),
+        "adapted layers": str(len(header.sites)),
+        "trained in full": ", ".join(header.trained) or "none",
+        "parameters": f"{trainable:,} ({share:.3f} % of the base)",
+        "tensors": f"{len(header.tensors)} in {size / 1e6:.1f} MB",
+        "seed, optimizer steps": f"{header.seed}, {header.steps}",
+        "format version": str(header.format_version),
+    }
+    for label, value in rows.items():
+        summary.add_row(label, escape(value))
+    groups = Table(title="Sharing groups", title_justify="left")
+    for heading in ("group", "borrowers", "tensors"):
+        groups.add_column(heading, justify="right" if heading == "borrowers" else "left")
+    for group in header.groups:
+        shapes = ", ".join(f"{name} {' × '.join(map(str, shape))}" for name, shape in group.tensors.items())
+        groups.add_row(escape(group.name), str(len(group.members)), escape(shapes))
+    _console().print(summary, groups)
+
+
+def _console() -> Console:
+    """Standard output; wide enough for tables where no terminal says how wide it is."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 120))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))

@@ -1,0 +1,292 @@
+"""transformers' Trainer, and TRL's, for models with adapters: checkpoints hold adapters, and resuming goes on from them.
+
+Everything else is the trainer's own: its arguments, its loop, what else it writes into a checkpoint.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from .attach import Adapter, adapters
+from .errors import AdapterError, listed
+from .layer import SLOT
+from .optim import check_stepped
+from .plan import ROOT_PREFIX
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+_ARGUMENTS_FILE = "training_args.bin"
+
+
+class AdapterTrainerMixin(_Base):  # type: ignore[misc]
+    """Put this before a trainer that derives from transformers': `class T(AdapterTrainerMixin, SFTTrainer)`.
+
+    The adapters in training are those that are trainable and active. A checkpoint holds them (one: in the checkpoint's
+    directory itself, several: in a directory each below it) and what the trainer needs to go on: optimizer, scheduler,
+    random states. `resume_from_checkpoint` and `load_best_model_at_end` read them back in place; a resumed run is bit for
+    bit the run that was never stopped. Each adapter's `total_steps` is set. Where a method comes with an optimizer of its
+    own, it is used unless the arguments name another than the default.
+
+    A trainer that compares with a reference model (TRL's DPO) gets the model without the adapters in training as its
+    reference, unless one is given: no second copy is loaded.
+
+    Raises:
+        AdapterError: no adapter is in training; something beside the adapters is trainable (it would be in no
+            checkpoint); an argument asks for what does not go together with adapters.
+        OptimizerStepError: at the end, if the method needs optimizer steps and none was seen.
+        CheckpointError: a checkpoint's adapter is missing, damaged, or has another layout.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        signature = inspect.signature(super().__init__)
+        given = signature.bind_partial(*args, **kwargs)
+        model = given.arguments.get("model")
+        if model is not None and not isinstance(model, nn.Module):
+            raise AdapterError(
+                f"load the model and attach an adapter to it first; the trainer was given {model!r}"
+            )
+        if given.arguments.get("peft_config") is not None:
+            raise AdapterError(
+                "peft_config is for Hugging Face PEFT; attach an adapter with peft_core.attach and leave it out"
+            )
+        if model is not None:
+            _check_arguments(self, model, given.arguments.get("args"))
+            if "ref_model" in signature.parameters and given.arguments.get("ref_model") is None:
+                _check_reference(model, given.arguments.get("args"))
+                given.arguments["ref_model"] = Reference(model)
+        super().__init__(*given.args, **given.kwargs)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise AdapterError(
+                "AdapterTrainer runs on one process or under DDP; DeepSpeed and FSDP are not supported by it"
+            )
+        self.add_callback(_Follower())
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's own."""
+        if self.model_init is None:
+            _check_arguments(self, self.model, self.args)
+            _allow_reentrant_checkpointing(self.model, self.args)
+        return super().train(*args, **kwargs)
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """As the trainer's own; the model must come with its adapter attached."""
+        model = super().call_model_init(trial)
+        _check_arguments(self, model, self.args)
+        _allow_reentrant_checkpointing(model, self.args)
+        return model
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As the trainer's own, with the method's optimizer where it has one and no other was asked for."""
+        held = self.model if model is None else model
+        default = type(self.args).__dataclass_fields__["optim"].default
+        chosen = (
+            self.optimizer is not None
+            or self.optimizer_cls_and_kwargs is not None
+            or self.args.optim != default
+        )
+        make = None if chosen else own_optimizer(in_training(held))
+        if make is None:
+            return super().create_optimizer(model)
+        decaying = set(self.get_decay_parameter_names(held))
+        groups: dict[float, list[Tensor]] = {self.args.weight_decay: [], 0.0: []}
+        for name, parameter in held.named_parameters():
+            if parameter.requires_grad:
+                groups[self.args.weight_decay if name in decaying else 0.0].append(parameter)
+        parameters = [{"params": params, "weight_decay": decay} for decay, params in groups.items() if params]
+        self.optimizer = make(parameters, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
+        return self.optimizer
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """As the trainer's own; what stands in for a norm or a bias is treated as one."""
+        decaying = set(super().get_decay_parameter_names(model))
+        for adapter in adapters(model).values():
+            for path, named in adapter.plan.trained.items():
+                kept = {
+                    adapter._bank.root_name(key)
+                    for local, key in named.items()
+                    if f"{path}.{local}" not in decaying
+                }
+                decaying -= kept
+        return list(decaying)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapters in training, and the tokenizer, to `output_dir` (default: the arguments' own)."""
+        self._save(output_dir)
+        if (
+            _internal_call
+        ):  # other processes write beside the adapter, but not before the directory is in its place
+            self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        directory = Path(output_dir or self.args.output_dir)
+        for adapter, place in _places(self.model, directory):
+            adapter.save(place)
+        if not self.args.should_save:
+            return
+        processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if processor is not None:
+            processor.save_pretrained(directory)
+        torch.save(self.args, os.path.join(directory, _ARGUMENTS_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        for adapter, place in _places(self.model, Path(resume_from_checkpoint)):
+            adapter.restore(place)
+
+    def _load_best_model(self) -> None:
+        for adapter, place in _places(self.model, Path(self.state.best_model_checkpoint)):
+            check_stepped(adapter._bank)
+            adapter.restore(place)
+
+
+class AdapterTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
+    """transformers' Trainer for a model with adapters. See `AdapterTrainerMixin`."""
+
+
+class Reference(nn.Module):
+    """A model without its adapters in training, as a model of its own: what a policy is compared with.
+
+    It holds no weights. Called, it runs the model with those adapters off; other active adapters stay.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["policy"] = model  # no child: its parameters are not the reference's
+
+    @property
+    def config(self) -> Any:
+        """The model's."""
+        return self.policy.config
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with without_training(self.policy):
+            return self.policy(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The same as calling it."""
+        return self(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's entries without those of the adapters in training."""
+        mine = tuple(f"{ROOT_PREFIX}{adapter.name}/" for adapter in in_training(self.policy))
+        return {key: value for key, value in self.policy.state_dict().items() if not key.startswith(mine)}
+
+
+def in_training(model: nn.Module) -> list[Adapter]:
+    """The model's adapters that are trainable and active."""
+    return [
+        adapter
+        for adapter in adapters(model).values()
+        if adapter.active and any(parameter.requires_grad for parameter in adapter.parameters())
+    ]
+
+
+@contextmanager
+def without_training(model: nn.Module) -> Iterator[None]:
+    """The model without its adapters in training."""
+    with ExitStack() as stack:
+        for adapter in in_training(model):
+            stack.enter_context(adapter.disabled())
+        yield
+
+
+def own_optimizer(trained: Sequence[Adapter]) -> Any:
+    """The optimizer that comes with the adapters' methods, if any.
+
+    Raises:
+        AdapterError: two methods come with different ones.
+    """
+    found = {adapter.plan.spec.info.optimizer for adapter in trained} - {None}
+    if len(found) > 1:
+        methods = listed(sorted({a.plan.spec.method for a in trained if a.plan.spec.info.optimizer}))
+        raise AdapterError(
+            f"the methods {methods} each come with an optimizer of their own; pass optimizers=(yours, None)"
+        )
+    return next(iter(found), None)
+
+
+class _Follower(TrainerCallback):  # type: ignore[misc]
+    """Tells the adapters how long the run is, and checks at its end that it was one."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for adapter in in_training(kwargs["model"]):
+            adapter.total_steps = state.max_steps
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for adapter in in_training(kwargs["model"]):
+            check_stepped(adapter._bank)
+
+
+def _places(model: nn.Module, directory: Path) -> list[tuple[Adapter, Path]]:
+    """Where a checkpoint directory holds the adapters in training."""
+    found = in_training(model)
+    return [(adapter, directory if len(found) == 1 else directory / adapter.name) for adapter in found]
+
+
+def _check_arguments(trainer: AdapterTrainerMixin, model: nn.Module, args: Any) -> None:
+    found = in_training(model)
+    if not found:
+        present = adapters(model)
+        if not present:
+            raise AdapterError("the model has no adapter: attach one first, or use transformers' Trainer")
+        raise AdapterError(
+            f"of the adapters {listed(present)} none is both trainable and active: load with trainable=True, "
+            "or activate the one that is to be trained"
+        )
+    ours = {id(parameter) for adapter in adapters(model).values() for parameter in adapter.parameters()}
+    loose = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
+    if loose:
+        raise AdapterError(
+            f"'{loose[0]}' is trainable but belongs to no adapter, so no checkpoint would hold it; name its module in "
+            "the spec's train_modules instead"
+        )
+    if getattr(args, "push_to_hub", False):
+        raise AdapterError("push_to_hub is not supported for adapters; upload the saved directory")
+    dropping = [adapter.name for adapter in found if adapter.plan.spec.dropout]
+    if getattr(args, "disable_dropout", False) and dropping:
+        raise AdapterError(
+            f"adapter '{dropping[0]}' has dropout, which the argument disable_dropout does not reach; "
+            "set dropout to 0 in its spec, or disable_dropout=False"
+        )
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    bypassed = any(cls.__module__.split(".")[0] == "trl" for cls in type(trainer).__mro__)
+    if (
+        head is not None
+        and bypassed
+        and not {a.name for a in found}.isdisjoint(getattr(head.__dict__.get(SLOT), "members", ()))
+    ):
+        raise AdapterError(
+            "the output head is adapted or trained in full, but TRL reads its weight without calling it, so that "
+            "nothing there would be trained; leave it out of targets and train_modules"
+        )
+
+
+def _check_reference(model: nn.Module, args: Any) -> None:
+    if getattr(args, "sync_ref_model", False):
+        raise AdapterError("sync_ref_model needs a reference model of its own; pass ref_model=")
+    owners = [a.name for a in in_training(model) if a.plan.spec.capabilities.owns_base_weight]
+    if owners and not getattr(args, "precompute_ref_log_probs", False):
+        raise AdapterError(
+            f"adapter '{owners[0]}' has moved weight into the base, which cannot be changed between forward and backward "
+            "to serve as the reference; set precompute_ref_log_probs=True, or pass ref_model="
+        )
+
+
+def _allow_reentrant_checkpointing(model: Any, args: Any) -> None:
+    """Reentrant checkpointing gives gradients only where an input has one, and the base's embeddings are frozen."""
+    settings = getattr(args, "activation_checkpointing_kwargs", None) or getattr(
+        args, "gradient_checkpointing_kwargs", None
+    )
+    if (settings or {}).get("use_reentrant") and hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()

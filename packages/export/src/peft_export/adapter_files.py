@@ -1,0 +1,171 @@
+"""A saved adapter read tensor by tensor: what it adds at each site, as core's merge takes it.
+
+An adapter can be larger than memory (a method that owns its base weight brings it along), so only tensors that several
+sites share are kept, until the last of them has had its turn.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft_core import CheckpointError, MergeError, Site, files, plugins
+from peft_core.checkpoint import HEADER, TENSORS, AdapterFile, read_header
+from peft_core.merge import Contribution
+from torch import Tensor
+
+from .checkpoint_files import CODES, Entry, Reader, read_entries
+
+
+class AdapterFiles:
+    """One adapter directory.
+
+    Attributes:
+        directory, header, weight: the scale with which it is merged. sites: by path, with validated options.
+        trained: parameter name of a module trained in full → key of the tensor that takes its place.
+    """
+
+    def __init__(self, directory: str | Path, weight: float = 1.0) -> None:
+        """Read and check the headers.
+
+        Raises:
+            CheckpointError: it is no adapter, is damaged, or is cut short. PluginError: its method is not installed.
+            MergeError: a tensor of it has no use, a site has no tensor, or a weight is asked for where there is no Δ.
+        """
+        self.directory = Path(directory)
+        self.weight = weight
+        self.header = read_header(directory)
+        self.sites: Mapping[str, Site] = {site.path: site for site in self.header.site_list()}
+        self.trained = {
+            f"{path}.{name}": key
+            for path, named in self.header.trained.items()
+            for name, key in named.items()
+        }
+        self._entries = self._checked_entries()
+        self._borrowed, self._bindings = self.header.borrowed(), self.header.bindings()
+        self._check_uses()
+        self._uses = Counter(key for named in self._borrowed.values() for key in named.values())
+        self._kept: dict[str, Tensor] = {}
+        self._info = plugins.method(self.header.method.name)
+        if weight != 1.0:
+            self._check_weight()
+
+    @property
+    def path(self) -> Path:
+        """The file with the tensors."""
+        return self.directory / TENSORS
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the adapter's tensors."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def verify(self) -> None:
+        """Compare the file with the checksum in the header.
+
+        Raises:
+            CheckpointError: they differ.
+        """
+        expected = self.header.checksums.get(TENSORS)
+        if expected is not None and files.checksum(self.path) != expected:
+            raise CheckpointError(
+                f"'{self.path}' is not the file that was saved (its SHA-256 differs): it is damaged or was exchanged"
+            )
+
+    def owns(self, path: str) -> bool:
+        """Whether the adapter brings this site's base weight along."""
+        return path in self.header.owned
+
+    def exclusive(self, path: str) -> bool:
+        """Whether this site can carry no second adapter, and none that is scaled: its change is not an added Δ."""
+        return self._info.can(self.sites[path].options).exclusive
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._entries[key].shape
+
+    def contribution(self, path: str, reader: Reader) -> Contribution:
+        """What the adapter adds at a site; each site is asked for once."""
+        tensors = {name: self._shared(key, reader) for name, key in self._borrowed[path].items()}
+        binding = {name: self.tensor(key, reader) for name, key in self._bindings.get(path, {}).items()}
+        owned = self.tensor(f"base_weight/{path}", reader) if self.owns(path) else None
+        return Contribution(self.header.method.name, self.sites[path], tensors, binding, self.weight, owned)
+
+    def tensor(self, key: str, reader: Reader) -> Tensor:
+        """One tensor.
+
+        Raises:
+            CheckpointError: it holds NaN or infinite values.
+        """
+        tensor = reader.read(self._entries[key])
+        # A sum is finite only if every element is; one pass, nothing allocated.
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+            raise CheckpointError(
+                f"'{self.path}': '{key}' holds NaN or infinite values; the training run diverged"
+            )
+        return tensor
+
+    def _shared(self, key: str, reader: Reader) -> Tensor:
+        tensor = self._kept.get(key)
+        if tensor is None:
+            tensor = self._kept[key] = self.tensor(key, reader)
+        self._uses[key] -= 1
+        if self._uses[key] <= 0:
+            del self._kept[key]
+        return tensor
+
+    def _checked_entries(self) -> Mapping[str, Entry]:
+        if not self.path.is_file():
+            raise CheckpointError(f"'{self.path}' is missing")
+        entries, _ = read_entries(self.path)
+        stored = self.header.tensors
+        for key in [*stored, *entries]:
+            if key not in entries or key not in stored:
+                what = "is missing" if key not in entries else f"is not expected: {HEADER} does not name it"
+                raise CheckpointError(f"'{self.path}': '{key}' {what}")
+            entry, said = entries[key], stored[key]
+            if entry.shape != tuple(said.shape):
+                raise CheckpointError(
+                    f"'{self.path}': '{key}' has shape {list(entry.shape)}, expected {list(said.shape)}"
+                )
+            if entry.dtype != CODES.get(getattr(torch, said.dtype, torch.float32)):
+                raise CheckpointError(f"'{self.path}': '{key}' is {entry.dtype}, {HEADER} says {said.dtype}")
+            if entry.numel == 0:
+                raise CheckpointError(f"'{self.path}': '{key}' is empty")
+        return entries
+
+    def _check_uses(self) -> None:
+        """Every tensor is used, every use has its tensor."""
+        wanted: dict[str, str] = {}
+        for path, named in self._borrowed.items():
+            if not named:
+                raise MergeError(
+                    f"'{self.directory}': no tensor belongs to the layer '{path}', which it says that it adapts"
+                )
+            wanted.update({key: path for key in named.values()})
+        wanted.update({key: parameter for parameter, key in self.trained.items()})
+        wanted.update(
+            {
+                key: path
+                for path, named in self._bindings.items()
+                if path in self.sites
+                for key in named.values()
+            }
+        )
+        wanted.update({f"base_weight/{path}": path for path in self.header.owned if path in self.sites})
+        if lost := [key for key in wanted if key not in self._entries]:
+            raise MergeError(f"'{self.directory}': the tensor '{lost[0]}' of '{wanted[lost[0]]}' is missing")
+        if unused := [key for key in self._entries if key not in wanted]:
+            raise MergeError(
+                f"'{self.directory}': the tensor '{unused[0]}' would not be used: no layer of the adapter borrows it"
+            )
+
+    def _check_weight(self) -> None:
+        for path in self.sites:
+            if self.exclusive(path):
+                raise MergeError(
+                    f"'{self.directory}': method '{self.header.method.name}' is not an added Δ and cannot be merged with "
+                    f"weight {self.weight:g}"
+                )

@@ -1,0 +1,154 @@
+"""README.md of an export: what model hubs read (front matter), what it is, how to load it, how well it was verified."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from peft_core.checkpoint import AdapterFile
+from peft_core.plan import size
+
+if TYPE_CHECKING:
+    from .adapter_files import AdapterFiles
+    from .lora import LoraReport
+    from .streaming import MergeReport
+
+NAME = "README.md"
+_BEGIN, _END = "<!-- verification -->", "<!-- /verification -->"
+# What a base's card says that holds for what is made from it.
+_KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
+
+
+def merged(base: Path, adapters: Sequence[AdapterFiles], report: MergeReport) -> str:
+    """The card of a merged checkpoint."""
+    headers = [adapter.header for adapter in adapters]
+    weights = [f" (weight {adapter.weight:g})" if adapter.weight != 1.0 else "" for adapter in adapters]
+    what = [f"`{header.method.name}`{weight}" for header, weight in zip(headers, weights, strict=True)]
+    auto = _auto_class(headers[0].base.architecture)
+    lines = [
+        f"The weights of {_base_text(base, headers[0])} with {' and '.join(what)} merged in by `peft-export`: a plain model, "
+        "which needs nothing of peft-core to run.",
+        "",
+        f"- Tensors: {report.tensors} ({report.merged} merged, {report.trained} trained in full), {size(report.bytes)}, {report.dtype}",
+        *(f"- {note}" for note in report.notes),
+        "",
+        "```python",
+        f"from transformers import {auto}, AutoTokenizer",
+        "",
+        f"model = {auto}.from_pretrained('path/to/this/directory', dtype='auto')",
+        "```",
+        *_shell("vllm serve path/to/this/directory", auto),
+    ]
+    return _card(base, headers, "transformers", "merge", f"{what[0]} merged", lines)
+
+
+def lora(base: Path, header: AdapterFile, report: LoraReport) -> str:
+    """The card of a lowered adapter."""
+    worst = max((site.error for site in report.sites), default=0.0)
+    exact = (
+        "exactly"
+        if worst == 0.0
+        else f"by truncated SVD, with a relative error of up to {worst:.2e} per layer"
+    )
+    auto = _auto_class(header.base.architecture)
+    lines = [
+        f"A standard LoRA adapter for {_base_text(base, header)}, lowered {exact} from a `{header.method.name}` adapter by "
+        "`peft-export`.",
+        "",
+        f"- Rank {report.rank}, {len(report.sites)} layers, {size(report.bytes)}",
+        *([f"- Trained in full: {', '.join(header.trained)}"] if header.trained else []),
+        *(f"- {note}" for note in report.notes),
+        "",
+        "```python",
+        f"from transformers import {auto}",
+        "from peft import PeftModel",
+        "",
+        f"model = PeftModel.from_pretrained({auto}.from_pretrained('{base_name(base, header) or 'BASE'}'), 'path/to/this/directory')",
+        "```",
+        *_shell(report.command, auto),
+    ]
+    return _card(base, [header], "peft", "lora", f"{header.method.name} as LoRA", lines)
+
+
+def with_verification(text: str, lines: Iterable[str]) -> str:
+    """The card with these lines as its section on verification."""
+    section = "\n".join([_BEGIN, "## Verification", "", *lines, _END])
+    before, found, rest = text.partition(_BEGIN)
+    if not found:
+        return f"{text.rstrip()}\n\n{section}\n"
+    return before + section + rest.partition(_END)[2]
+
+
+def _card(
+    base: Path, headers: Sequence[AdapterFile], library: str, tag: str, title: str, lines: Sequence[str]
+) -> str:
+    front: dict[str, Any] = {}
+    if name := base_name(base, headers[0]):
+        front["base_model"] = name
+        front["base_model_relation"] = "adapter" if library == "peft" else "finetune"
+    front["library_name"] = library
+    front.update(_front_matter(base / NAME))
+    if "pipeline_tag" not in front and headers[0].base.architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        front["pipeline_tag"] = "text-generation"
+    front["tags"] = list(dict.fromkeys(["peft-core", tag, *(header.method.name for header in headers)]))
+    specs = [line for header in headers for line in ("```json", json.dumps(header.spec, indent=2), "```", "")]
+    text = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
+        "---",
+        "",
+        f"# {title}",
+        "",
+        *lines,
+        "",
+    ]
+    unverified = "Not verified yet: `peft-core verify THIS --base BASE --adapter ADAPTER` compares it with the adapted model."
+    return with_verification("\n".join([*text, "## Adapter", "", *specs]), [unverified])
+
+
+def _front_matter(path: Path) -> dict[str, Any]:
+    """What the base's own card says about licence, language and task."""
+    try:
+        found = re.match(r"---\n(.*?)\n---", path.read_text(encoding="utf-8"), re.DOTALL)
+        front = yaml.safe_load(found[1]) if found else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return {key: front[key] for key in _KEPT if key in front} if isinstance(front, Mapping) else {}
+
+
+def base_name(base: Path, header: AdapterFile) -> str:
+    """The base's name on the hub, as far as it is known."""
+    cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/", f"{base.resolve()}/")
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
+    recorded = header.base.name
+    return (
+        recorded if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", recorded) and not Path(recorded).exists() else ""
+    )
+
+
+def _base_text(base: Path, header: AdapterFile) -> str:
+    name = base_name(base, header)
+    return f"`{name}`" if name else f"a `{header.base.architecture}`"
+
+
+def _auto_class(architecture: str) -> str:
+    """The transformers class that loads this architecture."""
+    heads = {
+        "ForCausalLM": "AutoModelForCausalLM",
+        "LMHeadModel": "AutoModelForCausalLM",
+        "ForSequenceClassification": "AutoModelForSequenceClassification",
+        "ForTokenClassification": "AutoModelForTokenClassification",
+        "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    }
+    return next(
+        (auto for ending, auto in heads.items() if architecture.endswith(ending)), architecture or "AutoModel"
+    )
+
+
+def _shell(command: str, auto: str) -> list[str]:
+    return ["", "```sh", command, "```"] if command and auto == "AutoModelForCausalLM" else []

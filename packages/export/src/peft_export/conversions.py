@@ -1,0 +1,151 @@
+"""What transformers does to a checkpoint's tensors as it loads them: renames, and tensors that it stacks, splits or turns.
+
+Only here are transformers' model classes imported, and only for a checkpoint that names and shapes do not explain: the
+model is built on the meta device, without weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft_core import CheckpointError, MergeError
+from torch import Tensor
+
+from .checkpoint_files import DTYPES, Checkpoint
+from .names import Conversion, Names, Wanted
+
+
+def ask_transformers(checkpoint: Checkpoint, architecture: str, wanted: list[Wanted]) -> Names | None:
+    """The names as transformers' loader sees them; None where it knows no such architecture.
+
+    Raises:
+        CheckpointError: the configuration cannot be read. MergeError: this version of transformers converts otherwise.
+    """
+    model = _meta_model(checkpoint, architecture)
+    if model is None:
+        return None
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+    except ImportError as error:
+        raise MergeError(
+            f"the key renames of this version of transformers cannot be followed: {error}"
+        ) from None
+    transforms = get_model_conversion_mapping(model)
+    renamings = [step for step in transforms if isinstance(step, WeightRenaming)]
+    converters = [step for step in transforms if isinstance(step, WeightConverter)]
+    state, prefix = model.state_dict(), model.base_model_prefix
+    keys: dict[str, str] = {}
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for key in sorted(checkpoint.entries, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], prefix, state)
+        if name not in state:
+            continue
+        if pattern is None:
+            keys[name] = key
+        else:
+            groups.setdefault(name, []).append((key, pattern))
+    makers = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    conversions = tuple(
+        _conversion(checkpoint, model, name, sources, makers[sources[0][1]], renamings)
+        for name, sources in groups.items()
+    )
+    made = {parameter for group in conversions for parameter in group.parameters}
+    left = [p for p in wanted if not any(name in keys or name in made for name in p.parameters)]
+    ties = _ties(model, {*keys, *made}, left)
+    absent = tuple(p.parameters[0] for p in left if p.parameters[0] not in ties)
+    return Names(keys, ties, conversions, absent)
+
+
+def _meta_model(checkpoint: Checkpoint, architecture: str) -> Any:
+    import transformers
+
+    cls = getattr(transformers, architecture, None)
+    if cls is None or not hasattr(cls, "_from_config"):
+        return None
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.directory)
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(
+            f"'{checkpoint.directory}': config.json cannot be read: {' '.join(str(error).split())}"
+        ) from None
+    try:
+        with torch.device("meta"):
+            return cls._from_config(config)
+    except Exception:  # the configuration of another architecture fails in whatever way
+        return None
+
+
+def _conversion(
+    checkpoint: Checkpoint,
+    model: Any,
+    name: str,
+    sources: list[tuple[str, str]],
+    converter: Any,
+    renamings: list[Any],
+) -> Conversion:
+    """A group of source tensors, tried on the meta device to learn the names that come out.
+
+    The way back is transformers' own, as its `save_pretrained` goes it.
+    """
+
+    def forward(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        step = copy.deepcopy(converter)
+        for key, pattern in sources:
+            step.add_tensor(name, key, pattern, tensors[key])
+        made = step.convert(name, model=model, config=model.config)
+        return {
+            parameter: value[0] if isinstance(value, list) else value for parameter, value in made.items()
+        }
+
+    def backward(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        step = copy.deepcopy(converter).reverse_transform()
+        first = ""
+        for parameter, tensor in tensors.items():
+            renamed, pattern = step.rename_source_key(parameter)
+            first = first or renamed
+            step.add_tensor(renamed, parameter, pattern, tensor)
+        made = step.convert(first, model=model, config=model.config)
+        back = [renaming.reverse_transform() for renaming in reversed(renamings)]
+        out = {}
+        for key, value in made.items():
+            for renaming in back:
+                key, _ = renaming.rename_source_key(key)
+            out[key] = value[0] if isinstance(value, list) else value
+        return out
+
+    keys = tuple(key for key, _ in sources)
+    operations = ", ".join(type(operation).__name__ for operation in converter.operations)
+    shapes = {
+        key: torch.empty(
+            checkpoint.entries[key].shape, dtype=DTYPES[checkpoint.entries[key].dtype], device="meta"
+        )
+        for key in keys
+    }
+    made = forward(shapes)
+    return Conversion(keys, tuple(made), operations, forward, backward)
+
+
+def _ties(model: Any, present: set[str], left: list[Wanted]) -> dict[str, str]:
+    """Parameter that the files leave out → the one there that is the same tensor in the model."""
+    holders: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
+    twins = {name: same for same in holders.values() for name in same}
+    out = {}
+    for parameter in left:
+        for name in parameter.parameters:
+            there = [other for other in twins.get(name, ()) if other in present]
+            if there:
+                out[name] = there[0]
+    return out

@@ -1,0 +1,380 @@
+"""Lowering an adapter to a standard LoRA adapter in Hugging Face PEFT's format, from files alone.
+
+A method with exact factors loses nothing: ΔW = B·A is written as it is, with the scale inside B. Others can be
+approximated by a truncated SVD, whose error is reported layer by layer.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft_core import LowRank, MergeError, PluginError, SpecError, plugins
+from peft_core.errors import listed
+from peft_core.merge import Contribution, merged_weight
+from torch import Tensor, nn
+
+from . import card, output, svd
+from .adapter_files import AdapterFiles
+from .checkpoint_files import CODES, DTYPES, INDEX, SINGLE, Checkpoint, Item, Reader, Writer, open_checkpoint
+from .mapping import find_names
+from .merge_plan import head_labels
+from .names import Names
+from .runtimes import Request, Runtime, runtime
+from .streaming import Progress, dtype_code
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class LoweredSite:
+    """A layer's factors: their rank before padding, and ‖ΔW − BA‖ / ‖ΔW‖ (0: exact)."""
+
+    path: str
+    rank: int
+    error: float
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What `export_lora` did.
+
+    Attributes:
+        rank: of the adapter as written, padding included. runtime: for which it was fitted, if any.
+        command: how to start that runtime. problems: why it cannot serve the adapter.
+    """
+
+    out: str
+    base: str
+    adapter: str
+    method: str
+    rank: int
+    dtype: str
+    sites: tuple[LoweredSite, ...]
+    trained: tuple[str, ...]
+    bytes: int
+    seconds: float
+    runtime: str
+    command: str
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def worst(self) -> LoweredSite:
+        """The layer with the largest error."""
+        return max(self.sites, key=lambda site: site.error)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def export_lora(
+    base: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    fit: str | None = None,
+    pad_rank: bool | None = None,
+    svd_rank: int | None = None,
+    svd_energy: float | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> LoraReport:
+    """Write an adapter of any method as a LoRA adapter that Hugging Face PEFT and serving runtimes load.
+
+    Args:
+        base: checkpoint directory of the base; its weights are read only for an SVD. adapter, out: directories.
+        fit: `vllm`, `sglang` or `llama.cpp`. pad_rank: fill up with zeros, so that all layers have one rank that the
+            runtime accepts; None: if `fit` asks for it.
+        svd_rank, svd_energy: approximate what has no exact factors, by this rank or keeping this share of ‖ΔW‖².
+        dtype: of the factors; None: float32, or float64 where the adapter has it.
+
+    Raises:
+        MergeError: the method has no exact factors and no SVD is asked for. CheckpointError: an input cannot be read.
+    """
+    started = time.perf_counter()
+    if svd_rank is not None and svd_rank < 1:
+        raise SpecError(f"svd_rank is {svd_rank}; a rank is at least 1")
+    if svd_energy is not None and not 0.0 < svd_energy <= 1.0:
+        raise SpecError(f"svd_energy is {svd_energy}; it is a share between 0 and 1")
+    code = dtype_code(dtype)
+    target = runtime(fit) if fit else None
+    directory, source = Path(base), AdapterFiles(adapter)
+    config = output.read_config(directory)
+    with (
+        output.export_directory(out, [directory, adapter], overwrite) as temporary,
+        Reader() as reader,
+        torch.no_grad(),
+    ):
+        source.verify()
+        lowering = _Lowering(directory, config, source, reader, svd_rank, svd_energy)
+        lowered = dict(lowering.sites())
+        ranks = {path: len(factors.A) for path, factors in lowered.items()}
+        rank, uniform = _rank(max(ranks.values()), target, pad_rank)
+        tensors = {
+            f"{_PREFIX}{path}.{name}.weight": tensor
+            for path, found in lowered.items()
+            for name, tensor in _named(found)
+        }
+        tensors |= {f"{_PREFIX}{name}": source.tensor(key, reader) for name, key in source.trained.items()}
+        goal = {key: _padded_shape(key, tensor, rank if uniform else 0) for key, tensor in tensors.items()}
+        items = [_item(key, tensor, goal[key], code) for key, tensor in sorted(tensors.items())]
+        _write(temporary, items, tensors, progress)
+        shown = {path: rank if uniform else ranks[path] for path in ranks}
+        output.write_json(temporary / CONFIG, _peft_config(directory, source, config, rank, shown))
+        request = _request(directory, out, source)
+        report = LoraReport(
+            out=str(out),
+            base=str(base),
+            adapter=str(adapter),
+            method=source.header.method.name,
+            rank=rank,
+            dtype=str(DTYPES[items[0].dtype]).removeprefix("torch."),
+            sites=tuple(LoweredSite(path, ranks[path], found.error) for path, found in lowered.items()),
+            trained=tuple(source.header.trained),
+            bytes=sum(item.nbytes for item in items),
+            seconds=round(time.perf_counter() - started, 3),
+            runtime=target.name if target else "",
+            command=target.command(request, rank) if target else "",
+            problems=(*target.problems(request), *_rank_problems(target, ranks, uniform)) if target else (),
+            notes=tuple(_notes(source, ranks, rank, uniform)),
+        )
+        marker = output.marker("lora", [source.header], head_labels(source.header, config), report.to_json())
+        output.write_json(temporary / output.MARKER, marker)
+        (temporary / card.NAME).write_text(card.lora(directory, source.header, report), encoding="utf-8")
+    return report
+
+
+class _Lowering:
+    """Factors of each site, exact or by SVD."""
+
+    def __init__(
+        self,
+        base: Path,
+        config: dict[str, Any],
+        source: AdapterFiles,
+        reader: Reader,
+        rank: int | None,
+        energy: float | None,
+    ) -> None:
+        self._source, self._reader = source, reader
+        self._rank, self._energy = rank, energy
+        self._info = plugins.method(source.header.method.name)
+        self._checkpoint: Checkpoint | None = None
+        self._names: Names | None = None
+        # A directory with a configuration alone is enough for exact factors.
+        if (base / SINGLE).is_file() or (base / INDEX).is_file() or not config:
+            self._checkpoint = open_checkpoint(base)
+            self._names = find_names(self._checkpoint, source.header, config, str(source.directory))
+
+    def sites(self) -> Iterator[tuple[str, svd.Truncated]]:
+        """(path, factors) of every site.
+
+        Raises:
+            MergeError: a site has no exact factors, and no SVD is asked for.
+        """
+        wants_svd = self._rank is not None or self._energy is not None
+        for path, site in self._source.sites.items():
+            part = _widened(self._source.contribution(path, self._reader))
+            factors, reason = self._exact(part)
+            if factors is not None:
+                yield path, svd.reduce(factors.A, factors.B, self._rank)
+            elif wants_svd:
+                yield path, svd.truncate(self._delta(part), self._rank, self._energy)
+            else:
+                raise MergeError(
+                    f"{reason}; an approximation is written with --svd-rank R or --svd-energy 0.99"
+                )
+
+    def _exact(self, part: Contribution) -> tuple[LowRank | None, str]:
+        """The method's factors, or why there are none."""
+        site = part.site
+        try:
+            found = plugins.call(
+                part.method, "peft_lowrank", site=site, tensors=part.tensors, binding=part.binding
+            )
+        except MergeError as error:
+            return None, str(error)
+        except PluginError:
+            if self._info.can(site.options).lowrank:
+                raise
+            return None, f"'{site.path}': method '{part.method}' has no exact low-rank factors: merge it"
+        if found.A.shape != (len(found.A), site.in_features) or found.B.shape != (
+            site.out_features,
+            len(found.A),
+        ):
+            raise MergeError(
+                f"method '{part.method}': peft_lowrank returned A {list(found.A.shape)} and B {list(found.B.shape)} for "
+                f"'{site.path}', expected [rank, {site.in_features}] and [{site.out_features}, rank]"
+            )
+        return found, ""
+
+    def _delta(self, part: Contribution) -> Tensor:
+        """ΔW [out, in] against the base's weight."""
+        path = part.site.path
+        if self._checkpoint is None or self._names is None:
+            raise MergeError("an SVD compares with the base's weights: give a base directory that holds them")
+        key = self._names.keys.get(f"{path}.weight")
+        if key is None:
+            raise MergeError(
+                f"'{path}' is stored in another form in the base's files; load the base and save it again, then lower"
+            )
+        stored = self._reader.read(self._checkpoint.entries[key])
+        weight = stored.to(torch.promote_types(stored.dtype, torch.float32))
+        weight = weight.T if part.site.transposed else weight
+        return merged_weight(weight, [part]) - weight
+
+
+def _widened(part: Contribution) -> Contribution:
+    """The contribution in at least float32: a 16-bit factor times a scale would be rounded."""
+    tensors = {
+        name: tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in part.tensors.items()
+    }
+    return part._replace(tensors=tensors)
+
+
+def _named(found: svd.Truncated) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+    return ("lora_A", found.A), ("lora_B", found.B)
+
+
+def _rank(largest: int, target: Runtime | None, pad: bool | None) -> tuple[int, bool]:
+    """The rank to write, and whether every layer gets it.
+
+    vLLM, SGLang and llama.cpp scale all layers by one alpha/r, so a runtime's adapter has one rank throughout.
+    """
+    if pad is False:
+        return largest, False
+    if target is None:
+        return largest, bool(pad)
+    return target.rank(largest), True
+
+
+def _rank_problems(target: Runtime, ranks: Mapping[str, int], uniform: bool) -> list[str]:
+    """What stands in the way where padding was refused."""
+    if uniform:
+        return []
+    found = []
+    largest = max(ranks.values())
+    if min(ranks.values()) < largest:
+        found.append(f"{target.name} scales all layers alike, and their ranks differ: leave padding on")
+    if target.ranks is not None and largest not in target.ranks:
+        found.append(
+            f"{target.name} accepts the ranks {listed(map(str, target.ranks), 12)}, not {largest}: leave padding on"
+        )
+    return found
+
+
+def _padded_shape(key: str, tensor: Tensor, rank: int) -> tuple[int, ...]:
+    if rank and key.endswith(".lora_A.weight"):
+        return rank, tensor.shape[1]
+    if rank and key.endswith(".lora_B.weight"):
+        return tensor.shape[0], rank
+    return tuple(tensor.shape)
+
+
+def _item(key: str, tensor: Tensor, shape: tuple[int, ...], code: str | None) -> Item:
+    floating = tensor.is_floating_point()
+    dtype = DTYPES[code] if code and floating else tensor.dtype
+    return Item(key, CODES[dtype], shape, torch.Size(shape).numel() * dtype.itemsize)
+
+
+def _write(
+    directory: Path, items: list[Item], tensors: Mapping[str, Tensor], progress: Progress | None
+) -> None:
+    total, done = sum(item.nbytes for item in items), 0
+    sizes = {item.key: item for item in items}
+    with Writer(directory, items, {}, name=WEIGHTS) as writer:
+        for key in writer.order:
+            tensor = tensors[key]
+            missing = [goal - size for goal, size in zip(sizes[key].shape, tensor.shape, strict=True)]
+            if any(missing):
+                tensor = nn.functional.pad(tensor, (0, missing[1], 0, missing[0]))
+            writer.write(key, tensor)
+            done += sizes[key].nbytes
+            if progress is not None:
+                progress(done, total)
+        writer.write_index()
+
+
+def _peft_config(
+    base: Path, source: AdapterFiles, config: Mapping[str, Any], rank: int, ranks: Mapping[str, int]
+) -> dict[str, Any]:
+    """`adapter_config.json`. The scale lies in B: alpha equals the rank everywhere."""
+    header = source.header
+    pattern = {re.escape(path): own for path, own in ranks.items() if own != rank}
+    return {
+        "alpha_pattern": pattern,
+        "auto_mapping": None,
+        "base_model_name_or_path": card.base_name(base, header) or str(base),
+        "bias": "none",
+        "fan_in_fan_out": any(site.transposed for site in source.sites.values()),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "modules_to_save": list(header.trained) or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": pattern,
+        "revision": None,
+        "target_modules": _target_modules(source),
+        "task_type": _task(
+            header.base.architecture, bool(header.trained), bool(config.get("is_encoder_decoder"))
+        ),
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def _target_modules(source: AdapterFiles) -> list[str]:
+    """Layer types, where every layer of these types is adapted and nothing else is called so; else whole paths."""
+    types = {site.type for site in source.sites.values()}
+    modules = set(source.header.base.shapes)
+    modules |= {name.rpartition(".")[0] for name in modules}
+    alike = {path for path in modules if path.rpartition(".")[2] in types}
+    return sorted(types) if alike == set(source.sites) else sorted(source.sites)
+
+
+def _task(architecture: str, head: bool, two_sided: bool) -> str | None:
+    """PEFT's name of the task, where it has one for this architecture."""
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    if architecture.endswith("ForConditionalGeneration") and two_sided:
+        return "SEQ_2_SEQ_LM"
+    # With these, PEFT keeps a copy of the head, which then must be in the file.
+    tasks = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+    return next((task for ending, task in tasks.items() if head and architecture.endswith(ending)), None)
+
+
+def _request(base: Path, out: str | Path, source: AdapterFiles) -> Request:
+    sites = source.sites.values()
+    return Request(
+        base=card.base_name(base, source.header) or str(base),
+        out=str(out),
+        architecture=source.header.base.architecture,
+        types=sorted({site.type for site in sites}),
+        heads=list(source.header.trained),
+        transposed=any(site.transposed for site in sites),
+    )
+
+
+def _notes(source: AdapterFiles, ranks: Mapping[str, int], rank: int, uniform: bool) -> Iterator[str]:
+    smallest = min(ranks.values())
+    if uniform and smallest < rank:
+        spread = str(smallest) if smallest == max(ranks.values()) else f"{smallest} to {max(ranks.values())}"
+        yield f"ranks of {spread} are filled up with zeros to {rank}"
+    if source.header.trained:
+        yield f"{listed(source.header.trained)}, trained in full, are part of the adapter (PEFT's modules_to_save)"

@@ -1,0 +1,298 @@
+"""What merging will do to a checkpoint, decided from headers alone, before anything is written.
+
+Every tensor of the result is an `Output`: a copy, a merged site, a module trained in full, or part of a conversion.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft_core import MergeError
+from peft_core.checkpoint import AdapterFile
+
+from .adapter_files import AdapterFiles
+from .checkpoint_files import CODES, DTYPES, PLAIN_FLOATS, Checkpoint, Entry, Item, Reader
+from .names import Conversion, Names
+
+
+@dataclass(frozen=True)
+class Change:
+    """What adapters do to one parameter: they merge into a site, or one of them replaces it.
+
+    Attributes:
+        path: the site's. adapters: those that adapt it, in order. trained: (adapter, key) of the tensor that replaces it.
+    """
+
+    path: str = ""
+    adapters: tuple[AdapterFiles, ...] = ()
+    trained: tuple[AdapterFiles, str] | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of the result.
+
+    Attributes:
+        item: its key, dtype and shape. source: the tensor of the base that it comes from, if any.
+        change: what is done to it. conversion: the group that it belongs to, if the files hold it in another form.
+    """
+
+    item: Item
+    source: Entry | None = None
+    change: Change | None = None
+    conversion: Conversion | None = None
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything that will be written.
+
+    Attributes:
+        outputs: in the order of the base's files, new tensors last. changes: by parameter.
+        config: fields of `config.json` that must change. notes: for the user.
+    """
+
+    outputs: Sequence[Output]
+    changes: Mapping[str, Change]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def plan_merge(
+    checkpoint: Checkpoint,
+    adapters: Sequence[AdapterFiles],
+    names: Names,
+    config: Mapping[str, Any],
+    dtype: str | None,
+    untie: bool,
+) -> MergePlan:
+    """Decide on every tensor. `dtype` is a safetensors code, or None to keep each tensor's own.
+
+    Raises:
+        MergeError: two adapters exclude each other, a weight is quantized or tied, or a shape does not fit.
+    """
+    changes = collect_changes(adapters)
+    _check_kinds(checkpoint, names, changes)
+    untied = _untied(checkpoint, adapters[0].header, names, changes, untie)
+    by_key = {key: parameter for parameter, key in names.keys.items()}
+    groups = {
+        key: group
+        for group in names.conversions
+        for key in group.sources
+        if not changes.keys().isdisjoint(group.parameters)
+    }
+    outputs = [
+        Output(_item(entry, dtype), entry, changes.get(by_key.get(key, "")), groups.get(key))
+        for key, entry in checkpoint.entries.items()
+    ]
+    for parameter, source in untied.items():
+        if parameter not in names.keys:
+            outputs.append(
+                Output(_item(source, dtype, names.new_key(parameter)), source, changes.get(parameter))
+            )
+    for parameter in names.absent:
+        change = changes.get(parameter)
+        if change is not None and change.trained is not None:
+            shape, code = change.trained[0].shape(change.trained[1]), dtype or checkpoint.dtype
+            outputs.append(Output(_new_item(names.new_key(parameter), code, shape), None, change))
+    edits, notes = _edits(adapters[0].header, names, changes, config, bool(untied))
+    return MergePlan(outputs, changes, edits, (*notes, *_remarks(checkpoint, adapters, names, changes)))
+
+
+def collect_changes(adapters: Sequence[AdapterFiles]) -> dict[str, Change]:
+    """Parameter → what the adapters do to it.
+
+    Raises:
+        MergeError: they cannot stand together on a parameter.
+    """
+    first = adapters[0]
+    changes: dict[str, Change] = {}
+    for adapter in adapters:
+        if adapter.header.base.shapes != first.header.base.shapes:
+            raise MergeError(
+                f"'{first.directory}' and '{adapter.directory}' were trained on different base models"
+            )
+        for path, site in adapter.sites.items():
+            parameter = f"{path}.weight"
+            before = changes.get(parameter, Change(path))
+            if before.trained is not None:
+                raise MergeError(
+                    f"'{path}' is trained in full by '{before.trained[0].directory}' and adapted by '{adapter.directory}'"
+                )
+            together = (*before.adapters, adapter)
+            for one in together if len(together) > 1 else ():
+                if one.exclusive(path):
+                    raise MergeError(
+                        f"'{path}': method '{one.header.method.name}' is not an added Δ and cannot be merged together with another adapter"
+                    )
+            assert site.path == path
+            changes[parameter] = Change(path, together)
+    for adapter in adapters:
+        for parameter, key in adapter.trained.items():
+            before = changes.get(parameter, Change())
+            if before.trained is not None:
+                raise MergeError(
+                    f"'{parameter}' is trained in full by both '{before.trained[0].directory}' and '{adapter.directory}'; merge one of them"
+                )
+            if before.adapters:
+                raise MergeError(
+                    f"'{parameter}' is trained in full by '{adapter.directory}' and adapted by '{before.adapters[0].directory}'"
+                )
+            changes[parameter] = Change(trained=(adapter, key))
+    return changes
+
+
+def _check_kinds(checkpoint: Checkpoint, names: Names, changes: Mapping[str, Change]) -> None:
+    for parameter, change in changes.items():
+        key = names.keys.get(names.ties.get(parameter, parameter))
+        entry = checkpoint.entries.get(key or "")
+        if entry is None:
+            continue
+        if entry.dtype not in PLAIN_FLOATS:
+            raise MergeError(
+                f"'{entry.key}' in '{checkpoint.directory}' is quantized ({entry.dtype}); merge into the original-precision "
+                "checkpoint, or into a dequantized one"
+            )
+        if change.trained is not None and change.trained[0].shape(change.trained[1]) != entry.shape:
+            raise MergeError(
+                f"'{parameter}' is {list(change.trained[0].shape(change.trained[1]))} in the adapter and {list(entry.shape)} in the base"
+            )
+
+
+def _untied(
+    checkpoint: Checkpoint, header: AdapterFile, names: Names, changes: Mapping[str, Change], untie: bool
+) -> dict[str, Entry]:
+    """Parameters that must be parted from the tensor that they share → that tensor.
+
+    Raises:
+        MergeError: there are some, and parting them was not asked for.
+    """
+    out: dict[str, Entry] = {}
+    for entry, members in _tied_sets(checkpoint, header, names, changes):
+        different = {
+            (change.trained if change and change.trained else change) for change in map(changes.get, members)
+        }
+        if (
+            len(different) == 1
+            and next(iter(different)) is not None
+            and all(changes[m].trained for m in members)
+        ):
+            continue
+        if not untie:
+            changed = next(member for member in members if member in changes)
+            other = next(member for member in members if member != changed)
+            raise MergeError(
+                f"'{changed}' is the same tensor as '{other}': merging would change both; exclude the tied layer, or part "
+                f"them with --untie (the checkpoint grows by {entry.nbytes / 1e6:.1f} MB)"
+            )
+        out.update({member: entry for member in members})
+    return out
+
+
+def _tied_sets(
+    checkpoint: Checkpoint, header: AdapterFile, names: Names, changes: Mapping[str, Change]
+) -> list[tuple[Entry, list[str]]]:
+    """The shared tensors that a change touches, each with its parameters: seen from the tensors, not from a flag."""
+    sets: dict[str, list[str]] = {}
+    for parameter, twin in names.ties.items():
+        if twin in names.keys:
+            sets.setdefault(names.keys[twin], [twin]).append(parameter)
+    # Parameters that the adapter's model shared and that the files do not leave out must be stored twice.
+    shared = sum(math.prod(shape) for shape in header.base.shapes.values()) - header.base.num_parameters
+    shared -= sum(checkpoint.entries[key].numel * (len(members) - 1) for key, members in sets.items())
+    if shared > 0:
+        with Reader() as reader:
+            for parameter in changes:
+                entry = checkpoint.entries.get(names.keys.get(parameter, ""))
+                if entry is None or entry.key in sets or len(entry.shape) != 2 or entry.numel > shared:
+                    continue
+                others = {
+                    name: checkpoint.entries[key] for name, key in names.keys.items() if key != entry.key
+                }
+                if twins := [name for name, other in others.items() if reader.same(entry, other)]:
+                    sets[entry.key] = [parameter, *twins]
+    return [
+        (checkpoint.entries[key], members)
+        for key, members in sets.items()
+        if not changes.keys().isdisjoint(members)
+    ]
+
+
+def _edits(
+    header: AdapterFile, names: Names, changes: Mapping[str, Change], config: Mapping[str, Any], untied: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Fields of the configuration that no longer hold, and remarks on them."""
+    edits: dict[str, Any] = {}
+    notes: list[str] = []
+    if untied:
+        edits["tie_word_embeddings"] = False
+        notes.append("tied embeddings were parted: config.json now says tie_word_embeddings = false")
+    new = [parameter for parameter in names.absent if parameter in changes]
+    if new and header.base.architecture not in (config.get("architectures") or ()):
+        edits["architectures"] = [header.base.architecture]
+        notes.append(f"the trained head makes this a {header.base.architecture}: config.json says so now")
+    if left := [parameter for parameter in names.absent if parameter not in changes]:
+        notes.append(
+            f"'{left[0]}' is neither in the base nor in the adapter: whoever loads the result starts it anew"
+        )
+    edits.update(head_labels(header, config))
+    return edits, notes
+
+
+def head_labels(header: AdapterFile, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`id2label` and `label2id` for a classifier that was trained with another number of classes than the base states."""
+    if "Classification" not in header.base.architecture:
+        return {}
+    heads = [
+        header.base.shapes[name][0]
+        for path, named in header.trained.items()
+        for name in (path, *(f"{path}.{local.removesuffix('.weight')}" for local in named))
+        if len(header.base.shapes.get(name, ())) == 2
+    ]
+    stated = len(config.get("id2label") or ()) or config.get("num_labels") or 2
+    if not heads or heads[-1] == stated:
+        return {}
+    labels = {str(number): f"LABEL_{number}" for number in range(heads[-1])}
+    return {"id2label": labels, "label2id": {label: int(number) for number, label in labels.items()}}
+
+
+def _remarks(
+    checkpoint: Checkpoint, adapters: Sequence[AdapterFiles], names: Names, changes: Mapping[str, Change]
+) -> list[str]:
+    notes = []
+    stored = {
+        entry.dtype for p, key in names.keys.items() if p in changes and (entry := checkpoint.entries[key])
+    }
+    for adapter in adapters:
+        trained_on = {CODES[site.dtype] for site in adapter.sites.values()}
+        # Recorded by core for bases that were quantized in training.
+        packed = getattr(adapter.header.base, "quantization", None)
+        if packed:
+            notes.append(
+                f"'{adapter.directory}' was trained on {packed} layers; it is merged into the weights of "
+                f"'{checkpoint.directory}' ({', '.join(sorted(stored))}), which differ from those by the quantization's error "
+                "unless they are the dequantized ones"
+            )
+        elif stored and trained_on.isdisjoint(stored):
+            notes.append(
+                f"'{adapter.directory}' was trained on {', '.join(sorted(trained_on))} weights, those of "
+                f"'{checkpoint.directory}' are {', '.join(sorted(stored))}"
+            )
+        if adapter.weight != 1.0 and adapter.trained:
+            notes.append(
+                f"modules that '{adapter.directory}' trained in full are taken as they are, whatever its weight"
+            )
+    return notes
+
+
+def _item(entry: Entry, dtype: str | None, key: str | None = None) -> Item:
+    if dtype is None or entry.dtype not in PLAIN_FLOATS:
+        return Item(key or entry.key, entry.dtype, entry.shape, entry.nbytes)
+    return _new_item(key or entry.key, dtype, entry.shape)
+
+
+def _new_item(key: str, dtype: str, shape: tuple[int, ...]) -> Item:
+    return Item(key, dtype, shape, math.prod(shape) * DTYPES[dtype].itemsize)

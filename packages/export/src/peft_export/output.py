@@ -1,0 +1,155 @@
+"""Where an export goes: a directory that appears whole or not at all, never inside its inputs, and says what it is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft_core import CheckpointError, MergeError
+from peft_core.checkpoint import AdapterFile
+from peft_core.files import whole_directory
+
+MARKER = "export.json"
+FORMAT_VERSION = 1
+# Weights in other formats and copies of them: they would be the weights from before.
+_WEIGHTS = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".onnx_data",
+    ".ot",
+    ".mlmodel",
+}
+_WEIGHT_FOLDERS = {"onnx", "openvino", "original", "coreml", "gguf", "verification"}
+
+
+@contextmanager
+def export_directory(out: str | Path, inputs: Iterable[str | Path], overwrite: bool) -> Iterator[Path]:
+    """A temporary directory that becomes `out` when the block ends well.
+
+    Raises:
+        MergeError: `out` exists, or lies within an input, or an input within it. CheckpointError: it cannot be written.
+    """
+    target = Path(out)
+    here = target.resolve()
+    for source in inputs:
+        there = Path(source).resolve()
+        if here == there or there in here.parents:
+            raise MergeError(
+                f"the output '{out}' lies inside the input '{source}'; inputs are never changed: choose another directory"
+            )
+        if here in there.parents:
+            raise MergeError(
+                f"the input '{source}' lies inside the output '{out}', which would be replaced: choose another directory"
+            )
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise MergeError(
+                f"the output '{out}' exists; choose another directory, or replace it with --overwrite"
+            )
+        if not (target / MARKER).is_file():
+            raise MergeError(
+                f"the output '{out}' holds something that is no export (it has no {MARKER}); it is not replaced: choose another directory"
+            )
+    old = [entry.name for entry in target.iterdir()] if target.is_dir() else []
+    with whole_directory(target, old) as temporary:
+        yield temporary
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The model's `config.json`; empty if there is none.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"'{path}' cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"'{path}' is no model configuration")
+    return config
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As transformers formats its files."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def marker(
+    kind: str, headers: Sequence[AdapterFile], config: Mapping[str, Any], report: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`export.json`: what an export is, and what it was made from. `config`: how the base's configuration must change."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "made_by": f"peft-export {importlib.metadata.version('peft-export')}",
+        "architecture": headers[0].base.architecture,
+        "base_fingerprint": headers[0].base.fingerprint,
+        "methods": [header.method.model_dump(mode="json") for header in headers],
+        "specs": [header.spec for header in headers],
+        "config": dict(config),
+        "report": dict(report),
+    }
+
+
+def read_marker(directory: str | Path) -> dict[str, Any]:
+    """`export.json` of an export.
+
+    Raises:
+        CheckpointError: it is no export, is damaged, or a newer peft-export wrote it.
+    """
+    path = Path(directory) / MARKER
+    if not path.is_file():
+        what = (
+            "does not exist"
+            if not Path(directory).exists()
+            else f"is no export of peft-export: it has no {MARKER}"
+        )
+        raise CheckpointError(f"'{directory}' {what}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        version, _ = found["format_version"], found["kind"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"'{path}' is damaged: {error!r}") from None
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"'{directory}' has format version {version}; this peft-export reads up to {FORMAT_VERSION}: upgrade it"
+        )
+    return dict(found)
+
+
+def copy_rest(base: Path, out: Path, skip: Collection[str]) -> list[str]:
+    """Copy what belongs to a model besides its weights: tokenizer, templates, generation config, licence, code.
+
+    Returns:
+        What was left out: weights in other formats.
+    """
+    left: list[str] = []
+    for entry in sorted(base.iterdir()):
+        if entry.name in skip or entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            if entry.name in _WEIGHT_FOLDERS:
+                left.append(f"{entry.name}/")
+            else:
+                shutil.copytree(entry, out / entry.name)
+        elif entry.suffix in _WEIGHTS or entry.name.endswith(".index.json"):
+            left.append(entry.name)
+        else:
+            shutil.copy2(entry, out / entry.name)
+    return left

@@ -1,0 +1,321 @@
+"""The commands that peft-export adds to `peft-core`. What takes long to import is imported by the command that runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from peft_core import MergeError, ModelError, hookimpl
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .lora import LoraReport
+    from .streaming import MergeReport
+    from .verify import VerifyReport
+
+_FAILED = 1
+
+Base = Annotated[
+    str, typer.Option(help="Checkpoint directory of the base model, or a known name: smollm2-135m.")
+]
+Out = Annotated[Path, typer.Option(help="Directory to write. It appears whole or not at all.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Then run the model: compare, and keep golden logits in the export.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+@hookimpl
+def peft_cli(app: typer.Typer) -> None:
+    """Add `merge`, `export` and `verify`."""
+    app.command()(merge)
+    app.command()(verify)
+    export = typer.Typer(
+        help="Write an adapter in the form that a serving runtime loads.", no_args_is_help=True
+    )
+    export.command()(lora)
+    app.add_typer(export, name="export")
+
+
+def merge(
+    base: Base,
+    adapter: Annotated[
+        list[str],
+        typer.Option(metavar="DIR[=WEIGHT]", help="An adapter directory, with a weight; may be repeated."),
+    ],
+    out: Out,
+    dtype: Annotated[str | None, typer.Option(help="Cast all weights: float32, bfloat16, float16.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    untie: Annotated[
+        bool,
+        typer.Option("--untie", help="Part tied embeddings where only one of the two layers was trained."),
+    ] = False,
+    overwrite: Overwrite = False,
+    verify: Verify = False,
+    json_: Json = False,
+) -> None:
+    """Merge adapters into a checkpoint's files: a plain model. Memory stays small, whatever the model's size."""
+    from .streaming import merge as run
+
+    directory, adapters = _local(base), parse_adapters(adapter)
+    with _progress("merging", json_) as progress:
+        report = run(
+            directory,
+            adapters,
+            out,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            untie=untie,
+            progress=progress,
+        )
+    _finish(report.to_json(), _merge_table(report), out, directory, adapters, verify, json_)
+
+
+def lora(
+    base: Base,
+    adapter: Annotated[Path, typer.Option(help="An adapter directory.")],
+    out: Out,
+    fit: Annotated[
+        str | None,
+        typer.Option(help="Make it fit a runtime, and say how to start it: vllm, sglang, llama.cpp."),
+    ] = None,
+    pad_rank: Annotated[
+        bool | None,
+        typer.Option(
+            "--pad-rank/--no-pad-rank", help="Fill all layers up to one rank. On where --fit needs it."
+        ),
+    ] = None,
+    svd_rank: Annotated[
+        int | None, typer.Option(min=1, help="Approximate, by this rank, what has no exact factors of it.")
+    ] = None,
+    svd_energy: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Approximate by the rank that keeps this share, such as 0.99."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="dtype of the factors: float32, bfloat16, float16.")
+    ] = None,
+    overwrite: Overwrite = False,
+    verify: Verify = False,
+    json_: Json = False,
+) -> None:
+    """Write an adapter as a standard LoRA adapter in Hugging Face PEFT's format, exactly where the method allows it."""
+    from .lora import export_lora
+
+    directory = _local(base)
+    with _progress("lowering", json_) as progress:
+        report = export_lora(
+            directory,
+            adapter,
+            out,
+            fit=fit,
+            pad_rank=pad_rank,
+            svd_rank=svd_rank,
+            svd_energy=svd_energy,
+            dtype=dtype,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    _finish(report.to_json(), _lora_table(report), out, directory, {str(adapter): 1.0}, verify, json_)
+    if report.problems:
+        raise typer.Exit(_FAILED)
+
+
+def verify(
+    export: Annotated[Path, typer.Argument(help="What `merge` or `export` wrote.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base model; needed with --adapter, and for a LoRA.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIR[=WEIGHT]", help="What it was made from. Without: the golden logits that it carries."
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt; may be repeated. Default: built-in ones.")
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Largest mean KL divergence allowed, in nats per token. Default: 1e-2."),
+    ] = None,
+    record: Annotated[
+        bool, typer.Option("--record/--no-record", help="Keep golden logits and the result in the export.")
+    ] = True,
+    json_: Json = False,
+) -> None:
+    """Compare an export with the adapted model. Exit status 1 where they differ by more than --max-kl."""
+    from .verify import verify as run
+
+    adapters = parse_adapters(adapter) if adapter else None
+    directory = None if base is None else _local(base)
+    report = run(export, directory, adapters, prompts=prompt or (), max_kl=max_kl, record=record)
+    if json_:
+        _print_json(report.to_json())
+    else:
+        _console().print(_verify_table(report))
+    if not report.ok:
+        raise typer.Exit(_FAILED)
+
+
+def parse_adapters(given: list[str]) -> dict[str, float]:
+    """`["A=0.7", "B"]` as `{"A": 0.7, "B": 1.0}`. A directory whose own name ends like a weight is taken as it is.
+
+    Raises:
+        MergeError: a weight is no number, or a directory is given twice.
+    """
+    found: dict[str, float] = {}
+    for text in given:
+        directory, sign, number = text.rpartition("=")
+        if not sign or Path(text).exists():
+            directory, number = text, "1"
+        try:
+            weight = float(number)
+        except ValueError:
+            raise MergeError(f"--adapter {text}: '{number}' is no weight; write DIR=0.7") from None
+        if not abs(weight) < float("inf"):
+            raise MergeError(f"--adapter {text}: the weight must be finite")
+        if directory in found:
+            raise MergeError(f"--adapter {directory} is given twice")
+        found[directory] = weight
+    return found
+
+
+def _local(base: str) -> Path:
+    from peft_core.models import base_path
+
+    path = Path(base_path(base)) if not Path(base).exists() else Path(base)
+    if not path.exists():
+        raise ModelError(
+            f"'{base}' is not on this machine; download it first: hf download {base} --local-dir DIR, then give DIR"
+        )
+    return path
+
+
+def _finish(
+    data: dict[str, Any],
+    table: Table,
+    out: Path,
+    base: Path,
+    adapters: dict[str, float],
+    verified: bool,
+    json_: bool,
+) -> None:
+    """Print the report; run the comparison, if it was asked for."""
+    checked: VerifyReport | None = None
+    if verified:
+        from .verify import verify as run
+
+        checked = run(out, base, adapters)
+    if json_:
+        _print_json({**data, **({"verification": checked.to_json()} if checked else {})})
+    else:
+        _console().print(table)
+        if checked:
+            _console().print(_verify_table(checked))
+    if checked and not checked.ok:
+        raise typer.Exit(_FAILED)
+
+
+@contextmanager
+def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar with bytes and rate, on standard error."""
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _merge_table(report: MergeReport) -> Table:
+    from peft_core.plan import size
+
+    rows = {
+        "output": report.out,
+        "adapters": ", ".join(
+            f"{path} × {weight:g}" if weight != 1.0 else path for path, weight in report.adapters.items()
+        ),
+        "tensors": f"{report.tensors}: {report.merged} merged, {report.trained} trained in full, {report.copied} as they were",
+        "size": f"{size(report.bytes)} in {len(report.files)} files, {report.dtype}",
+        "time": f"{report.seconds:.1f} s, {size(report.bytes / max(report.seconds, 1e-9))} per second",
+    }
+    if report.left_out:
+        rows["left out"] = f"{', '.join(report.left_out)} (weights from before)"
+    return _table("Merged", rows, report.notes)
+
+
+def _lora_table(report: LoraReport) -> Table:
+    from peft_core.plan import size
+
+    rows = {
+        "output": report.out,
+        "layers": f"{len(report.sites)}, rank {report.rank}",
+        "size": f"{size(report.bytes)}, {report.dtype}",
+        "error": f"up to {report.worst.error:.2e} of ‖ΔW‖ ({report.worst.path})"
+        if report.worst.error
+        else "none: the factors are exact",
+        "time": f"{report.seconds:.1f} s",
+    }
+    if report.runtime:
+        rows["cannot be served" if report.problems else f"start {report.runtime}"] = (
+            "; ".join(report.problems) or report.command
+        )
+    table = _table("Lowered to LoRA", rows, report.notes)
+    for site in sorted(report.sites, key=lambda site: -site.error):
+        if site.error:
+            table.add_row(site.path, f"rank {site.rank}, error {site.error:.2e}")
+    return table
+
+
+def _verify_table(report: VerifyReport) -> Table:
+    verdict = "passed" if report.ok else "FAILED"
+    title = (
+        f"{report.export} against {report.against}, {report.dtype}: {verdict} (mean KL ≤ {report.max_kl:g})"
+    )
+    table = Table(title=escape(title), title_justify="left")
+    for heading in ("prompt", "positions", "mean KL", "max KL", "max logit difference", "same first choice"):
+        table.add_column(heading, justify="left" if heading == "prompt" else "right")
+    for found in report.prompts:
+        table.add_row(
+            escape(" ".join(found.prompt.split())[:40]),
+            str(found.positions),
+            f"{found.mean_kl:.1e}",
+            f"{found.max_kl:.1e}",
+            f"{found.difference:.1e}",
+            f"{100 * found.agreement:.0f} %",
+        )
+    return table
+
+
+def _table(title: str, rows: dict[str, str], notes: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for label, value in rows.items():
+        table.add_row(label, escape(value))
+    for note in notes:
+        table.add_row("note", escape(note))
+    return table
+
+
+def _console() -> Console:
+    """Standard output; wide enough for tables where no terminal says how wide it is."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 120))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))

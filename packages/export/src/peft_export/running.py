@@ -1,0 +1,214 @@
+"""Running models to compare them: the adapted model, an export, and their logits on the same inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft_core as pc
+import torch
+from peft_core import CheckpointError, MergeError, ModelError
+from peft_core.checkpoint import AdapterFile
+from torch import Tensor, nn
+
+from . import output
+from .checkpoint_files import Reader, read_entries
+from .lora import CONFIG, WEIGHTS
+from .merge_plan import head_labels
+
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+    "Q: What is 12 times 12? A:",
+    "Once upon a time there was a small village by the sea, where",
+)
+"""Compared where no prompts are given."""
+
+_LONGEST = 64
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An input: its text (a remark, where there is no tokenizer) and its token ids [tokens]."""
+
+    text: str
+    ids: Tensor
+
+
+def make_prompts(texts: Sequence[str], directories: Sequence[Path], vocabulary: int) -> list[Prompt]:
+    """Tokenize with the first tokenizer that the directories hold; without any, built-in prompts are random tokens.
+
+    Raises:
+        ModelError: prompts are given, and there is no tokenizer.
+    """
+    tokenizer = next((found for found in map(_tokenizer, directories) if found is not None), None)
+    if tokenizer is not None:
+        pairs = (
+            (text, tokenizer(text, return_tensors="pt")["input_ids"][0][:_LONGEST])
+            for text in texts or PROMPTS
+        )
+        return [Prompt(text, ids) for text, ids in pairs if len(ids)]
+    if texts:
+        raise ModelError(
+            f"there is no tokenizer in {' or '.join(map(repr, map(str, directories)))}: prompts cannot be read"
+        )
+    generator = torch.Generator().manual_seed(0)
+    drawn = (torch.randint(0, vocabulary, (length,), generator=generator) for length in (5, 9, 16))
+    return [Prompt(f"{len(ids)} random tokens", ids) for ids in drawn]
+
+
+def logits(model: nn.Module, prompts: Sequence[Prompt]) -> list[Tensor]:
+    """Each prompt's logits in float32 on the CPU: [tokens, vocabulary], or [1, classes].
+
+    Raises:
+        ModelError: the model takes no token ids, or answers without logits.
+    """
+    config: Any = getattr(model, "config", None)
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise ModelError(
+            f"{type(model).__name__} takes {model.main_input_name}; only models of text are compared"
+        )
+    out = []
+    for prompt in prompts:
+        ids = prompt.ids[None]
+        inputs = {"input_ids": ids}
+        if getattr(config, "is_encoder_decoder", False):
+            start = getattr(config, "decoder_start_token_id", None) or 0
+            inputs["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+        with torch.no_grad():
+            answer = model(**inputs)
+        if getattr(answer, "logits", None) is None:
+            raise ModelError(f"{type(model).__name__} has no logits to compare: it has no head")
+        found = answer.logits.float()
+        out.append(found.reshape(-1, found.shape[-1]).cpu())
+    return out
+
+
+def adapted_model(base: Path, adapters: Mapping[str, float], header: AdapterFile) -> nn.Module:
+    """The base with the adapters attached and active, in evaluation mode.
+
+    Raises:
+        CheckpointError: an adapter does not fit. ModelError: the base cannot be loaded.
+    """
+    config = output.read_config(base)
+    model = load_model(base, header.base.architecture, head_labels(header, config))
+    active = {f"adapter{number}": weight for number, weight in enumerate(adapters.values())}
+    for name, directory in zip(active, adapters, strict=True):
+        pc.load(model, directory, name=name)
+    pc.activate(model, active)
+    return model
+
+
+def load_model(directory: Path, architecture: str, fields: Mapping[str, Any] | None = None) -> nn.Module:
+    """A transformers model of this class, in the dtype of its files. `fields` replace those of its configuration.
+
+    Raises:
+        ModelError: transformers has no such class, or cannot load the directory.
+    """
+    import transformers
+
+    cls = getattr(transformers, architecture, None)
+    if cls is None:
+        raise ModelError(
+            f"the model is a {architecture or 'model of unknown class'}, which transformers does not have"
+        )
+    names = (fields or {}).get("id2label", {})
+    labels = (
+        {"id2label": {int(number): name for number, name in names.items()}, "label2id": fields["label2id"]}
+        if names and fields
+        else {}
+    )
+    try:
+        with _quiet():
+            model: nn.Module = cls.from_pretrained(directory, dtype="auto", **labels)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"cannot load '{directory}' as {architecture}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    return model.eval()
+
+
+def with_lora(model: nn.Module, directory: Path) -> nn.Module:
+    """The model with a LoRA adapter in PEFT's format applied, read from the files as any runtime would.
+
+    Raises:
+        CheckpointError: the files are damaged. MergeError: they belong to another model.
+    """
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        alphas, ranks = config["alpha_pattern"], config["rank_pattern"]
+        default = config["lora_alpha"], config["r"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"'{directory / CONFIG}' is damaged: {error!r}") from None
+    entries, _ = read_entries(directory / WEIGHTS)
+    with Reader() as reader:
+        tensors = {key.removeprefix(_PREFIX): reader.read(entry) for key, entry in entries.items()}
+    for name, A in tensors.items():
+        path = name.removesuffix(".lora_A.weight")
+        if name.endswith(".lora_B.weight"):
+            continue
+        module = _submodule(model, path if path != name else name.rpartition(".")[0], directory)
+        if path == name:
+            _replace(module, name.rpartition(".")[2], A)
+        else:
+            escaped = path.replace(".", r"\.")
+            scale = alphas.get(escaped, default[0]) / ranks.get(escaped, default[1])
+            module.register_forward_hook(_add(A, tensors[f"{path}.lora_B.weight"], scale))
+    return model
+
+
+def _add(A: Tensor, B: Tensor, scale: float) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        x = inputs[0].to(A.dtype)
+        return y + (scale * (x @ A.T) @ B.T).to(y.dtype)
+
+    return hook
+
+
+def _replace(module: nn.Module, name: str, value: Tensor) -> None:
+    """A new parameter, so that a tied one elsewhere stays as it is."""
+    old = getattr(module, name)
+    setattr(module, name, nn.Parameter(value.to(old.dtype), requires_grad=False))
+
+
+def _submodule(model: nn.Module, path: str, directory: Path) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise MergeError(f"'{directory}' belongs to another model: this one has no '{path}'") from None
+
+
+def _tokenizer(directory: Path) -> Any:
+    if not any(
+        (directory / name).is_file()
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    ):
+        return None
+    import transformers
+
+    try:
+        with _quiet():
+            return transformers.AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and warnings, which are about its own loading."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,283 @@
+"""Adapter directories of Hugging Face PEFT's MissConfig, turned into ours and back, from files alone.
+
+Theirs is `adapter_config.json` and `adapter_model.safetensors`. The latter holds, for every layer,
+`base_model.model.{path}.miss_block`, which is our D of the variants `efficient`, `mini` and `bat` in the
+interleaved layout, and `base_model.model.{path}.{parameter}` for modules that were trained in full. They know
+no scale: ours goes into D, in which ΔW is linear.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peft_core import AdapterSpec, CheckpointError, PeftCoreError, Plan, files, plan
+from peft_core import checkpoint as ours
+from peft_core.bank import Bank
+from peft_core.plan import meta_model
+from peft_core.spec import DTYPES
+from peft_core.targets import named
+
+from .options import MissOptions
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX, BLOCK = "base_model.model.", ".miss_block"
+
+
+class Theirs(NamedTuple):
+    """What one of their directories holds.
+
+    Attributes:
+        config: `adapter_config.json`. blocks: layer path → D.
+        whole: parameter path → value, of modules trained in full. modules: paths of those modules.
+    """
+
+    config: dict[str, Any]
+    blocks: dict[str, Tensor]
+    whole: dict[str, Tensor]
+    modules: tuple[str, ...]
+
+
+def from_hf_peft(
+    source_dir: str | Path, out_dir: str | Path, base: nn.Module | str | Path | None = None
+) -> None:
+    """Turn an adapter of Hugging Face PEFT's MissConfig into a directory that `peft_core.load` reads.
+
+    Args:
+        base: the base model, on any device (meta included), or its checkpoint directory, of which only the
+            configuration is read. By default the directory that the adapter names.
+
+    Raises:
+        CheckpointError: the directory holds no such adapter, or something of theirs that has no counterpart
+            here, or does not fit the base; the message names the first key.
+        ModelError: the base cannot be read.
+    """
+    theirs = read_theirs(source_dir)
+    if base is not None:
+        model = base if isinstance(base, nn.Module) else meta_model(base)
+        made = _plan(source_dir, theirs, model)
+    else:
+        model, made = _recorded_base(source_dir, theirs)
+    bank = Bank(model, "default", made, seed=0)
+    bank.register(_values(source_dir, theirs, made), {}, trainable=False)
+    ours.save(bank, out_dir)
+
+
+def to_hf_peft(source_dir: str | Path, out_dir: str | Path) -> None:
+    """Turn an adapter of ours into a directory that `peft.PeftModel.from_pretrained` reads.
+
+    A scale (`alpha`) is multiplied into D, since theirs has none; everything else is kept as it is.
+
+    Raises:
+        CheckpointError: the directory holds no MiSS adapter, or one that their library cannot express:
+            variant `expand`, a contiguous layout, options that differ between layers, a transposed layer.
+    """
+    header = ours.read_header(source_dir)
+    if header.method.name != "miss":
+        raise CheckpointError(f"'{source_dir}' is an adapter of method '{header.method.name}', not of 'miss'")
+    stored = ours.read(source_dir, header)
+    options = _their_options(source_dir, header)
+    borrowed = header.borrowed()
+    paths = [path for path, names in borrowed.items() if names]
+    spec = ours.spec_of(header)
+    config = {
+        "peft_type": "MISS",
+        "task_type": "CAUSAL_LM" if header.base.architecture.endswith("ForCausalLM") else None,
+        "base_model_name_or_path": header.base.name or None,
+        "inference_mode": True,
+        "r": options.r,
+        "mini_r": options.mini_r or 1,
+        "init_weights": True if options.variant == "efficient" else options.variant,
+        "miss_dropout": spec.dropout,
+        "bias": "none",
+        "target_modules": _their_targets(paths, header.base.shapes, header.trained),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "modules_to_save": list(header.trained) or None,
+    }
+    tensors = {}
+    for path in paths:
+        D = stored[borrowed[path]["D"]]
+        tensors[f"{PREFIX}{path}{BLOCK}"] = D if options.scale == 1.0 else D * options.scale
+    for path, parameters in header.trained.items():
+        tensors.update({f"{PREFIX}{path}.{local}": stored[key].clone() for local, key in parameters.items()})
+    with files.whole_directory(out_dir, (CONFIG, TENSORS)) as directory:
+        files.write_tensors(directory / TENSORS, tensors, {"format": "pt"})
+        (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_theirs(directory: str | Path) -> Theirs:
+    """One of their directories, with all keys accounted for.
+
+    Raises:
+        CheckpointError: as `from_hf_peft`.
+    """
+    path = Path(directory) / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"'{directory}' is no adapter of Hugging Face PEFT: it has no {CONFIG}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind = config["peft_type"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"'{path}' is damaged: {error!r}") from None
+    if kind != "MISS":
+        raise CheckpointError(f"'{directory}' is a {kind} adapter; only MISS ones become adapters of 'miss'")
+    if config.get("bias", "none") != "none":
+        raise CheckpointError(
+            f"'{directory}' trained biases (bias='{config['bias']}'), which have no place here"
+        )
+    weights = Path(directory) / TENSORS
+    if not weights.exists() and weights.with_name("adapter_model.bin").exists():
+        raise CheckpointError(
+            f"'{directory}' holds adapter_model.bin, a pickle, which can run code when it is read; "
+            "save it again with safe_serialization=True"
+        )
+    blocks, whole, modules = {}, {}, []
+    for key, tensor in files.read_tensors(weights).items():
+        name = key.removeprefix(PREFIX)
+        if name.endswith(BLOCK):
+            blocks[name.removesuffix(BLOCK)] = tensor
+            continue
+        module = _saved_module(name, config.get("modules_to_save") or [])
+        if module is None:
+            raise CheckpointError(f"'{weights}': '{key}' is no miss_block and in none of its modules_to_save")
+        whole[name] = tensor
+        modules.append(module)
+    if not blocks:
+        raise CheckpointError(f"'{weights}' holds no miss_block")
+    return Theirs(config, blocks, whole, tuple(dict.fromkeys(modules)))
+
+
+def _saved_module(parameter: str, names: list[str]) -> str | None:
+    """The module in `modules_to_save` that this parameter belongs to; a name there is any end of a path."""
+    parts = parameter.split(".")
+    paths = (".".join(parts[:count]) for count in range(1, len(parts)))
+    return next((path for path in paths if path.endswith(tuple(names))), None)
+
+
+def _spec(source_dir: str | Path, theirs: Theirs, targets: tuple[str, ...]) -> AdapterSpec:
+    """The spec that says of these layers what their configuration says."""
+    config = theirs.config
+    variant = config.get("init_weights", True)
+    if not isinstance(variant, bool) and variant not in ("mini", "bat"):
+        raise CheckpointError(
+            f"'{source_dir}': init_weights={variant!r}: known are true, false, 'mini' and 'bat'"
+        )
+    options = {"variant": "efficient" if isinstance(variant, bool) else variant, "r": config.get("r", 64)}
+    if variant == "mini":
+        options["mini_r"] = config.get("mini_r", 1)
+    return AdapterSpec(
+        method="miss",
+        targets=targets,
+        options=options,
+        train_modules=theirs.modules,
+        dropout=0.0 if variant == "bat" else config.get("miss_dropout", 0.0),  # their 'bat' never applies it
+        dtype=_dtype(theirs),
+        base_model=config.get("base_model_name_or_path") or None,
+    )
+
+
+def _dtype(theirs: Theirs) -> Any:
+    """The narrowest of our dtypes that holds all of theirs."""
+    common = torch.bool
+    for tensor in (*theirs.blocks.values(), *theirs.whole.values()):
+        common = torch.promote_types(common, tensor.dtype)
+    return next((name for name, dtype in DTYPES.items() if dtype == common), "float32")
+
+
+def _plan(source_dir: str | Path, theirs: Theirs, model: nn.Module) -> Plan:
+    """A plan of exactly the layers that have a tensor: by names where these say it, else by paths."""
+    paths = tuple(theirs.blocks)
+    if strangers := [path for path in paths if path not in dict(model.named_modules())]:
+        raise CheckpointError(f"'{source_dir}' does not fit this base: it has no layer '{strangers[0]}'")
+    exact = plan(model, _spec(source_dir, theirs, paths))
+    listed_targets = theirs.config.get("target_modules")
+    if isinstance(listed_targets, list):
+        names = tuple(sorted(name for name in listed_targets if any(named(name, path) for path in paths)))
+        try:
+            made = plan(model, _spec(source_dir, theirs, names))
+        except PeftCoreError:
+            return exact
+        if made.sites == exact.sites:
+            return made
+    return exact
+
+
+def _recorded_base(source_dir: str | Path, theirs: Theirs) -> tuple[nn.Module, Plan]:
+    """The model of the directory that the adapter names, and the plan on it, if the adapter fits it."""
+    recorded = theirs.config.get("base_model_name_or_path") or ""
+    if not (Path(recorded) / "config.json").is_file():
+        raise CheckpointError(
+            f"'{source_dir}' names the base '{recorded}', which is no checkpoint directory here; "
+            "give base=: the model, or a directory with its config.json"
+        )
+    model = meta_model(recorded)
+    return model, _plan(source_dir, theirs, model)
+
+
+def _values(source_dir: str | Path, theirs: Theirs, made: Plan) -> dict[str, Tensor]:
+    """Key of each trainable tensor → their value, in the spec's dtype.
+
+    Raises:
+        CheckpointError: one is missing, left over, or of another shape.
+    """
+    found = {keys["D"]: theirs.blocks[path] for path, keys in made.borrowed().items()}
+    left = dict(theirs.whole)
+    for path, parameters in made.trained.items():
+        for local, key in parameters.items():
+            value = left.pop(f"{path}.{local}", None)
+            if value is None:
+                raise CheckpointError(f"'{source_dir}': '{path}.{local}' is missing")
+            if key in found and not torch.equal(found[key], value):
+                raise CheckpointError(
+                    f"'{source_dir}': '{path}.{local}' and '{key}' are one tensor in the base, "
+                    "but were trained apart"
+                )
+            found[key] = value
+    if left:
+        raise CheckpointError(f"'{source_dir}' does not fit this base: it has no '{next(iter(left))}'")
+    for key, tensor in made.tensors():
+        if tuple(found[key].shape) != tensor.shape:
+            raise CheckpointError(
+                f"'{source_dir}' does not fit this base: '{key}' has shape {list(found[key].shape)}, "
+                f"expected {list(tensor.shape)}"
+            )
+    return {key: value.to(made.spec.torch_dtype) for key, value in found.items()}
+
+
+def _their_options(source_dir: str | Path, header: ours.AdapterFile) -> MissOptions:
+    """The options, the same for all layers and such that their library has them.
+
+    Raises:
+        CheckpointError: as `to_hf_peft`.
+    """
+    sites = header.site_list()
+    options: MissOptions = sites[0].options
+    if different := [site.path for site in sites if site.options != options]:
+        raise CheckpointError(
+            f"'{source_dir}': '{different[0]}' has other options than '{sites[0].path}'; "
+            "MissConfig has one set for all"
+        )
+    if options.variant == "expand" or not options.interleaved:
+        what = "variant 'expand'" if options.variant == "expand" else "layout 'contiguous'"
+        raise CheckpointError(
+            f"'{source_dir}' has {what}, which Hugging Face PEFT cannot express; export it as LoRA instead"
+        )
+    if transposed := [site.path for site in sites if site.transposed]:
+        raise CheckpointError(
+            f"'{source_dir}': '{transposed[0]}' is a transposed layer (Conv1D), which MissConfig cannot adapt"
+        )
+    return options
+
+
+def _their_targets(paths: list[str], shapes: Mapping[str, Any], trained: Mapping[str, Any]) -> list[str]:
+    """Their `target_modules` for these layers: the module types where they say it, else the paths."""
+    types = sorted({path.rpartition(".")[2] for path in paths})
+    reached = {path for path in shapes if any(named(name, path) for name in types)}
+    return types if reached == set(paths) and not trained else paths

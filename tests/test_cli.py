@@ -1,0 +1,177 @@
+"""The program: what each command prints, and a user's mistakes as one line and exit status 2."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+
+import peft_core as pc
+from peft_core import AdapterSpec, cli
+from peft_core.testing.checks import randomise
+from peft_core.testing.families import FAMILIES
+
+
+class Ran(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def program(monkeypatch, capsys) -> Callable[..., Ran]:
+    """`program("plan", "--model", ...)` in this process."""
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["peft-core", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        return Ran(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def mistake(program, clear) -> Callable[..., None]:
+    """`mistake(["plan", ...], "word", ...)`: one clear line on standard error, no output, exit status 2."""
+
+    def check(arguments: list[object], *words: str) -> None:
+        ran = program(*arguments)
+        assert (ran.status, ran.out) == (2, ""), ran
+        assert ran.err.startswith("peft-core: ")
+        clear(ran.err, *words)
+
+    return check
+
+
+@pytest.fixture
+def spec_file(tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text(AdapterSpec(method="sound", targets=["q_proj"]).to_yaml())
+    return path
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory, sound_method):
+    directory = tmp_path_factory.mktemp("cli") / "adapter"
+    adapter = pc.attach(FAMILIES["llama"].build(), AdapterSpec(method="sound", targets=["q_proj"]))
+    randomise(adapter).save(directory)
+    return directory
+
+
+def test_methods(program) -> None:
+    ran = program("methods")
+    assert ran.status == 0 and ran.err == ""
+    for word in ("sound", "for tests", "r=4", "alpha=8.0"):
+        assert word in ran.out
+    listed = json.loads(program("methods", "--json").out)
+    assert set(listed) == set(pc.methods())
+    assert set(listed["sound"]["options"]["properties"]) == {"r", "alpha"}
+
+
+def test_plan(program, llama_directory, spec_file) -> None:
+    ran = program("plan", "--model", llama_directory, "--spec", spec_file)
+    assert ran.status == 0 and ran.err == ""
+    for word in ("q_proj", "LlamaForCausalLM", "sound", "total"):
+        assert word in ran.out
+    figures = json.loads(program("plan", "--model", llama_directory, "--spec", spec_file, "--json").out)
+    assert figures["sites"] == 2
+    assert figures["trainable_parameters"] == 8 * 48 + 2 * 4 * 48
+
+
+def test_inspect(program, saved) -> None:
+    ran = program("inspect", saved)
+    assert ran.status == 0 and ran.err == ""
+    for word in ("sound", "LlamaForCausalLM", "pool.q_proj", "r=4"):
+        assert word in ran.out
+    header = json.loads(program("inspect", saved, "--json").out)
+    assert header["method"]["name"] == "sound" and header["file_bytes"] > 0
+
+
+def test_generate(program, llama_directory, saved) -> None:
+    common = ["generate", "--base", llama_directory, "--adapter", saved, "--prompt", "w1 w2 w3"]
+    ran = program(*common, "--max-new-tokens", 4, "--dtype", "float32")
+    assert ran.status == 0
+    again = json.loads(program(*common, "--max-new-tokens", 4, "--dtype", "float32", "--json").out)
+    assert again["completion"].strip() == ran.out.strip()
+
+
+def test_help_lists_the_commands(program) -> None:
+    ran = program("--help")
+    assert ran.status == 0
+    for command in ("methods", "plan", "inspect", "generate", "quickstart"):
+        assert command in ran.out
+
+
+def test_mistakes_in_plan(mistake, llama_directory, spec_file, tmp_path) -> None:
+    plan = ["plan", "--model", llama_directory, "--spec"]
+    mistake([*plan, tmp_path / "missing.yaml"], "missing.yaml")
+    for text, words in {
+        "method: soundd": ["'soundd'", "did you mean 'sound'?", "pip install"],
+        "method: sound\noptions: {rnk: 3}": ["'rnk'"],
+        "method: sound\ntargets: [q_prj]": ["'q_prj'", "did you mean 'q_proj'?"],
+        "method: sound\noptions: {r: 49}": ["49", "q_proj"],
+        "- a": ["mapping"],
+    }.items():
+        spec_file.write_text(text)
+        mistake([*plan, spec_file], *words)
+    spec_file.write_text("method: sound")
+    mistake(["plan", "--model", tmp_path, "--spec", spec_file], "config.json")
+    mistake(["plan", "--model", tmp_path / "nothing", "--spec", spec_file], "nothing")
+
+
+def test_mistakes_in_inspect(mistake, tmp_path) -> None:
+    mistake(["inspect", tmp_path], "adapter.json")
+    mistake(["inspect", tmp_path / "missing"], "missing", "does not exist")
+
+
+def test_mistakes_in_generate(mistake, llama_directory, saved, tmp_path) -> None:
+    generate = ["generate", "--prompt", "w1", "--base"]
+    mistake([*generate, llama_directory, "--adapter", tmp_path], "adapter.json")
+    mistake([*generate, tmp_path / "nothing", "--adapter", saved], "nothing")
+    mistake([*generate, tmp_path, "--adapter", saved], "config.json")
+    mistake([*generate, llama_directory, "--adapter", saved, "--dtype", "float31"], "'float31'", "float32")
+    mistake([*generate, llama_directory, "--adapter", saved, "--device", "nonsense"], "nonsense")
+    mistake([*generate, llama_directory, "--adapter", saved, "--chat"], "chat template")
+
+
+def test_mistakes_in_quickstart(mistake, llama_directory, tmp_path) -> None:
+    quickstart = ["quickstart", "--out", tmp_path / "out", "--model", llama_directory, "--method"]
+    mistake([*quickstart, "soundd"], "'soundd'", "did you mean 'sound'?")
+    mistake([*quickstart, "sound", "-o", "r"], "NAME=VALUE")
+    mistake([*quickstart, "sound", "-o", "rank=3"], "'rank'")
+    mistake([*quickstart, "sound", "--data", tmp_path / "nothing.jsonl"], "nothing.jsonl")
+    assert not (tmp_path / "out").exists(), "a mistake has left something behind"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (
+            ["generate", "--base", "{base}", "--adapter", "{adapter}", "--prompt", "w1", "--device", "cuda"],
+            ["cuda"],
+        ),
+        (["inspect", "/nothing/here"], ["/nothing/here"]),
+        (["no-such-command"], ["no-such-command"]),
+    ],
+    ids=["cuda where there is none", "no adapter", "no command"],
+)
+def test_real_process_prints_no_traceback(arguments, words, llama_directory, saved) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "import peft_core.testing.methods as m; m.register_sound(); from peft_core.cli import main; main()",
+    ]
+    filled = [argument.format(base=llama_directory, adapter=saved) for argument in arguments]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run([*command, *filled], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 2, ran
+    assert "Traceback" not in ran.stderr and not ran.stdout
+    for word in words:
+        assert word in ran.stderr

@@ -1,0 +1,169 @@
+"""Where the originals wait while an adapter is merged, and what is refused."""
+
+import pytest
+import torch
+
+import peft_core as pc
+from peft_core import AdapterSpec
+from peft_core.testing.checks import Snapshot, randomise, relative, run, same_bits
+from peft_core.testing.families import FAMILIES
+
+ODD = FAMILIES["odd"]
+
+
+@pytest.fixture
+def adapter(blocks, spec) -> pc.Adapter:
+    return randomise(pc.attach(blocks, spec))
+
+
+def test_originals_in_a_directory(blocks, adapter, tmp_path) -> None:
+    before, on = Snapshot.of(blocks), run(ODD, blocks)
+    adapter.merge(keep=tmp_path / "kept")
+    assert len(list((tmp_path / "kept").iterdir())) == 4
+    adapter.unmerge()
+    before.assert_restored(blocks)
+    assert same_bits(run(ODD, blocks), on)
+
+
+def test_originals_not_kept(blocks, adapter, refused) -> None:
+    adapter.merge(keep="none")
+    merged = run(ODD, blocks)
+    for undo in (adapter.unmerge, lambda: adapter.disabled().__enter__()):
+        with refused(pc.MergeError, "'0.up'", "not kept"):
+            undo()
+        assert same_bits(run(ODD, blocks), merged), "a refused undo has changed the model"
+
+
+def test_merging_twice_and_unmerging_what_is_not_merged(adapter, refused) -> None:
+    with refused(pc.AdapterError, "'default'", "not merged"):
+        adapter.unmerge()
+    adapter.merge()
+    with refused(pc.AdapterError, "'default'", "merged already"):
+        adapter.merge()
+    with refused(pc.AdapterError, "'default'", "merged", "unmerge"):
+        adapter.detach()
+
+
+def test_activating_a_merged_adapter(blocks, adapter, refused) -> None:
+    adapter.merge()
+    with refused(pc.AdapterError, "'default'", "merged"):
+        pc.activate(blocks, "default")
+
+
+def test_unknown_adapter(blocks, adapter, refused) -> None:
+    with refused(pc.AdapterError, "'defalt'", "did you mean 'default'?"):
+        pc.activate(blocks, "defalt")
+
+
+def test_detached_handle(adapter, refused) -> None:
+    adapter.detach()
+    for use in (adapter.merge, adapter.detach, adapter.parameters, lambda: adapter.save("x")):
+        with refused(pc.AdapterError, "'default'", "detached"):
+            use()
+
+
+def test_merging_into_a_tied_weight_is_refused(gpt2, refused) -> None:
+    adapter = pc.attach(gpt2, AdapterSpec(method="sound", targets=["lm_head"]))
+    before = Snapshot.of(gpt2)
+    with refused(pc.MergeError, "'lm_head.weight'", "wte.weight", "same tensor"):
+        adapter.merge()
+    before.assert_restored(gpt2)
+
+
+def test_merging_a_trained_module_that_is_tied_is_refused_or_merges_both(gpt2, refused) -> None:
+    spec = AdapterSpec(method="sound", train_modules=["lm_head"])
+    adapter = randomise(pc.attach(gpt2, spec))
+    with refused(pc.MergeError, "lm_head.weight", "wte.weight", "train_modules"):
+        adapter.merge()
+    adapter.detach()
+    adapter = randomise(pc.attach(gpt2, AdapterSpec(method="sound", train_modules=["lm_head", "wte"])))
+    gpt = FAMILIES["gpt2"]
+    on = run(gpt, gpt2)
+    adapter.merge()
+    assert relative(run(gpt, gpt2), on) < 1e-4
+    assert gpt2.lm_head.weight is gpt2.transformer.wte.weight
+
+
+def test_two_merged_adapters_come_off_in_any_order(blocks, spec) -> None:
+    before = Snapshot.of(blocks)
+    first = randomise(pc.attach(blocks, spec, name="first"), seed=1)
+    second = randomise(pc.attach(blocks, spec, name="second"), seed=2)
+    pc.activate(blocks, ["first", "second"])
+    both = run(ODD, blocks)
+    first.merge()
+    second.merge()
+    assert relative(run(ODD, blocks), both) < 1e-4
+    first.unmerge()
+    first.detach()
+    pc.activate(blocks, [])
+    second.unmerge()
+    alone = run(ODD, blocks)
+    second.detach()
+    before.assert_restored(blocks)
+    fresh = ODD.build()
+    randomise(pc.attach(fresh, spec), seed=2)
+    assert same_bits(run(ODD, fresh), alone)
+
+
+def test_merging_at_a_run_time_scale(blocks, adapter) -> None:
+    pc.activate(blocks, {"default": 0.5})
+    before, on = Snapshot.of(blocks), run(ODD, blocks)
+    adapter.merge()
+    assert relative(run(ODD, blocks), on) < 1e-4
+    adapter.unmerge()
+    before.assert_restored(blocks)
+    assert same_bits(run(ODD, blocks), on), "the scale is forgotten by merge and unmerge"
+
+
+def test_failing_merge_changes_nothing(blocks, adapter, monkeypatch) -> None:
+    from peft_core.testing.methods import Sound
+
+    def fails(self, site, weight, tensors, binding):
+        if site.path == "1.down":
+            raise pc.MergeError("no")
+        return weight + 1
+
+    before = Snapshot.of(blocks)
+    monkeypatch.setattr(Sound, "merge", fails)
+    with pytest.raises(pc.MergeError):
+        adapter.merge()
+    before.assert_same_values(blocks)
+    assert adapter.active and not adapter.merged
+
+
+def test_disabled_restores_after_an_exception(blocks, adapter) -> None:
+    on = run(ODD, blocks)
+    with pytest.raises(ZeroDivisionError), adapter.disabled():
+        raise ZeroDivisionError
+    assert same_bits(run(ODD, blocks), on)
+
+
+def test_failing_attach_leaves_no_trace(blocks, monkeypatch) -> None:
+    from peft_core.testing.methods import Sound
+
+    def fails(self, site):
+        if site.path == "1.down":
+            raise RuntimeError("no")
+        return Sound.forward(self, site)
+
+    before = Snapshot.of(blocks)
+
+    class Failing(Sound):
+        name = "failing"
+        forward = fails
+
+    from peft_core import plugins
+
+    plugins.register(Failing(), "failing")
+    try:
+        with pytest.raises(RuntimeError, match="no"):
+            pc.attach(blocks, AdapterSpec(method="failing"))
+    finally:
+        plugins.unregister("failing")
+    before.assert_restored(blocks)
+    assert pc.adapters(blocks) == {}
+
+
+def test_input_of_another_width_is_named(blocks, adapter) -> None:
+    with pytest.raises((pc.AdapterError, RuntimeError), match="63"):
+        blocks(torch.randn(2, 62))

@@ -1,0 +1,260 @@
+"""Finding methods: one provider per name, hooks that are known, answers from the method that was asked."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import peft_core as pc
+from peft_core import AdapterSpec, plugins
+from peft_core.testing.methods import Options, Sound
+
+
+def plugin(method: str, **overrides) -> object:
+    """A sound method of another name; `overrides` replace hooks (None takes one away)."""
+    kept = {name: hook for name, hook in vars(Sound).items() if name.startswith("peft_")}
+    bare = type(
+        "Bare",
+        (),
+        {name: value for name, value in vars(Sound).items() if name not in kept and name[:2] != "__"},
+    )
+    hooks = {name: hook for name, hook in {**kept, **overrides}.items() if hook is not None}
+    return type(method.capitalize(), (bare,), {"name": method, **hooks})()
+
+
+@contextmanager
+def registered(made: object, name: str) -> Iterator[None]:
+    plugins.register(made, name)
+    try:
+        yield
+    finally:
+        plugins.unregister(name)
+
+
+def test_registered_method_works_and_goes(blocks, refused) -> None:
+    with registered(plugin("other"), "other"):
+        assert pc.methods()["other"].name == "other"
+        assert pc.plan(blocks, AdapterSpec(method="other")).num_trainable
+    assert "other" not in pc.methods()
+    with refused(pc.PluginError, "'other'", "pip install peft-method-other", "installed:"):
+        AdapterSpec(method="other")
+
+
+def test_two_plugins_of_one_name_are_refused(refused) -> None:
+    with refused(pc.PluginError, "'sound'"):
+        plugins.register(plugin("other"), "sound")
+    assert "other" not in pc.methods()
+
+
+def test_two_providers_of_one_method_are_refused_and_named(refused) -> None:
+    with refused(pc.PluginError, "'sound'", "twice", "'second'", "uninstall one"):
+        plugins.register(plugin("sound"), "second")
+    assert pc.methods()["sound"]
+    with registered(plugin("other"), "second"):
+        pass
+
+
+def test_unknown_hook_is_refused_by_name(refused) -> None:
+    @pc.hookimpl
+    def peft_innit(self, sites):
+        return None
+
+    with refused(pc.PluginError, "peft_innit"):
+        plugins.register(plugin("other", peft_innit=peft_innit), "other")
+    assert "other" not in pc.methods()
+
+
+def test_unknown_argument_of_a_hook_is_refused(refused) -> None:
+    @pc.hookimpl
+    def peft_init(self, sites, weights):
+        return None
+
+    with pytest.raises(pc.PluginError, match="weights"):
+        plugins.register(plugin("other", peft_init=peft_init), "other")
+    assert "other" not in pc.methods()
+
+
+@pytest.mark.parametrize("hook", ["peft_init", "peft_forward", "peft_merge"])
+def test_missing_hook_is_refused_by_name(hook, refused) -> None:
+    with refused(pc.PluginError, "'other'", hook):
+        plugins.register(plugin("other", **{hook: None}), "other")
+
+
+@pytest.mark.parametrize(
+    "capability, hook",
+    [
+        ("lowrank", "peft_lowrank"),
+        ("owns_base_weight", "peft_attach"),
+        ("optimizer_step", "peft_optimizer_step"),
+    ],
+)
+def test_capability_without_its_hook_is_refused(capability, hook, refused) -> None:
+    @pc.hookimpl
+    def peft_method(self):
+        return pc.MethodInfo("other", Options, pc.Capabilities(**{capability: True}))
+
+    with refused(pc.PluginError, "'other'", hook):
+        plugins.register(plugin("other", peft_method=peft_method, peft_lowrank=None), "other")
+
+
+@pytest.mark.parametrize("answer", [None, 3, "sound"])
+def test_method_description_of_another_type_is_refused(answer, refused) -> None:
+    @pc.hookimpl
+    def peft_method(self):
+        return answer
+
+    with refused(pc.PluginError, "'other'", "MethodInfo"):
+        plugins.register(plugin("other", peft_method=peft_method), "other")
+    assert "other" not in pc.methods()
+
+
+@pytest.mark.parametrize("hook", ["peft_init", "peft_forward", "peft_merge"])
+def test_hook_that_returns_nothing_is_named(blocks, hook, refused) -> None:
+    arguments = {"peft_init": ("sites",), "peft_forward": ("site",), "peft_merge": ("site", "weight")}[hook]
+    scope: dict = {}
+    exec(f"def {hook}(self, {', '.join(arguments)}): pass", scope)
+    broken = plugin("other", **{hook: pc.hookimpl(scope[hook])})
+    with registered(broken, "other"), refused(pc.PluginError, "'other'", hook):
+        pc.attach(blocks, AdapterSpec(method="other")).merge()
+
+
+def test_wrapper_sees_every_call_of_every_method_and_changes_nothing(blocks, spec) -> None:
+    calls: list[str] = []
+
+    class Tracer:
+        @pc.hookimpl(wrapper=True)
+        def peft_init(self, sites):
+            calls.append("init")
+            return (yield)
+
+        @pc.hookimpl(wrapper=True)
+        def peft_forward(self, site):
+            calls.append(f"forward {site.path}")
+            return (yield)
+
+        @pc.hookimpl(wrapper=True)
+        def peft_merge(self, site):
+            calls.append(f"merge {site.path}")
+            return (yield)
+
+    plain = pc.plan(blocks, spec)
+    with registered(Tracer(), "tracer"):
+        adapter = pc.attach(blocks, spec)
+        paths = [site.path for site in adapter.plan.sites]
+        assert calls == ["init", *(f"forward {path}" for path in paths)]
+        blocks(torch.randn(2, 63))
+        assert len(calls) == 1 + len(paths), "a hook was called in forward"
+        calls.clear()
+        adapter.merge()
+        assert calls == [f"merge {path}" for path in paths]
+        assert adapter.plan == plain
+        adapter.unmerge()
+        adapter.detach()
+    assert "tracer" not in pc.methods()
+
+
+def test_observer_must_say_that_it_observes(refused) -> None:
+    class Intruder:
+        @pc.hookimpl
+        def peft_init(self, sites):
+            return pc.Layout(())
+
+    with refused(pc.PluginError, "'intruder'", "peft_init", "wrapper=True"):
+        plugins.register(Intruder(), "intruder")
+
+
+def test_a_plugin_registered_later_does_not_answer_for_another(blocks, spec) -> None:
+    expected = pc.plan(blocks, spec)
+    adapter = pc.attach(blocks, spec)
+    asked: list[str] = []
+
+    def answering(hook: str):
+        original = vars(Sound)[hook]
+
+        def wrong(self, **arguments):
+            asked.append(hook)
+            return original(self, **arguments)
+
+        return wrong
+
+    @pc.hookimpl
+    def peft_init(self, sites):
+        return answering("peft_init")(self, sites=sites)
+
+    @pc.hookimpl
+    def peft_merge(self, site, weight, tensors, binding):
+        return answering("peft_merge")(self, site=site, weight=weight, tensors=tensors, binding=binding)
+
+    with registered(plugin("later", peft_init=peft_init, peft_merge=peft_merge), "later"):
+        assert pc.plan(blocks, spec) == expected
+        adapter.merge()
+        adapter.unmerge()
+        assert asked == []
+        pc.plan(blocks, AdapterSpec(method="later"))
+        assert asked == ["peft_init"]
+
+
+def _distribution(site, name: str, module: str, source: str, entry: str) -> None:
+    """An installed distribution, as far as importlib.metadata can tell."""
+    info = site / f"{name.replace('-', '_')}-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
+    (info / "entry_points.txt").write_text(f"[peft_core.plugins]\n{entry} = {module}\n")
+    (site / f"{module}.py").write_text(source)
+
+
+METHOD = """
+import peft_core as pc
+from peft_core.testing.methods import Sound
+class Found(Sound):
+    name = "found"
+_found = Found()
+for _hook in ("peft_method", "peft_init", "peft_forward", "peft_merge", "peft_lowrank"):
+    globals()[_hook] = getattr(_found, _hook)
+"""
+
+
+def test_installed_plugin_is_found_with_its_distribution(tmp_path, monkeypatch) -> None:
+    _distribution(tmp_path, "peft-method-found", "found_plugin", METHOD, "found")
+    monkeypatch.syspath_prepend(tmp_path)
+    (info,) = [i for i, _ in plugins._methods(plugins.manager.__wrapped__()).values() if i.name == "found"]
+    assert (info.distribution, info.version) == ("peft-method-found", "1.2")
+
+
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        ("import nothing_of_this_name", ["cannot be imported", "nothing_of_this_name"]),
+        ("raise RuntimeError('broken')", ["cannot be imported", "broken"]),
+        ("import peft_core as pc\n@pc.hookimpl\ndef peft_nonsense(): pass", ["peft_nonsense"]),
+        (
+            "import peft_core as pc\n@pc.hookimpl\ndef peft_init(sites): pass",
+            ["peft_init", "registers no method"],
+        ),
+    ],
+)
+def test_broken_installed_plugin_is_named(source, words, tmp_path, monkeypatch, refused) -> None:
+    module = f"broken_plugin_{abs(hash(source))}"
+    _distribution(tmp_path, "peft-method-broken", module, source, "broken")
+    monkeypatch.syspath_prepend(tmp_path)
+    with refused(pc.PluginError, "broken", *words):
+        plugins.manager.__wrapped__()
+
+
+def test_two_distributions_with_one_method_are_named(tmp_path, monkeypatch, refused) -> None:
+    _distribution(tmp_path, "peft-method-found", "found_plugin", METHOD, "found")
+    _distribution(tmp_path, "peft-method-again", "again_plugin", METHOD, "again")
+    monkeypatch.syspath_prepend(tmp_path)
+    with refused(
+        pc.PluginError, "'found'", "twice", "peft-method-found 1.2", "peft-method-again 1.2", "uninstall"
+    ):
+        plugins.manager.__wrapped__()
+
+
+def test_two_distributions_with_one_plugin_name_are_named(tmp_path, monkeypatch, refused) -> None:
+    _distribution(tmp_path, "peft-method-found", "found_plugin", METHOD, "found")
+    _distribution(tmp_path, "peft-method-again", "again_plugin", METHOD, "found")
+    monkeypatch.syspath_prepend(tmp_path)
+    with refused(pc.PluginError, "'found'", "another installed distribution", "uninstall"):
+        plugins.manager.__wrapped__()

@@ -1,0 +1,74 @@
+"""A tensor that several layers borrow gets one whole gradient per backward; nothing is left behind."""
+
+import gc
+
+import pytest
+import torch
+
+import peft_core as pc
+from peft_core.testing.checks import assert_near, gradients, randomise, weighted
+
+
+@pytest.fixture
+def adapter(blocks, spec) -> pc.Adapter:
+    return randomise(pc.attach(blocks, spec))
+
+
+@pytest.fixture
+def shared(adapter) -> torch.nn.Parameter:
+    """A pool that two layers borrow."""
+    return dict(adapter.named_parameters())["pool.up.A"]
+
+
+def test_hooks_see_the_whole_gradient_once(blocks, adapter, shared) -> None:
+    x = torch.randn(4, 63)
+    expected = gradients(adapter, weighted(blocks(x)))["pool.up.A"]
+    seen: list[torch.Tensor] = []
+    shared.register_hook(lambda gradient: seen.append(gradient.clone()))
+    shared.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.clone()))
+    weighted(blocks(x)).backward()
+    assert len(seen) == 2
+    for gradient in seen:
+        assert_near(gradient, expected, 1e-6, "gradient in a hook")
+
+
+def test_a_failed_backward_leaves_nothing_to_the_next(blocks, adapter) -> None:
+    x = torch.randn(4, 63)
+    expected = gradients(adapter, weighted(blocks(x)))
+
+    def fails(gradient: torch.Tensor) -> None:
+        raise ZeroDivisionError
+
+    middle = blocks[0](x)
+    middle.register_hook(fails)
+    with pytest.raises(ZeroDivisionError):
+        weighted(blocks[1](middle)).backward()
+    for parameter in adapter.parameters():
+        parameter.grad = None
+    found = gradients(adapter, weighted(blocks(x)))
+    for key in expected:
+        assert_near(found[key], expected[key], 1e-6, f"gradient of '{key}'")
+
+
+def test_backwards_that_do_not_reach_the_tensor_keep_no_memory(blocks, adapter, shared) -> None:
+    x = torch.randn(4, 63, requires_grad=True)
+
+    def tensors_alive() -> int:
+        gc.collect()
+        return sum(type(thing) is torch.Tensor and thing.shape == shared.shape for thing in gc.get_objects())
+
+    torch.autograd.grad(weighted(blocks(x)), [x])
+    before = tensors_alive()
+    for _ in range(5):
+        torch.autograd.grad(weighted(blocks(x)), [x])
+    assert tensors_alive() <= before + 1
+
+
+def test_a_graph_that_is_dropped_frees_what_it_saved(blocks, adapter) -> None:
+    x = torch.randn(4, 63)
+    gc.collect()
+    before = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+    for _ in range(5):
+        weighted(blocks(x))
+    gc.collect()
+    assert sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()) <= before + 2

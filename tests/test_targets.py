@@ -1,0 +1,144 @@
+"""Choosing sites: what each way of naming layers selects, and what is said where it selects nothing."""
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+import peft_core as pc
+from peft_core import AdapterSpec
+
+
+def chosen(model: nn.Module, **fields) -> list[str]:
+    return [site.path for site in pc.plan(model, AdapterSpec(method="sound", **fields)).sites]
+
+
+def test_all_linear_leaves_out_the_head(llama) -> None:
+    found = chosen(llama)
+    assert len(found) == 14 and "lm_head" not in found
+    assert found[0] == "model.layers.0.self_attn.q_proj", "not in the model's order"
+
+
+def test_all_linear_leaves_out_a_tied_head_and_the_classifier(gpt2, bert) -> None:
+    assert {path.rpartition(".")[2] for path in chosen(gpt2)} == {"c_attn", "c_proj", "c_fc"}
+    assert "classifier" not in chosen(bert)
+
+
+def test_a_head_can_be_asked_for_by_name(llama) -> None:
+    assert chosen(llama, targets=["lm_head"]) == ["lm_head"]
+
+
+def test_sites_know_their_layer(llama, gpt2) -> None:
+    site = pc.plan(llama, AdapterSpec(method="sound", targets=["down_proj"])).sites[1]
+    assert (site.path, site.type, site.layer) == ("model.layers.1.mlp.down_proj", "down_proj", 1)
+    assert (site.in_features, site.out_features, site.transposed, site.dtype) == (
+        72,
+        48,
+        False,
+        torch.float32,
+    )
+    site = pc.plan(gpt2, AdapterSpec(method="sound", targets=["c_attn"])).sites[0]
+    assert (site.in_features, site.out_features, site.transposed) == (48, 144, True)
+
+
+def test_names_and_suffixes_match_whole_components(llama) -> None:
+    assert len(chosen(llama, targets=["q_proj", "v_proj"])) == 4
+    assert chosen(llama, targets=["layers.1.self_attn.q_proj"]) == ["model.layers.1.self_attn.q_proj"]
+    assert chosen(llama, targets=["model.layers.0.mlp.up_proj"]) == ["model.layers.0.mlp.up_proj"]
+    with pytest.raises(pc.TargetError):
+        chosen(llama, targets=["proj"])
+
+
+def test_a_regex_matches_whole_paths(llama) -> None:
+    assert len(chosen(llama, targets=r".*self_attn\.[qk]_proj")) == 4
+    with pytest.raises(pc.TargetError):
+        chosen(llama, targets=r"self_attn\.[qk]_proj")
+
+
+def test_exclude(llama) -> None:
+    assert len(chosen(llama, exclude=["down_proj", "layers.0.mlp.up_proj"])) == 11
+    assert len(chosen(llama, exclude=r".*\.mlp\..*")) == 8
+
+
+def test_layers(llama) -> None:
+    assert all(".layers.1." in path for path in chosen(llama, layers=[1]))
+    assert len(chosen(llama, layers=[1])) == 7
+
+
+def test_the_last_matching_override_wins(llama) -> None:
+    overrides = {"q_proj": {"r": 2}, r".*layers\.1\..*": {"r": 3}, "layers.1.mlp.up_proj": {"alpha": 1.0}}
+    plan = pc.plan(llama, AdapterSpec(method="sound", overrides=overrides))
+    options = {site.path: site.options for site in plan.sites}
+    assert options["model.layers.0.self_attn.k_proj"].r == 4
+    assert options["model.layers.0.self_attn.q_proj"].r == 2
+    assert options["model.layers.1.self_attn.q_proj"].r == 3
+    assert (options["model.layers.1.mlp.up_proj"].r, options["model.layers.1.mlp.up_proj"].alpha) == (3, 1.0)
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"targets": ["q_prj"]}, ["'q_prj'", "did you mean 'q_proj'?", "q_proj (2)", "down_proj (2)"]),
+        ({"targets": ["q_proj", "nothing"]}, ["'nothing'", "q_proj (2)"]),
+        ({"targets": r".*nothing"}, ["regex '.*nothing'", "q_proj (2)"]),
+        ({"targets": "q_proj"}, ["write ['q_proj']"]),
+        ({"targets": "("}, ["'('", "not a valid regex"]),
+        ({"targets": ["embed_tokens"]}, ["'embed_tokens' is a Embedding", "train_modules"]),
+        ({"targets": ["input_layernorm"]}, ["'input_layernorm'", "train_modules"]),
+        ({"targets": []}, ["targets", "q_proj (2)"]),
+        ({"exclude": ["nothing"]}, ["exclude", "'nothing'"]),
+        ({"targets": ["q_proj"], "exclude": ["self_attn.q_proj"]}, ["no layer is left"]),
+        ({"layers": [7]}, ["layers: 7", "0 to 1"]),
+        ({"layers": []}, ["no layer is left"]),
+        ({"overrides": {"nothing": {"r": 2}}}, ["overrides: 'nothing'"]),
+        ({"targets": ["q_proj"], "overrides": {"k_proj": {"r": 2}}}, ["overrides: 'k_proj'"]),
+        ({"train_modules": ["lm_hed"]}, ["'lm_hed'", "did you mean 'lm_head'?"]),
+        ({"train_modules": ["act_fn"]}, ["'model.layers.0.mlp.act_fn' has no parameters"]),
+        ({"train_modules": ["mlp", "up_proj"]}, ["lies within another module"]),
+        ({"targets": ["q_proj"], "train_modules": ["q_proj"]}, ["'model.layers.0.self_attn.q_proj' is both"]),
+    ],
+    ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_mistakes_name_what_there_is(llama, fields, words, refused) -> None:
+    with refused(pc.TargetError, *words):
+        chosen(llama, **fields)
+
+
+def test_a_model_without_linear_layers(refused) -> None:
+    with refused(pc.TargetError, "no layer that can be adapted"):
+        chosen(nn.Sequential(nn.Conv2d(3, 3, 1)))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(24, 2)
+        self.project = nn.Linear(24, 24)
+
+
+def test_layers_that_their_framework_bypasses_are_refused(refused) -> None:
+    model = Attention()
+    plan = pc.plan(model, AdapterSpec(method="sound"))
+    assert [site.path for site in plan.sites] == ["project"]
+    assert any("out_proj (1)" in note for note in plan.notes)
+    with refused(pc.TargetError, "'attention.out_proj' is never called", "MultiheadAttention", "exclude"):
+        chosen(model, targets=["out_proj"])
+
+
+def test_expert_tensors_out_of_reach_are_named() -> None:
+    model = Attention()
+    model.experts = nn.Module()
+    model.experts.gate_up_proj = nn.Parameter(torch.zeros(4, 24, 48))
+    plan = pc.plan(model, AdapterSpec(method="sound"))
+    assert any("experts.gate_up_proj (1)" in note for note in plan.notes)
+    assert "experts.gate_up_proj" in str(plan)
+
+
+def test_layers_of_one_type_and_two_shapes_do_not_share() -> None:
+    model = nn.Sequential(
+        OrderedDict(a=nn.Sequential(OrderedDict(dense=nn.Linear(24, 48))), b=nn.Sequential())
+    )
+    model.b.add_module("dense", nn.Linear(48, 24))
+    groups = {group.name for group in pc.plan(model, AdapterSpec(method="sound")).groups}
+    assert {"pool.dense.48x24", "pool.dense.24x48"} <= groups
