@@ -126,22 +126,16 @@ def many(count: int, method: str, options: dict[str, Any], rounds: int = 5) -> d
     for what, times in (("switch", switch), ("forward", forward)):
         found |= {f"{what} {which}": min(values) for which, values in times.items()}
     trainable = sum(adapter.plan.trainable_bytes for adapter in pc.adapters(model).values())
-    held = sum(
-        p.nbytes for key, p in model._parameters.items() if p is not None and key.startswith("peft_core/")
-    )
+    held = sum(p.nbytes for key, p in model._parameters.items() if p is not None and key.startswith("peft_core/"))
     found["bytes held / their own"] = held / trainable
     return found
 
 
 def main() -> int:
     """Print a table; exit 1 if a limit is exceeded."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument(
-        "--adapters", type=int, default=100, help="how many adapters the second part attaches"
-    )
+    parser.add_argument("--adapters", type=int, default=100, help="how many adapters the second part attaches")
     arguments = parser.parse_args()
     installed = [(method, options) for method, options in METHODS if method in pc.methods()]
     missed: list[str] = []
@@ -158,9 +152,7 @@ def main() -> int:
             ]
     for method, options in installed:
         found = figures[f"{arguments.adapters} adapters {method}"] = many(arguments.adapters, method, options)
-        ratios = {
-            what: found[f"{what} last"] / found[f"{what} first"] for what in ("attach", "switch", "forward")
-        }
+        ratios = {what: found[f"{what} last"] / found[f"{what} first"] for what in ("attach", "switch", "forward")}
         shown = "  ".join(
             f"{what} {1e3 * found[f'{what} first']:.2f} → {1e3 * found[f'{what} last']:.2f} ms (× {ratio:.2f})"
             for what, ratio in ratios.items()

@@ -30,21 +30,15 @@ BUFFER = 1 << 24
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--sizes", type=float, nargs="+", default=[2.0, 4.0, 8.0], help="GB of the checkpoints"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=float, nargs="+", default=[2.0, 4.0, 8.0], help="GB of the checkpoints")
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--methods", nargs="*", help="default: all that are installed")
     parser.add_argument("--no-peft", action="store_true", help="leave Hugging Face PEFT out")
     parser.add_argument("--directory", type=Path, help="where the temporary files go")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each; the fastest counts")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument(
-        "--run", nargs="+", help=argparse.SUPPRESS
-    )  # in the subprocess: what, and its arguments
+    parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)  # in the subprocess: what, and its arguments
     options = parser.parse_args()
     if options.run:
         print(json.dumps(RUNS[options.run[0]](*options.run[1:])))
@@ -104,7 +98,8 @@ def measure(folder: Path, size: float, options: argparse.Namespace) -> dict[str,
 def make_base(base: Path, size: float, hidden: int) -> int:
     """A LLaMA-shaped bfloat16 checkpoint of about this many GB, in shards of 5 GB. Returns its bytes."""
     import torch
-    from peft_export.checkpoint_files import Item, Writer
+
+    from peft_export.shards import Item, Writer
 
     inner, vocabulary = hidden * 43 // 16, 32000 * hidden // 4096
     layer = {
@@ -151,13 +146,15 @@ def make_base(base: Path, size: float, hidden: int) -> int:
 
 def make_adapter(adapter: Path, base: Path, method: str) -> None:
     """An adapter with the method's default options and random values, made without the base's weights."""
-    import peft_core as pc
     import torch
+
+    import peft_core as pc
     from peft_core import checkpoint, files
     from peft_core.bank import Bank, OwnedWeight
     from peft_core.plan import meta_model
     from peft_core.sharing import draw
-    from peft_export.checkpoint_files import CODES, Item, Writer
+    from peft_export.checkpoint_files import CODES
+    from peft_export.shards import Item, Writer
 
     model = meta_model(base)
     plan = pc.plan(model, pc.AdapterSpec(method=method))
@@ -167,9 +164,7 @@ def make_adapter(adapter: Path, base: Path, method: str) -> None:
     shapes: dict[str, torch.Tensor] = {}
     for key, tensor in plan.tensors():
         shapes[key] = torch.empty(tensor.shape, dtype=tensor.dtype or plan.spec.torch_dtype, device="meta")
-        values[key] = lambda meta=shapes[key]: (
-            torch.randn(meta.shape, generator=noise).mul_(0.01).to(meta.dtype)
-        )
+        values[key] = lambda meta=shapes[key]: torch.randn(meta.shape, generator=noise).mul_(0.01).to(meta.dtype)
     for path, named in plan.bindings.items():
         for name, tensor in named.items():
             drawn = draw(tensor, plan.spec.torch_dtype, 0, "binding", path, name)
@@ -185,9 +180,7 @@ def make_adapter(adapter: Path, base: Path, method: str) -> None:
                 -(-shape[0] * shape[1] // len(block))
             )[: shape[0] * shape[1]].view(shape)
     adapter.mkdir()
-    items = [
-        Item(key, CODES[t.dtype], tuple(t.shape), t.numel() * t.element_size()) for key, t in shapes.items()
-    ]
+    items = [Item(key, CODES[t.dtype], tuple(t.shape), t.numel() * t.element_size()) for key, t in shapes.items()]
     with Writer(adapter, items, {}, name=checkpoint.TENSORS) as writer:
         for key in writer.order:
             writer.write(key, values[key]())
@@ -310,9 +303,7 @@ def show(found: dict[str, Any]) -> None:
     table.add_row("read/write loop (floor)", f"{floor['seconds']:.2f}", "1.00")
     unsynced = floor["seconds"] - floor["fsync"]
     table.add_row("  the same without fsync", f"{unsynced:.2f}", f"{unsynced / floor['seconds']:.2f}")
-    table.add_row(
-        "cp -r", f"{found['cp']['seconds']:.2f}", f"{found['cp']['seconds'] / floor['seconds']:.2f}"
-    )
+    table.add_row("cp -r", f"{found['cp']['seconds']:.2f}", f"{found['cp']['seconds'] / floor['seconds']:.2f}")
     for name, run in found["methods"].items():
         ratio = run["seconds"] / run["floor"]
         large = f", adapter {run['adapter_bytes'] / 1e9:.1f} GB" if run["floor"] != floor["seconds"] else ""

@@ -23,9 +23,7 @@ from peft_method_switchlora.optimizer import restart
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in {"hidden": 768, "layers": 2, "tokens": 1024, "rank": 128, "steps": 20}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     given = parser.parse_args()

@@ -138,9 +138,7 @@ def saved_bytes(run: Run, ids: torch.Tensor) -> int:
 
 def peak_bytes(run: Run, ids: torch.Tensor) -> int:
     """The most that is alive at once of what forward and backward allocate."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run.forward(ids).backward()
     for parameter in run.parameters:
         parameter.grad = None
@@ -155,9 +153,7 @@ def peak_bytes(run: Run, ids: torch.Tensor) -> int:
 
 def main() -> None:
     """Print the table; the figures go to --json."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=14, help="rounds in which every run takes a step (14)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--short", action="store_true", help="2 rounds of 1 × 64 tokens: does it run?")
@@ -237,9 +233,7 @@ def main() -> None:
     if arguments.json:
         seconds = {label: run.seconds for label, run in runs.items()}
         settings = {name: str(value) for name, value in vars(arguments).items()}
-        arguments.json.write_text(
-            json.dumps({"settings": settings, "figures": figures, "seconds": seconds}, indent=2)
-        )
+        arguments.json.write_text(json.dumps({"settings": settings, "figures": figures, "seconds": seconds}, indent=2))
 
 
 if __name__ == "__main__":

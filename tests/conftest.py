@@ -118,9 +118,7 @@ def _grad(
     return {"A": dA, "B": dB}
 
 
-FORWARD = pc.Forward(
-    lambda x, tensors, binding: lowrank.naive(x, tensors["A"], tensors["B"], 1.0), _add, _grad
-)
+FORWARD = pc.Forward(lambda x, tensors, binding: lowrank.naive(x, tensors["A"], tensors["B"], 1.0), _add, _grad)
 
 
 @pytest.fixture

@@ -39,9 +39,7 @@ def attached(method: str) -> tuple[nn.Module, pc.Adapter]:
 def gradients(model: nn.Module, adapter: pc.Adapter, ids: Tensor) -> dict[str, Tensor]:
     """Full gradients by key."""
     model(ids).logits.square().mean().backward()
-    found = {
-        key: parameter.grad for key, parameter in adapter.named_parameters() if parameter.grad is not None
-    }
+    found = {key: parameter.grad for key, parameter in adapter.named_parameters() if parameter.grad is not None}
     return {key: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for key, grad in found.items()}
 
 
@@ -114,9 +112,7 @@ def test_fsdp2_gives_the_gradients_of_one_process(method: str, run: tuple[Path, 
 
 
 @pytest.mark.parametrize("method", SHARDED)
-def test_an_adapter_saved_under_fsdp2_is_the_trained_one(
-    method: str, run: tuple[Path, dict[str, Any]]
-) -> None:
+def test_an_adapter_saved_under_fsdp2_is_the_trained_one(method: str, run: tuple[Path, dict[str, Any]]) -> None:
     model = FAMILIES["llama"].build()
     pc.load(model, run[0] / method)
     torch.testing.assert_close(model(IDS).logits, run[1][f"logits {method}"], rtol=0, atol=1e-5)

@@ -130,9 +130,7 @@ def test_the_method_may_change_gradients(stepper: Any) -> None:
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("unscale", [False, True])
-def test_a_step_that_the_scaler_skips_does_not_count(
-    stepper: Any, implementation: str, unscale: bool
-) -> None:
+def test_a_step_that_the_scaler_skips_does_not_count(stepper: Any, implementation: str, unscale: bool) -> None:
     net, adapter = adapted()
     optimizer = adamw(adapter.parameters(), implementation)
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=1000)
@@ -212,10 +210,7 @@ def test_the_optimizer_of_a_trained_head_does_not_count_for_the_sites(stepper: A
 def test_two_optimizers_with_a_site_each_make_one_step(stepper: Any, first: int) -> None:
     net, adapter = adapted()
     named = dict(adapter.named_parameters())
-    both = [
-        LoggedSGD([p for k, p in named.items() if k.startswith(site)], stepper.log, site)
-        for site in ("0", "2")
-    ]
+    both = [LoggedSGD([p for k, p in named.items() if k.startswith(site)], stepper.log, site) for site in ("0", "2")]
     for _ in range(2):
         backward(net)
         both[first].step()
@@ -236,10 +231,7 @@ def test_optimizers_in_turn_make_a_step_each(stepper: Any) -> None:
     """As in adversarial training: a backward before every step."""
     net, adapter = adapted()
     named = dict(adapter.named_parameters())
-    both = [
-        LoggedSGD([p for k, p in named.items() if k.startswith(site)], stepper.log, site)
-        for site in ("0", "2")
-    ]
+    both = [LoggedSGD([p for k, p in named.items() if k.startswith(site)], stepper.log, site) for site in ("0", "2")]
     for optimizer in both:
         backward(net)
         optimizer.step()
@@ -368,9 +360,7 @@ def test_a_closure_is_refused(stepper: Any) -> None:
         lambda: optimizer.step(closure=closure),
     ]
     for call in calls:
-        with pytest.raises(
-            pc.OptimizerStepError, match=r"call backward first and step\(\) without a closure"
-        ):
+        with pytest.raises(pc.OptimizerStepError, match=r"call backward first and step\(\) without a closure"):
             call()
     assert unchanged(adapter, before) and not stepper.log
     optimizer.step(None)  # as Accelerate calls it
@@ -646,9 +636,7 @@ def test_accelerates_loop(stepper: Any) -> None:
     log = stepper.log
     accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
     optimizer = LoggedSGD(adapter.parameters(), log)
-    loader = DataLoader(
-        TensorDataset(torch.randn(12, 6, generator=torch.Generator().manual_seed(1))), batch_size=2
-    )
+    loader = DataLoader(TensorDataset(torch.randn(12, 6, generator=torch.Generator().manual_seed(1))), batch_size=2)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     prepared, wrapped, loader, scheduler = accelerator.prepare(net, optimizer, loader, scheduler)
     for (batch,) in loader:

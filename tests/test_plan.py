@@ -36,10 +36,7 @@ def test_lora_parameters_of_llama_2_7b(llama2_7b, lora_method, rank, count) -> N
 
 @pytest.mark.parametrize("rank", [16, 32, 64, 128])
 def test_miss_parameters_of_llama_2_7b(llama2_7b, rank) -> None:
-    assert (
-        pc.plan(llama2_7b, AdapterSpec(method="miss", options={"r": rank})).num_trainable
-        == rank * 42_496 * 32
-    )
+    assert pc.plan(llama2_7b, AdapterSpec(method="miss", options={"r": rank})).num_trainable == rank * 42_496 * 32
 
 
 def test_base_parameters_of_llama_2_7b(llama2_7b, spec) -> None:
@@ -54,19 +51,14 @@ def test_shared_tensors_are_counted_once(blocks, spec) -> None:
     private = 2 * 4 * (60 + 63)
     assert plan.num_trainable == pools + private
     assert plan.trainable_bytes == 4 * plan.num_trainable
-    assert (
-        pc.plan(blocks, AdapterSpec(method="sound", dtype="bfloat16")).trainable_bytes
-        == 2 * plan.num_trainable
-    )
+    assert pc.plan(blocks, AdapterSpec(method="sound", dtype="bfloat16")).trainable_bytes == 2 * plan.num_trainable
 
 
 def test_trained_modules_are_counted(bert) -> None:
     without = pc.plan(bert, AdapterSpec(method="sound"))
     with_head = pc.plan(bert, AdapterSpec(method="sound", train_modules=["classifier"]))
     assert with_head.num_trainable - without.num_trainable == 3 * 48 + 3
-    assert dict(with_head.trained) == {
-        "classifier": {"weight": "classifier.weight", "bias": "classifier.bias"}
-    }
+    assert dict(with_head.trained) == {"classifier": {"weight": "classifier.weight", "bias": "classifier.bias"}}
 
 
 def test_tied_trained_modules_stay_tied(gpt2) -> None:
@@ -82,9 +74,7 @@ def test_merging_costs_are_known(blocks, spec) -> None:
 
 
 def test_table_says_it_all(llama) -> None:
-    plan = pc.plan(
-        llama, AdapterSpec(method="sound", targets=["q_proj", "down_proj"], train_modules=["lm_head"])
-    )
+    plan = pc.plan(llama, AdapterSpec(method="sound", targets=["q_proj", "down_proj"], train_modules=["lm_head"]))
     text = str(plan)
     for word in (
         "sound",

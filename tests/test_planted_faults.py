@@ -49,9 +49,7 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     for case in ElementTree.parse(report).iter("testcase"):
         test, _, parameters = case.attrib["name"].partition("[")
         method = parameters.partition("(")[0]
-        found[method].update(
-            [test] if case.find("failure") is not None or case.find("error") is not None else []
-        )
+        found[method].update([test] if case.find("failure") is not None or case.find("error") is not None else [])
     return found
 
 

@@ -246,9 +246,7 @@ def test_two_distributions_with_one_method_are_named(tmp_path, monkeypatch, refu
     _distribution(tmp_path, "peft-method-found", "found_plugin", METHOD, "found")
     _distribution(tmp_path, "peft-method-again", "again_plugin", METHOD, "again")
     monkeypatch.syspath_prepend(tmp_path)
-    with refused(
-        pc.PluginError, "'found'", "twice", "peft-method-found 1.2", "peft-method-again 1.2", "uninstall"
-    ):
+    with refused(pc.PluginError, "'found'", "twice", "peft-method-found 1.2", "peft-method-again 1.2", "uninstall"):
         plugins.manager.__wrapped__()
 
 

@@ -14,9 +14,7 @@ import peft_core as pc
 
 IDS = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(0))
 CONFIGS = {
-    "nf4": BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-    ),
+    "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
     "int8": BitsAndBytesConfig(load_in_8bit=True),
 }
 OPTIONS = {
@@ -66,9 +64,7 @@ def test_a_quantized_base_trains_merges_and_comes_back(method: str, quantized: n
         for parameter in adapter.parameters():
             parameter.normal_(std=0.05, generator=generator)
     quantized(IDS).logits.float().square().mean().backward()
-    assert all(
-        parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in adapter.parameters()
-    )
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in adapter.parameters())
     adapted = logits(quantized)
     effect = distance(adapted, base)
     assert effect > 0.1

@@ -65,9 +65,7 @@ def test_json_schema_describes_every_field() -> None:
 
 
 def test_unknown_method_says_what_to_install_and_what_there_is(refused) -> None:
-    with refused(
-        pc.PluginError, "'soundd'", "did you mean 'sound'?", "pip install peft-method-soundd", "sound"
-    ):
+    with refused(pc.PluginError, "'soundd'", "did you mean 'sound'?", "pip install peft-method-soundd", "sound"):
         AdapterSpec(method="soundd")
 
 

@@ -136,9 +136,7 @@ def test_expert_tensors_out_of_reach_are_named() -> None:
 
 
 def test_layers_of_one_type_and_two_shapes_do_not_share() -> None:
-    model = nn.Sequential(
-        OrderedDict(a=nn.Sequential(OrderedDict(dense=nn.Linear(24, 48))), b=nn.Sequential())
-    )
+    model = nn.Sequential(OrderedDict(a=nn.Sequential(OrderedDict(dense=nn.Linear(24, 48))), b=nn.Sequential()))
     model.b.add_module("dense", nn.Linear(48, 24))
     groups = {group.name for group in pc.plan(model, AdapterSpec(method="sound")).groups}
     assert {"pool.dense.48x24", "pool.dense.24x48"} <= groups

@@ -42,9 +42,7 @@ def install(wanted_extras: list[str], editable: bool) -> None:
     extras = {item.partition("[")[0]: item[item.index("[") :] for item in wanted_extras if "[" in item}
     unknown = sorted(extras.keys() - packages().keys())
     if unknown:
-        raise SystemExit(
-            f"no package {', '.join(unknown)} under packages/; there are: {', '.join(packages())}"
-        )
+        raise SystemExit(f"no package {', '.join(unknown)} under packages/; there are: {', '.join(packages())}")
     arguments = ["install", "--no-build-isolation"]
     for name, path in packages().items():
         arguments += ["--editable"] if editable else []
@@ -59,9 +57,7 @@ def wheels(out: Path, more: list[Path]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list")
     installer = commands.add_parser("install")

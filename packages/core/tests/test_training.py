@@ -40,9 +40,7 @@ def test_completion_loss_with_learned_positions_and_with_a_forward_that_gives_al
         def forward(self, input_ids, attention_mask, position_ids):  # type: ignore[no-untyped-def]
             return self.inner(input_ids, attention_mask=attention_mask, position_ids=position_ids)
 
-    assert training.completion_loss(Plain(), data.collate(ROWS, 0))[0].item() == pytest.approx(
-        together.item()
-    )
+    assert training.completion_loss(Plain(), data.collate(ROWS, 0))[0].item() == pytest.approx(together.item())
 
 
 def test_training_lowers_the_loss_and_repeats_itself(checkpoint: Path) -> None:

@@ -125,9 +125,7 @@ def test_a_scale_goes_into_their_matrix(tmp_path: Path, options: dict[str, Any])
 
 def test_a_bat_with_a_scale(tmp_path: Path) -> None:
     model = LLAMA.build()
-    adapter = pc.attach(
-        model, pc.AdapterSpec(method="miss", options={"variant": "bat", "r": 6, "alpha": 2.0})
-    )
+    adapter = pc.attach(model, pc.AdapterSpec(method="miss", options={"variant": "bat", "r": 6, "alpha": 2.0}))
     for parameter in adapter.parameters():
         nn.init.normal_(parameter, std=0.1)
     adapter.save(tmp_path / "ours")
@@ -217,9 +215,7 @@ def test_the_base_is_found_where_the_adapter_says(tmp_path: Path) -> None:
     adapter = pc.load(model, tmp_path / "ours")
     assert adapter.plan.spec.base_model == str(tmp_path / "base")
     near(logits(model), logits(theirs), 1e-5)
-    assert (tmp_path / "ours" / "adapter.json").read_text() == (
-        tmp_path / "other" / "adapter.json"
-    ).read_text()
+    assert (tmp_path / "ours" / "adapter.json").read_text() == (tmp_path / "other" / "adapter.json").read_text()
 
 
 def test_narrow_adapters_keep_their_dtype(tmp_path: Path) -> None:
@@ -236,9 +232,7 @@ def test_narrow_adapters_keep_their_dtype(tmp_path: Path) -> None:
 # What cannot be exchanged is refused in one line.
 
 
-def rewrite(
-    directory: Path, config: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None
-) -> None:
+def rewrite(directory: Path, config: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None) -> None:
     """Change fields of their configuration, and tensors of their file (None: remove)."""
     path, file = directory / "adapter_config.json", directory / "adapter_model.safetensors"
     path.write_text(json.dumps({**json.loads(path.read_text()), **(config or {})}))

@@ -154,13 +154,9 @@ def compare_pair(site: pc.Site, dtype: torch.dtype, tolerance: float, tokens: in
         assert error <= tolerance, f"{name}: off by {error:.1e}, allowed {tolerance:.0e}"
 
 
-@pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
-)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("case", PAIRED, ids=ids)
-def test_the_pair_is_the_reference(
-    case: tuple[dict[str, Any], int, int], dtype: torch.dtype, tolerance: float
-) -> None:
+def test_the_pair_is_the_reference(case: tuple[dict[str, Any], int, int], dtype: torch.dtype, tolerance: float) -> None:
     compare_pair(site_for(*case), dtype, tolerance)
 
 
@@ -194,9 +190,7 @@ def test_nothing_of_the_inputs_width_is_kept_for_backward(options: dict[str, Any
     site = site_for(options)
     functions = forward_of(site)
     assert functions.add_ is not None
-    saved = functions.add_(
-        torch.randn(TOKENS, K), torch.zeros(TOKENS, D_OUT), tensors_for(site, torch.float32), {}
-    )
+    saved = functions.add_(torch.randn(TOKENS, K), torch.zeros(TOKENS, D_OUT), tensors_for(site, torch.float32), {})
     assert [tuple(tensor.shape) for tensor in saved] == [(TOKENS, 4)]
 
 
@@ -213,10 +207,7 @@ def test_bat_reaches_its_weight_through_a_model() -> None:
             values[key] = parameter.normal_(std=0.1).double().requires_grad_()
     sites = [site_for({"variant": "bat", "r": 6, "alpha": 3.0}, 12, 18)]
     sites.append(site_for({"variant": "bat", "r": 6, "alpha": 3.0}, 18, 6))
-    h = (
-        x.double() @ (weights[0] + delta_weight(sites[0], values["0.D"], weights[0])).T
-        + model[0].bias.double()
-    )
+    h = x.double() @ (weights[0] + delta_weight(sites[0], values["0.D"], weights[0])).T + model[0].bias.double()
     y = h.tanh() @ (weights[1] + delta_weight(sites[1], values["2.D"], weights[1])).T + model[2].bias.double()
     found = model(x)
     torch.testing.assert_close(found.double(), y, rtol=1e-5, atol=1e-6)

@@ -102,9 +102,7 @@ def test_sites_of_unequal_shape_have_pools_of_their_own():
 def test_options_may_differ_by_type(smol):
     plan = planned(smol, {"down_proj": {"subset_selection": False}, "q_proj": {"shards": 2}})
     pools = {group.name: group.tensors["pool_A"].shape for group in plan.groups}
-    assert (
-        pools["down_proj"] == (60, 1536) and pools["q_proj"] == (120, 288) and pools["k_proj"] == (240, 144)
-    )
+    assert pools["down_proj"] == (60, 1536) and pools["q_proj"] == (120, 288) and pools["k_proj"] == (240, 144)
     assert "index" not in plan.bindings["model.layers.0.mlp.down_proj"]
     assert any("down_proj 60" in note for note in plan.notes)
 
@@ -139,8 +137,6 @@ def test_bad_options_are_refused_with_a_remedy(options, said):
         assert part in message
 
 
-@pytest.mark.parametrize(
-    "options", [{"r": 4, "shards": 6}, {"r": 3, "equivalent_rank": 2, "shards": 3}], ids=str
-)
+@pytest.mark.parametrize("options", [{"r": 4, "shards": 6}, {"r": 3, "equivalent_rank": 2, "shards": 3}], ids=str)
 def test_a_remedy_works(options):
     assert planned(block(), **options).num_trainable == 3 * 2 * (12 + 18)

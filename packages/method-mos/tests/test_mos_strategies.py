@@ -137,9 +137,7 @@ def test_all_off_is_pure_sharing():
 def test_with_subset_selection_off_the_other_strategies_say_nothing():
     spec = {"subset_selection": False, "equivalent_rank": 2}
     plain = pc.plan(Net(), pc.AdapterSpec(method="mos", options=spec))
-    told = pc.plan(
-        Net(), pc.AdapterSpec(method="mos", options={**spec, "r": 3, "shards": 7, "private_rank": 1})
-    )
+    told = pc.plan(Net(), pc.AdapterSpec(method="mos", options={**spec, "r": 3, "shards": 7, "private_rank": 1}))
     assert told.groups == plain.groups and told.bindings == plain.bindings
 
 
@@ -250,10 +248,7 @@ def test_gradient_of_a_pool_is_the_sum_over_its_uses(options):
     h.square().sum().backward()
     for key, parameter in adapter.named_parameters():
         total = sum(
-            copies[path][name].grad
-            for path, named in keys.items()
-            for name, found in named.items()
-            if found == key
+            copies[path][name].grad for path, named in keys.items() for name, found in named.items() if found == key
         )
         torch.testing.assert_close(parameter.grad, total, rtol=1e-10, atol=1e-12)
 

@@ -76,8 +76,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.ModuleList(
-            nn.ModuleDict({"up": nn.Linear(hidden, inner), "down": nn.Linear(inner, hidden)})
-            for _ in range(layers)
+            nn.ModuleDict({"up": nn.Linear(hidden, inner), "down": nn.Linear(inner, hidden)}) for _ in range(layers)
         )
 
     def forward(self, x):
@@ -96,9 +95,7 @@ def owners(plan):
 )
 def test_share_says_which_factors_are_common(share, common, own):
     expected = {f"shared.{kind}.{factor}": 6 for kind in ("up", "down") for factor in common}
-    expected |= {
-        f"layers.{n}.{kind}.{factor}": 1 for n in range(6) for kind in ("up", "down") for factor in own
-    }
+    expected |= {f"layers.{n}.{kind}.{factor}": 1 for n in range(6) for kind in ("up", "down") for factor in own}
     plan = planned(Net(), r=3, share=share)
     assert owners(plan) == expected
     if common:
@@ -122,9 +119,7 @@ def test_a_site_that_no_pattern_matches_is_plain_lora():
 
 def test_scope_is_blocks_of_consecutive_layers():
     plan = planned(Net(), r=3, scope=4)
-    members = [
-        group.members for group in plan.groups if "A" in group.tensors and group.members[0].endswith("up")
-    ]
+    members = [group.members for group in plan.groups if "A" in group.tensors and group.members[0].endswith("up")]
     assert members == [tuple(f"layers.{n}.up" for n in block) for block in ((0, 1, 2, 3), (4, 5))]
     assert planned(Net(), r=3, scope=6).num_trainable == planned(Net(), r=3).num_trainable
     alone = planned(Net(), r=3, scope=1)
@@ -185,9 +180,7 @@ def lora():
     theirs = peft.get_peft_model(copy.deepcopy(base), config).double().eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
-            if (
-                "lora_A" in name
-            ):  # the same in all layers of a type, so that it can stand for a shared factor, too
+            if "lora_A" in name:  # the same in all layers of a type, so that it can stand for a shared factor, too
                 kind = next(n for n, t in enumerate(LLAMA_7) if t in name)
                 parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(kind))
             elif "lora_B" in name:
@@ -209,9 +202,7 @@ def ours(lora, share, **options):
     """Our adapter with the library's factors: (adapter, logits), gradients computed."""
     base, inputs, _, factors = lora
     model = copy.deepcopy(base)
-    spec = pc.AdapterSpec(
-        method="sharelora", dtype="float64", options={"r": 4, "alpha": 6, "share": share, **options}
-    )
+    spec = pc.AdapterSpec(method="sharelora", dtype="float64", options={"r": 4, "alpha": 6, "share": share, **options})
     adapter = pc.attach(model, spec)
     keys = {key: f"{group.members[0]}.{name}" for group in adapter.plan.groups for name in group.tensors
             for key in [f"{group.name}.{name}"]}  # fmt: skip
@@ -250,9 +241,7 @@ def test_gradient_of_a_shared_factor_is_the_sum_over_its_sites(lora, options):
 def test_factors_are_exact(share):
     """ΔW = B·A with the scale inside, from 16-bit parameters as well."""
     for dtype in ("float32", "bfloat16"):
-        adapter = pc.attach(
-            Net(), pc.AdapterSpec(method="sharelora", dtype=dtype, options={"r": 3, "share": share})
-        )
+        adapter = pc.attach(Net(), pc.AdapterSpec(method="sharelora", dtype=dtype, options={"r": 3, "share": share}))
         values, keys = dict(adapter.named_parameters()), adapter.plan.borrowed()
         with torch.no_grad():
             for parameter in values.values():
@@ -261,9 +250,7 @@ def test_factors_are_exact(share):
             tensors = {name: values[key].detach() for name, key in keys[site.path].items()}
             found = pc.plugins.call("sharelora", "peft_lowrank", site=site, tensors=tensors, binding={})
             weight = torch.zeros(site.out_features, site.in_features, dtype=torch.float64)
-            merged = pc.plugins.call(
-                "sharelora", "peft_merge", site=site, weight=weight, tensors=tensors, binding={}
-            )
+            merged = pc.plugins.call("sharelora", "peft_merge", site=site, weight=weight, tensors=tensors, binding={})
             assert (found.B.double() @ found.A.double() - merged).abs().max() <= 1e-6 * merged.abs().max()
 
 
@@ -280,9 +267,7 @@ class Live(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() == self.nbytes:
                 self.seen.append(weakref.ref(tensor))
         alive = [tensor for ref in self.seen if (tensor := ref()) is not None]
-        self.peak = max(
-            self.peak, len({tensor.untyped_storage().data_ptr() for tensor in alive} - self.known)
-        )
+        self.peak = max(self.peak, len({tensor.untyped_storage().data_ptr() for tensor in alive} - self.known))
         return out
 
 

@@ -13,23 +13,18 @@ from peft_method_switchlora.switching import switching
 class Bench:
     """One site with its tensors, as an optimizer step sees it; no model around it."""
 
-    def __init__(
-        self, out_features=24, in_features=20, dtype=torch.float64, seed=0, path="layers.0.q", **options
-    ):
+    def __init__(self, out_features=24, in_features=20, dtype=torch.float64, seed=0, path="layers.0.q", **options):
         options = {"r": 6, "interval": 2, "freeze_steps": 0, "total_steps": 10**9, **options}
         self.site = pc.Site(path, in_features, out_features, False, dtype, Options(**options))
         self.options = self.site.options
         self.seed = seed
         (group,) = layout([self.site]).groups
         self.tensors = {
-            name: torch.nn.Parameter(draw(spec, dtype, seed, group.name, name))
-            for name, spec in group.tensors.items()
+            name: torch.nn.Parameter(draw(spec, dtype, seed, group.name, name)) for name, spec in group.tensors.items()
         }
         self.state = {name: draw(spec, dtype, seed, group.name, name) for name, spec in group.state.items()}
         generator = torch.Generator().manual_seed(seed)
-        self.original = (
-            torch.randn(out_features, in_features, generator=generator, dtype=dtype) / in_features**0.5
-        )
+        self.original = torch.randn(out_features, in_features, generator=generator, dtype=dtype) / in_features**0.5
         self.weight = (self.original - self.delta()).detach()
         self.generator = generator
 
@@ -48,9 +43,7 @@ class Bench:
 
     def random_gradients(self):
         for parameter in self.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=self.generator, dtype=torch.float32).to(
-                parameter
-            )
+            parameter.grad = torch.randn(parameter.shape, generator=self.generator, dtype=torch.float32).to(parameter)
 
     def snapshot(self):
         everything = {**self.tensors, **self.state, "weight": self.weight}

@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -65,11 +66,7 @@ def everything(model, adapter, optimizer=None):
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
     tensors.update({f"state/{name}": value for name, value in adapter._bank.state.items()})
     tensors.update(
-        {
-            f"master/{path}": owned.master
-            for path, owned in adapter._bank.owned.items()
-            if owned.master is not None
-        }
+        {f"master/{path}": owned.master for path, owned in adapter._bank.owned.items() if owned.master is not None}
     )
     if optimizer is not None:
         for index, state in optimizer.state_dict()["state"].items():
@@ -84,9 +81,7 @@ def digest(tensors):
     return found.hexdigest()
 
 
-@pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)]
-)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_attaching_and_switching_leave_the_function(dtype, tolerance):
     model = make(dtype)
     x = batch(0, dtype)
@@ -211,9 +206,7 @@ def test_gradient_accumulation_counts_real_steps():
 
     def run(parts):
         model = make(torch.float64)
-        spec = pc.AdapterSpec(
-            method="switchlora", targets=["first", "second"], options=OPTIONS, dtype="float64"
-        )
+        spec = pc.AdapterSpec(method="switchlora", targets=["first", "second"], options=OPTIONS, dtype="float64")
         adapter = pc.attach(model, spec, seed=3)
         optimizer = RowAdamW(adapter.parameters(), lr=0.01)
         for index in range(10):
@@ -263,9 +256,7 @@ def test_scaled_and_plain_training_switch_alike():
             nn.utils.clip_grad_norm_(adapter.parameters(), 0.1)
             scaler.step(optimizer)
             scaler.update()
-        digests.add(
-            digest({name: value for name, value in adapter._bank.state.items() if "candidates" not in name})
-        )
+        digests.add(digest({name: value for name, value in adapter._bank.state.items() if "candidates" not in name}))
     assert len(digests) == 1
 
 
@@ -295,6 +286,51 @@ def test_accelerate_needs_nothing():
         assert adapter.steps == 10
         digests.add(digest(everything(adapter.model, adapter)))
     assert len(digests) == 1
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return {"x": batch(index)[0]}
+
+
+class WithLoss(Tiny):
+    def forward(self, x):
+        return {"loss": super().forward(x).pow(2).mean()}
+
+
+@pytest.mark.parametrize("optimizer", [None, "adamw_torch"])
+def test_the_trainer_tells_the_length_and_resumes(tmp_path, optimizer):
+    """Nothing but the trainer is called; its own checkpoint, half way, leads to the same end."""
+
+    def run(name, resume=None):
+        torch.manual_seed(0)
+        model = WithLoss()
+        adapter = adapt(model, total_steps=None)
+        chosen = {} if optimizer is None else {"optim": optimizer}
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / name),
+            max_steps=12,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            save_steps=6,
+            learning_rate=0.01,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            **chosen,
+        )
+        trainer = pc.AdapterTrainer(model=model, args=arguments, train_dataset=Rows())
+        trainer.train(resume_from_checkpoint=resume)
+        assert (adapter.steps, adapter.total_steps) == (12, 12)
+        assert isinstance(trainer.optimizer.optimizer, RowAdamW) == (optimizer is None)
+        assert adapter._bank.state["first.next"].tolist() != [0, 2]
+        return digest(everything(model, adapter))
+
+    once = run("once")
+    assert run("again", resume=str(tmp_path / "once" / "checkpoint-6")) == once
 
 
 def test_an_unknown_optimizer_is_refused_before_anything_moved():

@@ -54,9 +54,7 @@ def test_equals_torch_bit_for_bit_while_nothing_is_reset(dtype, weight_decay, fo
         assert same(ours, torchs)
     for mine, theirs in zip(ours, torchs, strict=True):
         assert pair[0].state[mine].keys() == pair[1].state[theirs].keys()
-        assert all(
-            torch.equal(value, pair[1].state[theirs][name]) for name, value in pair[0].state[mine].items()
-        )
+        assert all(torch.equal(value, pair[1].state[theirs][name]) for name, value in pair[0].state[mine].items())
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6)])

@@ -13,7 +13,6 @@ import peft_method_switchlora as switchlora
 from peft_core.sharing import draw
 from peft_method_switchlora import Options, RowAdamW, kernels, naive
 from peft_method_switchlora.layout import layout
-from peft_method_switchlora.optimizer import zero_moments
 from peft_method_switchlora.switching import decide, exchange_
 
 OPTIMIZERS = {
@@ -67,21 +66,15 @@ def test_sites_without_spare_candidates_never_switch_and_the_plan_says_so():
     assert not planned(15).notes
     for r in (16, 20):
         assert not planned(r).groups[0].state
-        assert planned(r).notes == (
-            f"1 sites never switch, 'q' the first of them: r = {r} leaves no candidate over",
-        )
+        assert planned(r).notes == (f"1 sites never switch, 'q' the first of them: r = {r} leaves no candidate over",)
     assert "r = 1" in planned(1).notes[0]
 
 
 def test_master_weights_are_named_in_the_plan():
     site = pc.Site("q", 1000, 500, False, torch.bfloat16, Options(r=4))
     assert layout([site]).notes == ("training keeps float32 masters of 1 base weights: 2.0 MB",)
-    assert not layout(
-        [pc.Site("q", 1000, 500, False, torch.bfloat16, Options(r=4, weight_master="none"))]
-    ).notes
-    assert not layout(
-        [pc.Site("q", 1000, 500, False, torch.float32, Options(r=4, weight_master="float32"))]
-    ).notes
+    assert not layout([pc.Site("q", 1000, 500, False, torch.bfloat16, Options(r=4, weight_master="none"))]).notes
+    assert not layout([pc.Site("q", 1000, 500, False, torch.float32, Options(r=4, weight_master="float32"))]).notes
 
 
 # Attaching and merging
@@ -224,9 +217,7 @@ def test_update_is_in_full_float32_whatever_the_user_allows(precision, monkeypat
     real = torch.Tensor.addmm_
 
     def spied(*args, **kwargs):
-        inside.append(
-            (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
-        )
+        inside.append((torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))
         return real(*args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "addmm_", spied)
@@ -248,9 +239,7 @@ def test_update_is_in_full_float32_whatever_the_user_allows(precision, monkeypat
 def test_counterparts_start_afresh_and_are_frozen_for_exactly_so_long(bench, kind, freeze_steps):
     site = bench(24, 20, r=6, interval=8, freeze_steps=freeze_steps)
     optimizer = OPTIMIZERS[kind](site.parameters())
-    frozen_from: dict[
-        tuple[int, int], int
-    ] = {}  # (factor, place) → step at which its counterpart was switched
+    frozen_from: dict[tuple[int, int], int] = {}  # (factor, place) → step at which its counterpart was switched
     switched = 0
     for index in range(80):
         site.random_gradients()
@@ -264,9 +253,7 @@ def test_counterparts_start_afresh_and_are_frozen_for_exactly_so_long(bench, kin
                 counterpart = ("B", "A")[factor]
                 for name, value in optimizer.state[site.tensors[counterpart]].items():
                     if name != "step":
-                        assert not value.select(1 - factor, place).any(), (
-                            f"{name} of the counterpart is not zero"
-                        )
+                        assert not value.select(1 - factor, place).any(), f"{name} of the counterpart is not zero"
                     elif kind == "row-step":
                         assert value.flatten()[place] == 0
                 frozen_from[1 - factor, place] = index
@@ -280,16 +267,12 @@ def test_counterparts_start_afresh_and_are_frozen_for_exactly_so_long(bench, kin
                 if index >= start + freeze_steps:
                     assert moved[place]
                     continue
-                assert torch.equal(
-                    site.tensors[name].select(factor, place), before[name].select(factor, place)
-                )
+                assert torch.equal(site.tensors[name].select(factor, place), before[name].select(factor, place))
                 for key, value in optimizer.state[site.tensors[name]].items():
                     if key != "step":
                         assert not value.select(factor, place).any(), f"{key} of a frozen vector is not zero"
                     elif kind == "row-step":
-                        count = (
-                            value.flatten()[place] if value.dim() else value
-                        )  # scalar until the first reset
+                        count = value.flatten()[place] if value.dim() else value  # scalar until the first reset
                         assert count == index + 1 - start, "the step count does not run on"
     assert switched > 40
 
@@ -344,9 +327,7 @@ def test_switches_per_step_follow_the_rate(bench, step):
         counts.append(len(in_A.places))
     expected = 32 / 40 * 0.3 ** ((step + 1) / (0.1 * total))
     assert set(counts) <= {0, 1}
-    assert sum(counts) / count == pytest.approx(
-        expected, abs=5 * math.sqrt(expected * (1 - expected) / count)
-    )
+    assert sum(counts) / count == pytest.approx(expected, abs=5 * math.sqrt(expected * (1 - expected) / count))
 
 
 def test_switches_of_a_run_follow_the_rate(bench):
@@ -393,9 +374,7 @@ def test_random_order_takes_free_candidates(bench):
     assert taken == set(range(14))
 
 
-@pytest.mark.parametrize(
-    "shape, r, most", [((24, 20), 6, 3), ((24, 20), 19, 1), ((24, 20), 3, 1), ((4, 4), 2, 1)]
-)
+@pytest.mark.parametrize("shape, r, most", [((24, 20), 6, 3), ((24, 20), 19, 1), ((24, 20), 3, 1), ((4, 4), 2, 1)])
 def test_the_number_is_clipped(bench, shape, r, most):
     """To half of the places, so that A's and B's have nothing in common, and to the spare candidates."""
     site = bench(*shape, r=r, interval=0.01)
@@ -482,13 +461,34 @@ def test_optimizers_that_are_not_understood_are_refused_before_the_first_step(be
     assert all(torch.equal(tensor, before[name]) for name, tensor in site.snapshot().items())
 
 
-def test_packed_state_is_never_zeroed(bench):
+def test_packed_state_is_refused_before_anything_moved(bench):
+    class AdamW8bit(torch.optim.AdamW):
+        """A subclass of a known one."""
+
     site = bench()
-    optimizer = torch.optim.AdamW(site.parameters())
+    optimizer = AdamW8bit(site.parameters())
     A = site.tensors["A"]
     optimizer.state[A] = {"step": torch.tensor(1.0), "state1": torch.full(A.shape, 127, dtype=torch.uint8)}
-    with pytest.raises(pc.OptimizerStepError, match="state1"):
-        zero_moments(optimizer, A, 0, torch.tensor([0]))
+    before = site.snapshot()
+    with pytest.raises(pc.OptimizerStepError, match="AdamW8bit"), site.around(0, optimizer):
+        pass
+    assert all(torch.equal(tensor, before[name]) for name, tensor in site.snapshot().items())
+
+
+def test_candidates_on_the_device(bench):
+    """There is one device here: the way there is taken, and nothing is different."""
+    ends = []
+    for offload in (True, False):
+        site = bench(offload_candidates=offload)
+        optimizer = RowAdamW(site.parameters())
+        for index in range(10):
+            site.random_gradients()
+            with site.around(index, optimizer):
+                optimizer.step()
+        ends.append(site.snapshot())
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+    (note,) = layout([site.site]).notes
+    assert "offload_candidates" in note
 
 
 def test_the_exchange_reads_its_candidates_in_the_parameters_dtype(bench):

@@ -52,9 +52,7 @@ def peft_init(sites: Sequence[pc.Site]) -> pc.Layout:
 def _group(site: pc.Site) -> pc.SharingGroup:
     rank = site.options.r
     if rank > min(site.in_features, site.out_features):
-        raise pc.PlanError(
-            f"r: {rank} is larger than '{site.path}' ({site.out_features}×{site.in_features}); lower r"
-        )
+        raise pc.PlanError(f"r: {rank} is larger than '{site.path}' ({site.out_features}×{site.in_features}); lower r")
     tensors = {
         "A": pc.TensorSpec((rank, site.in_features), pc.kaiming_uniform(site.in_features)),
         "B": pc.TensorSpec((site.out_features, rank), pc.Zeros()),

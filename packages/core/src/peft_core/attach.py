@@ -201,13 +201,9 @@ class Adapter:
             AdapterError: the adapter is merged. MergeError: it owns base weights whose originals were not kept.
         """
         if self.merged:
-            raise AdapterError(
-                f"adapter '{self.name}' is merged; unmerge it first, or use merge_and_detach()"
-            )
+            raise AdapterError(f"adapter '{self.name}' is merged; unmerge it first, or use merge_and_detach()")
         if lost := [path for path, owned in self._bank.owned.items() if owned.original is None]:
-            raise MergeError(
-                f"'{lost[0]}': the original weight was not kept (attach with keep='host' to detach)"
-            )
+            raise MergeError(f"'{lost[0]}': the original weight was not kept (attach with keep='host' to detach)")
         _swap_owned(self.model, self._bank, show=False)
         _remove(self.model, self._bank)
 
@@ -224,9 +220,7 @@ class Adapter:
         return found
 
 
-def attach(
-    model: nn.Module, spec: AdapterSpec, name: str = "default", seed: int = 0, keep: str = "host"
-) -> Adapter:
+def attach(model: nn.Module, spec: AdapterSpec, name: str = "default", seed: int = 0, keep: str = "host") -> Adapter:
     """Plan a spec on a model and put the adapter on it, in place. The base is frozen; only the new adapter is active.
 
     Args:
@@ -383,9 +377,7 @@ def _dress(bank: Bank, functions: Mapping[str, Any]) -> None:
     found = registry(model)
     assert found is not None
     shared = {
-        f"{group.name}.{name}": found.gradients.setdefault(
-            bank.root_name(f"{group.name}.{name}"), SharedGradient()
-        )
+        f"{group.name}.{name}": found.gradients.setdefault(bank.root_name(f"{group.name}.{name}"), SharedGradient())
         for group in made.groups
         if len(group.members) > 1
         for name in group.tensors
@@ -424,9 +416,7 @@ def _take_over(bank: Bank, owned: Mapping[str, Tensor], keep: str) -> None:
         module = bank.root.get_submodule(site.path)
         if bases.is_quantized(module) or module.weight.device.type == "meta":
             what = "quantized" if bases.is_quantized(module) else "on the meta device"
-            raise AdapterError(
-                f"'{site.path}' is {what}; method '{bank.plan.spec.method}' needs to write its weight"
-            )
+            raise AdapterError(f"'{site.path}' is {what}; method '{bank.plan.spec.method}' needs to write its weight")
         weight = bases.dense_weight(module)
         bank.owned[site.path] = OwnedWeight(module.weight.detach().cpu().clone() if keep == "host" else None)  # type: ignore[operator]
         with torch.no_grad():
@@ -473,9 +463,7 @@ def _set_active(model: nn.Module, scales: dict[str, float]) -> None:
     assert found is not None
     _refuse_together(found, scales)
     for bank in found.banks.values():
-        hides = (
-            bank.owned and bank.name in found.active and bank.name not in scales and not Adapter(bank).merged
-        )
+        hides = bank.owned and bank.name in found.active and bank.name not in scales and not Adapter(bank).merged
         if hides and any(owned.original is None for owned in bank.owned.values()):
             raise AdapterError(
                 f"adapter '{bank.name}' owns its base weights and the originals were not kept (attach with keep='host')"
@@ -494,7 +482,7 @@ def _refuse_together(found: Registry, scales: Mapping[str, float]) -> None:
     carried: dict[str, str] = {}
     for name in scales:
         bank = found.banks[name]
-        for path, site in bank.sites.items():
+        for path in bank.sites:
             other = carried.setdefault(path, name)
             if other == name:
                 continue

@@ -153,9 +153,7 @@ def initial_state(plan: Plan, seed: int) -> dict[str, Tensor]:
     }
 
 
-def _first(
-    root: nn.Module, spec: TensorSpec, plan: Plan, device: torch.device, seed: int, *key: str
-) -> Tensor:
+def _first(root: nn.Module, spec: TensorSpec, plan: Plan, device: torch.device, seed: int, *key: str) -> Tensor:
     dtype = spec.dtype or plan.spec.torch_dtype
     if device.type == "meta":
         return torch.empty(spec.shape, dtype=dtype, device=device)

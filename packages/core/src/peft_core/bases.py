@@ -105,9 +105,7 @@ def dense_weight(module: Any) -> Tensor:
         if state is not None:
             packed = module.weight.data
             if getattr(state, "packing_format_for_cpu", False):  # repacked by a forward on the CPU
-                packed, state = functional._convert_weight_packed_for_cpu_inverse(
-                    packed, copy.deepcopy(state)
-                )
+                packed, state = functional._convert_weight_packed_for_cpu_inverse(packed, copy.deepcopy(state))
             return functional.dequantize_4bit(packed, state)  # type: ignore[no-any-return]
         scales = module.state.SCB if module.state.SCB is not None else module.weight.SCB
         codes = module.state.CB if module.state.CB is not None else module.weight.data

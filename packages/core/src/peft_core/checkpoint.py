@@ -149,12 +149,8 @@ def save(bank: Bank, directory: str | Path) -> None:
     """
     check_stepped(bank)
     tensors = _collect(bank)
-    state = {key: tensor for key, tensor in bank.state.items()}
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_rank() != 0
-    ):
+    state = bank.state
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return  # sharded tensors have been gathered with the others; one process writes
     with files.whole_directory(directory, (HEADER, TENSORS, STATE, *_own_card(Path(directory)))) as temporary:
         checksums = {TENSORS: files.write_tensors(temporary / TENSORS, tensors, {"format": "pt"})}
@@ -214,19 +210,16 @@ def read_header(directory: str | Path) -> AdapterFile:
     """
     path = Path(directory) / HEADER
     if not path.is_file():
-        what = (
-            "does not exist"
-            if not Path(directory).exists()
-            else f"is no adapter directory: it has no {HEADER}"
-        )
+        what = "does not exist" if not Path(directory).exists() else f"is no adapter directory: it has no {HEADER}"
         if (Path(directory) / "adapter_config.json").is_file():
             what = "is an adapter of Hugging Face PEFT, not one of peft-core"
         raise CheckpointError(f"'{directory}' {what}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         version = data["format_version"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"'{path}' is damaged: {error!r}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        what = "not JSON" if isinstance(error, ValueError) else "no format_version"
+        raise CheckpointError(f"'{path}' is damaged: {what}") from None
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CheckpointError(
             f"'{directory}' has format version {version}; this peft-core reads up to {FORMAT_VERSION}: upgrade peft-core"
@@ -256,9 +249,7 @@ def read(directory: str | Path, header: AdapterFile) -> dict[str, Tensor]:
         if tensor.numel() == 0:
             raise CheckpointError(f"'{path}': '{key}' is empty")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(
-                f"'{path}': '{key}' holds NaN or infinite values; the training run diverged"
-            )
+            raise CheckpointError(f"'{path}': '{key}' holds NaN or infinite values; the training run diverged")
     return tensors
 
 
@@ -283,9 +274,7 @@ def check_fit(directory: str | Path, header: AdapterFile, model: nn.Module) -> N
     if dict(here) == there:
         return
     name = (
-        f" ({header.base.architecture} '{header.base.name}')"
-        if header.base.name
-        else f" ({header.base.architecture})"
+        f" ({header.base.architecture} '{header.base.name}')" if header.base.name else f" ({header.base.architecture})"
     )
     for key in [*there, *here]:
         mine, theirs = here.get(key), there.get(key)
@@ -430,9 +419,7 @@ def _compare(path: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[
         raise CheckpointError(f"'{path}': '{unexpected[0]}' is not expected")
     for key, shape in expected.items():
         if tuple(found[key].shape) != tuple(shape):
-            raise CheckpointError(
-                f"'{path}': '{key}' has shape {list(found[key].shape)}, expected {list(shape)}"
-            )
+            raise CheckpointError(f"'{path}': '{key}' has shape {list(found[key].shape)}, expected {list(shape)}")
 
 
 def _own_card(directory: Path) -> tuple[str, ...]:

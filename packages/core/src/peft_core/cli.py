@@ -51,7 +51,7 @@ def program() -> typer.Typer:
         pretty_exceptions_enable=False,
         add_completion=False,
     )
-    for command in (methods, plan, inspect, quickstart, generate):
+    for command in (methods, plan, train, inspect, quickstart, generate, new_method):
         app.command()(command)
     plugins.add_commands(app)
     return app
@@ -105,6 +105,28 @@ def plan(
         _print_json(made.to_json())
     else:
         _console().print(made)
+
+
+def train(
+    run: Annotated[Path, typer.Argument(help="RUN.yaml: model, data, adapter, training, output_dir.")],
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in output_dir.")] = False,
+    json_: Json = False,
+) -> None:
+    """Train an adapter on your data, as a file says."""
+    from .runs import RunConfig
+
+    config = RunConfig.from_file(run)
+    from .train import train as train_run
+
+    try:
+        report = train_run(config, resume, Console(stderr=True) if json_ else _console())
+    except KeyboardInterrupt:
+        print(f"peft-core: interrupted; go on with: peft-core train {run} --resume", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if json_:
+        print(report.to_json())
+    else:
+        _console().print(report)
 
 
 def inspect(
@@ -207,6 +229,17 @@ def generate(
         _print_json({"prompt": text, "completion": written})
     else:
         print(written)
+
+
+def new_method(
+    name: Annotated[str, typer.Argument(help="Name of the method: lower-case letters, digits, '_'.")],
+    directory: Annotated[Path, typer.Option("--directory", "-d", help="Where to make the package.")] = Path("."),
+) -> None:
+    """Make a package for a method of your own; it passes the conformance suite as it is."""
+    from .scaffold import new_method as make
+
+    root = make(name, directory)
+    typer.echo(f"{root}: now\n  pip install -e {root}\n  pytest --pyargs peft_core.testing --method {name}")
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:

@@ -96,12 +96,8 @@ def read_pairs(path: Path) -> list[Example]:
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path}, line {number}: not a JSON object with prompt and completion") from error
         if not (isinstance(prompt, str) and isinstance(completion, str) and completion.strip()):
-            raise DataError(
-                f"{path}, line {number}: prompt and completion must be text, the completion not empty"
-            )
-        pairs.append(
-            Example(prompt, completion, module=str(row.get("module", number)), name=f"line {number}")
-        )
+            raise DataError(f"{path}, line {number}: prompt and completion must be text, the completion not empty")
+        pairs.append(Example(prompt, completion, module=str(row.get("module", number)), name=f"line {number}"))
     if len(pairs) < 2:
         raise DataError(f"{path} has {len(pairs)} pairs; training and holding out need at least two")
     return pairs
@@ -137,9 +133,7 @@ def tokenise(example: Example, tokenizer: Any, max_length: int) -> Tokens:
     completion = list(tokenizer(example.completion, add_special_tokens=False)["input_ids"])
     if tokenizer.eos_token_id is not None:
         completion.append(tokenizer.eos_token_id)
-    kept = completion[
-        : max_length - 1
-    ]  # one prompt token at least: the first completion token needs a predecessor
+    kept = completion[: max_length - 1]  # one prompt token at least: the first completion token needs a predecessor
     room = max_length - len(kept)
     truncated = len(kept) < len(completion) or room < len(prompt)
     prompt = cut_middle(prompt, room)

@@ -38,9 +38,7 @@ def whole_directory(target: str | Path, ours: Collection[str]) -> Iterator[Path]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
-        temporary = Path(
-            tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}-", suffix=".tmp", dir=target.parent)
-        )
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}-", suffix=".tmp", dir=target.parent))
         os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
         if target.exists():
@@ -51,9 +49,7 @@ def whole_directory(target: str | Path, ours: Collection[str]) -> Iterator[Path]
         _put_in_place(temporary, target)
         _sync(target.parent)
     except OSError as error:
-        reason = (
-            "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error)
-        )
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error)
         raise CheckpointError(
             f"'{target}' could not be written: {reason}; what was there before is unchanged"
         ) from error
@@ -62,9 +58,7 @@ def whole_directory(target: str | Path, ours: Collection[str]) -> Iterator[Path]
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> str:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write a safetensors file and return its SHA-256."""
     ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     try:
@@ -98,11 +92,10 @@ def read_tensors(path: Path, expected_checksum: str | None = None) -> dict[str, 
             f"'{path}' is not the file that was saved (its SHA-256 differs): it is cut short, damaged or exchanged"
         )
     try:
-        return safetensors.torch.load_file(path)
+        # Copies: a tensor that is mapped from a file dies with it.
+        return {key: tensor.clone() for key, tensor in safetensors.torch.load_file(path).items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"'{path}' cannot be read as safetensors: {error}; it is cut short or damaged"
-        ) from None
+        raise CheckpointError(f"'{path}' cannot be read as safetensors: {error}; it is cut short or damaged") from None
 
 
 def checksum(path: Path) -> str:

@@ -9,6 +9,7 @@ backward passes) sees one ordinary gradient.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ class SharedGradient:
 
     def edge(self, parameter: Tensor) -> Tensor:
         """What a borrower takes as an input in the parameter's stead. The parameter may be another at every call."""
+        if self._buffers and torch._C._current_graph_task_id() == -1:
+            self._buffers.clear()  # no backward runs: a failed one left this
         if self._parameter is not parameter or self._edge is None:
             with torch.enable_grad():
                 self._edge = _Gate.apply(parameter, self)
@@ -58,6 +61,8 @@ class SharedGradient:
         buffer = self._buffers.get(task)
         if buffer is None:
             buffer = self._buffers[task] = torch.zeros_like(self._parameter, requires_grad=False)
+            # A backward that wants no gradient of this tensor never reaches the gate.
+            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._buffers.pop, task, None))
         if isinstance(gradient, Rows):
             buffer.index_add_(0, gradient.index, gradient.values.to(buffer.dtype))
         else:

@@ -110,7 +110,7 @@ class Slot:
             Use(
                 member.functions,
                 member.borrow(self.parameters),
-                {name: self.buffers[there] for name, there in member.fixed},
+                {name: self.buffers[there] for name, there in member.fixed},  # type: ignore[misc]
                 member.shared,
                 scale,
                 member.dropout,
@@ -198,9 +198,9 @@ class TrainedSlot:
         """Parameter name → the bank's tensor, in the base's dtype."""
         held = self.parameters
         return {
-            name: held[there].to(module.get_parameter(name).dtype)
+            name: held[there].to(module.get_parameter(name).dtype)  # type: ignore[union-attr]
             for name, there in self.members[self.active]
-        }  # type: ignore[union-attr]
+        }
 
 
 class AdaptedRoot:
@@ -226,7 +226,7 @@ def wear(module: nn.Module, garment: type) -> None:
     """Give the module a subclass of its own class."""
     if garment is AdaptedLinear and "forward" in module.__dict__:
         garment = HookedLinear
-    module.__class__ = dressed(type(module), garment)
+    module.__class__ = dressed(type(module), garment)  # type: ignore[arg-type]
 
 
 def undress(module: nn.Module) -> None:
@@ -240,7 +240,7 @@ def undress(module: nn.Module) -> None:
     module.__dict__.pop(SLOT, None)
     # A hook that came after us remembers our forward as the original.
     if getattr(forward, "__func__", None) is AdaptedLinear.forward:
-        module.__dict__["_old_forward"] = plain.forward.__get__(module)
+        module.__dict__["_old_forward"] = plain.forward.__get__(module)  # type: ignore[attr-defined]
     own = module.__dict__.get("forward")
     if getattr(own, "__func__", None) is AdaptedLinear.forward:
         del module.__dict__["forward"]
@@ -263,7 +263,7 @@ def undressed(cls: type) -> type:
 
 def _rebuild(base: type, garment: type) -> Any:
     cls = dressed(base, garment)
-    return cls.__new__(cls)
+    return cls.__new__(cls)  # type: ignore[call-overload]
 
 
 garments = {AdaptedLinear, HookedLinear, Trained, AdaptedRoot}
@@ -299,9 +299,7 @@ def _dense(module: Any, slot: Slot, x: Tensor) -> Tensor:
     """A quantized layer into which an adapter is merged: its dense weight stands in for the packed one."""
     weight = slot.dense
     assert weight is not None
-    y = nn.functional.linear(
-        x.to(weight.dtype), weight, None if module.bias is None else module.bias.to(weight.dtype)
-    )
+    y = nn.functional.linear(x.to(weight.dtype), weight, None if module.bias is None else module.bias.to(weight.dtype))
     return add_to(module, slot, slot.uses(), x, y.to(x.dtype)) if slot.active else y.to(x.dtype)
 
 
@@ -330,9 +328,7 @@ def _fused(module: Any, slot: Slot, uses: list[Use], x: Tensor) -> Tensor:
     return _apply(x, weight, bias, slot.transposed, uses, dropout)
 
 
-def _apply(
-    x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, uses: list[Use], dropout: bool
-) -> Tensor:
+def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, uses: list[Use], dropout: bool) -> Tensor:
     if x.shape[-1] != weight.shape[0 if transposed else 1]:
         raise AdapterError(
             f"the input has {x.shape[-1]} features, the adapted layer expects {weight.shape[0 if transposed else 1]}"
@@ -370,23 +366,23 @@ class FusedLinear(torch.autograd.Function):
         dropout: bool,
         *edges: Tensor,
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])  # [tokens, in]
-        oriented = weight if transposed else weight.T  # [in, out]
-        y = torch.mm(flat, oriented) if bias is None else torch.addmm(bias, flat, oriented)
-        _add_all(ctx, uses, flat, y, dropout, weight)
-        ctx.transposed, ctx.shape = transposed, x.shape
-        return y.view(*x.shape[:-1], y.shape[-1])
+        y = nn.functional.linear(x, weight.t() if transposed else weight, bias)
+        _add_all(ctx, uses, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), dropout, weight)
+        ctx.transposed = transposed
+        return y
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         weight, *saved = ctx.saved_tensors
         flat = dy.reshape(-1, dy.shape[-1])
-        dx = None
+        dx = rows = None
         if ctx.needs_input_grad[0]:
-            dx = torch.mm(flat, weight.T if ctx.transposed else weight)  # [tokens, in]
-        gradients = _grad_all(ctx, flat, dx, saved, ctx.needs_input_grad[6:])
-        return (None if dx is None else dx.view(ctx.shape), None, None, None, None, None, *gradients)
+            # A tensor of its own, no view: where x has several readers, the engine adds the others' part to it in place.
+            dx = torch.matmul(flat.view(dy.shape), weight.t() if ctx.transposed else weight)
+            rows = dx.view(-1, dx.shape[-1])
+        gradients = _grad_all(ctx, flat, rows, saved, ctx.needs_input_grad[6:])
+        return (dx, None, None, None, None, None, *gradients)
 
 
 class FusedDelta(torch.autograd.Function):

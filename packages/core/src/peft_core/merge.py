@@ -6,7 +6,7 @@ call it, so that they give the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,7 +84,8 @@ def merge(root: nn.Module, registry: Registry, bank: Bank, scale: float, keep: s
     """Merge one adapter into the base's weights and keep the originals as `keep` says.
 
     Raises:
-        MergeError: a weight is tied to a layer outside the adapter or offloaded. Nothing has changed then.
+        MergeError: a weight is tied to a layer outside the adapter or offloaded.
+    Whatever is raised, by the method too: nothing has changed then.
     """
     sites = [(site.path, root.get_submodule(site.path)) for site in bank.plan.sites]
     for path, module in sites:
@@ -93,21 +94,26 @@ def merge(root: nn.Module, registry: Registry, bank: Bank, scale: float, keep: s
                 f"'{path}': the weight is offloaded or on the meta device; load the model without offloading, "
                 "or merge the checkpoint files with peft-export"
             )
-    _refuse_ties(
-        root, [(f"{path}.weight", module.weight) for path, module in sites], "exclude the tied layer"
-    )
-    trained = [
-        (f"{path}.{name}", key) for path, named in bank.plan.trained.items() for name, key in named.items()
-    ]
-    _refuse_ties(
-        root, [(name, root.get_parameter(name)) for name, _ in trained], "name both in train_modules"
-    )
-    for path, _ in sites:
-        kept = registry.merged.setdefault(path, MergedSite(_keep(root.get_submodule(path), path, keep)))
-        kept.adapters.append(bank.name)
-        _write(root, registry, path, {**registry.active, bank.name: scale}, bank.name)
-        if path in bank.owned:
-            bank.owned[path].parked = _read(kept.original)
+    _refuse_ties(root, [(f"{path}.weight", module.weight) for path, module in sites], "exclude the tied layer")
+    trained = [(f"{path}.{name}", key) for path, named in bank.plan.trained.items() for name, key in named.items()]
+    _refuse_ties(root, [(name, root.get_parameter(name)) for name, _ in trained], "name both in train_modules")
+    scales = {**registry.active, bank.name: scale}
+    if keep == "none":  # there will be no way back: see first that every site can be merged
+        for path, _ in sites:
+            _combined(root, registry, path, [*_merged_there(registry, path), bank.name], scales)
+    try:
+        for path, module in sites:
+            if path not in registry.merged:
+                registry.merged[path] = MergedSite(_keep(module, path, keep))
+            kept = registry.merged[path]
+            kept.adapters.append(bank.name)
+            _write(root, registry, path, scales)
+            if path in bank.owned:
+                bank.owned[path].parked = _read(kept.original)
+    except BaseException:
+        if keep != "none":
+            unmerge(root, registry, bank)
+        raise
     values = dict(bank.named_parameters())
     for name, key in trained:
         parameter = root.get_parameter(name)
@@ -136,7 +142,7 @@ def unmerge(root: nn.Module, registry: Registry, bank: Bank) -> None:
             if path in bank.owned:
                 bank.owned[path].parked = None
             if kept.adapters:
-                _write(root, registry, path, registry.active, "")
+                _write(root, registry, path, registry.active)
         else:
             source = _trained_value(registry, kept.adapters, path)
             with torch.no_grad():
@@ -158,9 +164,7 @@ def settle(root: nn.Module, bank: Bank, registry: Registry) -> None:
         slot = module.__dict__.get(SLOT)
         if slot is not None and slot.dense is not None:
             parent, _, child = site.path.rpartition(".")
-            plain = nn.Linear(
-                site.in_features, site.out_features, bias=module.bias is not None, device="meta"
-            )
+            plain = nn.Linear(site.in_features, site.out_features, bias=module.bias is not None, device="meta")
             plain.weight = nn.Parameter(slot.dense, requires_grad=False)
             plain.bias = module.bias  # type: ignore[assignment]
             setattr(root.get_submodule(parent), child, plain.train(module.training))
@@ -189,38 +193,48 @@ def _whole(tensor: Tensor) -> Tensor:
     return (gather() if gather is not None else tensor).detach()
 
 
-def _write(root: nn.Module, registry: Registry, path: str, scales: dict[str, float], newest: str) -> None:
-    """Compute a site's merged weight from its original and put it in place."""
-    module, kept = root.get_submodule(path), registry.merged[path]
+def _write(root: nn.Module, registry: Registry, path: str, scales: Mapping[str, float]) -> None:
+    """Put a site's merged weight in place."""
+    module = root.get_submodule(path)
     slot = module.__dict__[SLOT]
-    names = kept.adapters
-    if kept.original is None and not bases.is_quantized(module):
-        start, names = bases.dense_weight(module), [newest]
-    elif isinstance(kept.original, _Packed):
-        start = bases.dense_weight(module)
+    merged = _combined(root, registry, path, registry.merged[path].adapters, scales)
+    if bases.is_quantized(module):
+        slot.dense = merged.to(_model_dtype(root))
     else:
-        original = _read(kept.original)
-        start = original.T if slot.transposed else original
+        bases.write_weight(module, merged, slot.transposed)
+
+
+@torch.no_grad()
+def _combined(
+    root: nn.Module, registry: Registry, path: str, names: Sequence[str], scales: Mapping[str, float]
+) -> Tensor:
+    """A site's weight (out × in) with these adapters merged: all into the original, or, where that was not kept, the last
+    into what stands there.
+    """
+    module = root.get_submodule(path)
+    kept = registry.merged.get(path)
+    start = bases.dense_weight(module)
+    if kept is not None and kept.original is None:
+        names = names[-1:]
+    elif kept is not None and not isinstance(kept.original, _Packed):
+        original = _read(kept.original).to(start.device)
+        start = original.T if module.__dict__[SLOT].transposed else original
     parts = []
     for name in names:
         bank = registry.banks[name]
         parts.append(contribution(bank, bank.sites[path], scales.get(name, bank.merged_scale)))
-    with torch.no_grad():
-        merged = merged_weight(start, parts)
-        if bases.is_quantized(module):
-            slot.dense = merged.to(_model_dtype(root))
-        else:
-            bases.write_weight(module, merged, slot.transposed)
+    return merged_weight(start, parts)
+
+
+def _merged_there(registry: Registry, path: str) -> list[str]:
+    kept = registry.merged.get(path)
+    return kept.adapters if kept is not None else []
 
 
 def _model_dtype(root: nn.Module) -> torch.dtype:
     """The dtype in which a quantized model computes: that of what it did not quantize."""
     return next(
-        (
-            p.dtype
-            for name, p in root.named_parameters()
-            if p.is_floating_point() and not name.startswith(ROOT_PREFIX)
-        ),
+        (p.dtype for name, p in root.named_parameters() if p.is_floating_point() and not name.startswith(ROOT_PREFIX)),
         torch.float32,
     )
 
@@ -284,6 +298,4 @@ def _refuse_ties(root: nn.Module, changed: list[tuple[str, Any]], remedy: str) -
         holders.setdefault(id(parameter), []).append(name)
     for name, parameter in changed:
         if others := [other for other in holders.get(id(parameter), []) if other not in names]:
-            raise MergeError(
-                f"'{name}' is the same tensor as '{others[0]}': merging would change both; {remedy}"
-            )
+            raise MergeError(f"'{name}' is the same tensor as '{others[0]}': merging would change both; {remedy}")

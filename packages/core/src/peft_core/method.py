@@ -71,12 +71,11 @@ class MethodInfo:
 
     def can(self, options: BaseModel) -> Capabilities:
         """The capabilities under these validated options."""
-        return (
-            self.capabilities if isinstance(self.capabilities, Capabilities) else self.capabilities(options)
-        )
+        return self.capabilities if isinstance(self.capabilities, Capabilities) else self.capabilities(options)
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
     """A gradient that is zero but for some rows: `values[i]` belongs to row `index[i]`. No index occurs twice.
 
     What a site returns for a tensor of which it borrows only a part, so that the cost of a site does not grow with
@@ -90,9 +89,7 @@ class Rows(NamedTuple):
 Gradient: TypeAlias = Tensor | Rows
 Naive: TypeAlias = Callable[[Tensor, Tensors, Tensors], Tensor]
 AddInPlace: TypeAlias = Callable[[Tensor, Tensor, Tensors, Tensors], tuple[Tensor, ...]]
-GradInPlace: TypeAlias = Callable[
-    [Tensor, Tensor | None, tuple[Tensor, ...], Tensors, Tensors], Mapping[str, Gradient]
-]
+GradInPlace: TypeAlias = Callable[[Tensor, Tensor | None, tuple[Tensor, ...], Tensors, Tensors], Mapping[str, Gradient]]
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,8 @@ def base_path(model: str | Path) -> str:
     Raises ModelError for what is neither.
     """
     name = str(model)
+    if name.startswith("package:"):
+        return str(_in_package(name.removeprefix("package:")))
     if name in _PACKAGED:
         return str(_unpacked(name))
     if (Path(name) / "config.json").is_file():
@@ -61,9 +63,7 @@ def base_path(model: str | Path) -> str:
     if isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return name
     near = suggestion(name, _PACKAGED)
-    raise ModelError(
-        f"no base model {name!r}{near}: give a checkpoint directory or one of {', '.join(_PACKAGED)}"
-    )
+    raise ModelError(f"no base model {name!r}{near}: give a checkpoint directory or one of {', '.join(_PACKAGED)}")
 
 
 @torch.no_grad()
@@ -104,6 +104,18 @@ def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
 def cache_dir() -> Path:
     """Where unpacked models are kept: ``$XDG_CACHE_HOME/peft-core``, by default under ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft-core"
+
+
+def _in_package(place: str) -> Path:
+    """``NAME/FOLDER``: a checkpoint directory that an installed Python package holds; it is not imported."""
+    package, _, folder = place.partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(f"package:{place}: no package {package!r} is installed")
+    path = Path(next(iter(spec.submodule_search_locations))) / folder
+    if not (path / "config.json").is_file():
+        raise ModelError(f"package:{place}: {path} is no checkpoint directory: it has no config.json")
+    return path
 
 
 def _unpacked(name: str) -> Path:

@@ -164,16 +164,12 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     if not _watches or _skipped(optimizer):
         return
     stack = _stack()
-    _local.running[:] = [
-        outer for outer in _local.running if outer.frame in stack
-    ]  # without those that failed
+    _local.running[:] = [outer for outer in _local.running if outer.frame in stack]  # without those that failed
     busy = {id(bank) for outer in _local.running for bank, _ in outer.served}
     served: list[tuple[Bank, OptimizerStep]] = []
     with ExitStack() as contexts:
         for bank, members in _served(optimizer):
-            if (
-                id(bank) in busy
-            ):  # a step within a step: a subclass that calls super().step(), a sharding wrapper
+            if id(bank) in busy:  # a step within a step: a subclass that calls super().step(), a sharding wrapper
                 continue
             if (args[1] if len(args) > 1 else kwargs.get("closure")) is not None:
                 raise OptimizerStepError(
@@ -254,9 +250,12 @@ def _served(optimizer: Optimizer) -> Iterator[tuple[Bank, list[StepMember]]]:
                     f"({', '.join(inside)} here); give all of a site's tensors to one"
                 )
             weight = owned_weight(bank, site) if site.path in bank.owned else None
-            members.append(
-                StepMember(site, tensors, bank.binding(site.path), bank.site_state(site.path), weight)
-            )
+            if weight is not None and hasattr(weight, "device_mesh"):
+                raise OptimizerStepError(
+                    f"adapter '{bank.name}': the weight of '{site.path}' is sharded, and method "
+                    f"'{bank.plan.spec.method}' changes it as a whole; use DDP"
+                )
+            members.append(StepMember(site, tensors, bank.binding(site.path), bank.site_state(site.path), weight))
         if members:
             yield bank, members
 
@@ -294,11 +293,7 @@ def _refuse_half_resumed(bank: Bank, optimizer: Optimizer) -> None:
 def _write_back(bank: Bank, step: OptimizerStep) -> None:
     """Round master weights that the method changed into the base."""
     for member in step.members:
-        if (
-            member.weight_changed
-            and member.weight is not None
-            and bank.owned[member.site.path].master is not None
-        ):
+        if member.weight_changed and member.weight is not None and bank.owned[member.site.path].master is not None:
             write_owned_weight(bank, member.site, member.weight)
         member.weight_changed = False
 

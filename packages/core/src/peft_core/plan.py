@@ -98,7 +98,7 @@ class Plan:
 
     def borrowed(self) -> dict[str, dict[str, str]]:
         """Site path → tensor name → key of the tensor that the site borrows under that name."""
-        return _borrowed(self.groups, self.sites)
+        return _borrowed(self.groups, self.sites, f"method '{self.spec.method}'")
 
     def to_json(self) -> dict[str, Any]:
         """The plan's figures, as plain data."""
@@ -142,6 +142,13 @@ def plan(model: nn.Module | str | Path, spec: AdapterSpec) -> Plan:
     if not isinstance(model, nn.Module):
         model = meta_model(model)
     choice = choose(model, spec)
+    if spec.capabilities.owns_base_weight:
+        for site in choice.sites:
+            if bases.is_quantized(model.get_submodule(site.path)):
+                raise PlanError(
+                    f"'{site.path}' is quantized, and method '{spec.method}' writes into the base's weight: "
+                    "load the base in its original precision"
+                )
     layout = plugins.call(spec.method, "peft_init", sites=choice.sites)
     if not isinstance(layout, Layout):
         raise PlanError(f"method '{spec.method}': peft_init must return a Layout, it returned {layout!r}")
@@ -173,9 +180,7 @@ def meta_model(directory: str | Path) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(path)
     except (ValueError, OSError, KeyError) as error:
-        raise ModelError(
-            f"'{directory}': config.json cannot be read: {' '.join(str(error).split())}"
-        ) from None
+        raise ModelError(f"'{directory}': config.json cannot be read: {_first_sentence(error)}") from None
     architecture = (config.architectures or [None])[0]
     cls = getattr(transformers, architecture or "", None)
     if cls is None:
@@ -185,6 +190,11 @@ def meta_model(directory: str | Path) -> nn.Module:
     with torch.device("meta"):
         model: nn.Module = cls._from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
     return model
+
+
+def _first_sentence(error: Exception) -> str:
+    """What another library says, without the page that follows."""
+    return " ".join(str(error).split()).partition(". ")[0][:200]
 
 
 def base_info(model: nn.Module, name: str | None = None) -> BaseInfo:
@@ -197,9 +207,7 @@ def base_info(model: nn.Module, name: str | None = None) -> BaseInfo:
         if base:
             shapes[path] = (base.out_features, base.in_features)
         for local, parameter in bases.own_parameters(module):
-            logical = (
-                base.in_features * base.out_features if base and local == "weight" else parameter.numel()
-            )
+            logical = base.in_features * base.out_features if base and local == "weight" else parameter.numel()
             if not (base and local == "weight"):
                 shapes[f"{path}.{local}" if path else local] = tuple(parameter.shape)
             if id(parameter) not in seen:
@@ -232,15 +240,11 @@ def _trained_modules(
                 raise PlanError(f"train_modules: '{path}.{name}' is quantized and cannot be trained in full")
             if id(parameter) not in owners:
                 owners[id(parameter)] = f"{path}.{name}"
-                groups.setdefault(path, {})[name] = TensorSpec(
-                    tuple(parameter.shape), FromBase(f"{path}.{name}")
-                )
+                groups.setdefault(path, {})[name] = TensorSpec(tuple(parameter.shape), FromBase(f"{path}.{name}"))
                 members[path] = [path]
             key = owners[id(parameter)]
             trained[path][name] = key
-            owner = next(
-                p for p in groups if key.startswith(p + ".") and key.removeprefix(p + ".") in groups[p]
-            )
+            owner = next(p for p in groups if key.startswith(p + ".") and key.removeprefix(p + ".") in groups[p])
             if path not in members[owner]:
                 members[owner].append(path)
     made = tuple(SharingGroup(path, tuple(members[path]), tensors) for path, tensors in groups.items())
@@ -252,9 +256,7 @@ def _trained_modules(
     return made, trained, notes
 
 
-def _check(
-    spec: AdapterSpec, sites: tuple[Site, ...], layout: Layout, groups: tuple[SharingGroup, ...]
-) -> None:
+def _check(spec: AdapterSpec, sites: tuple[Site, ...], layout: Layout, groups: tuple[SharingGroup, ...]) -> None:
     """A layout that cannot work is a fault of the plugin; name it here, before anything is attached."""
     where = f"method '{spec.method}': peft_init"
     names = Counter(group.name for group in groups)
@@ -270,16 +272,14 @@ def _check(
                 f"{where}: group '{group.name}' has the member '{strangers[0]}', which is no site of the plan"
             )
         if not group.tensors or not group.members:
-            raise PlanError(
-                f"{where}: group '{group.name}' has no {'members' if group.tensors else 'tensors'}"
-            )
+            raise PlanError(f"{where}: group '{group.name}' has no {'members' if group.tensors else 'tensors'}")
     uncovered = paths - {member for group in layout.groups for member in group.members}
     if uncovered:
         raise PlanError(f"{where} gave no tensor to {listed(sorted(uncovered), 3)}")
-    _borrowed(layout.groups, sites)
+    _borrowed(layout.groups, sites, where)
 
 
-def _borrowed(groups: tuple[SharingGroup, ...], sites: tuple[Site, ...]) -> dict[str, dict[str, str]]:
+def _borrowed(groups: tuple[SharingGroup, ...], sites: tuple[Site, ...], where: str) -> dict[str, dict[str, str]]:
     borrowed: dict[str, dict[str, str]] = {site.path: {} for site in sites}
     for group in groups:
         for member in group.members:
@@ -288,7 +288,7 @@ def _borrowed(groups: tuple[SharingGroup, ...], sites: tuple[Site, ...]) -> dict
             for name in group.tensors:
                 if name in borrowed[member]:
                     raise PlanError(
-                        f"'{member}' borrows two tensors named '{name}', from '{borrowed[member][name]}' and '{group.name}'"
+                        f"{where}: '{member}' borrows two tensors named '{name}', from '{borrowed[member][name]}' and '{group.name}'"
                     )
                 borrowed[member][name] = f"{group.name}.{name}"
     return borrowed
@@ -352,9 +352,7 @@ def _table(plan: Plan) -> Table:
         size(plan.trainable_bytes),
         f"{100 * plan.num_trainable / plan.base.num_parameters:.3f}",
     )
-    remarks = [
-        f"merging keeps {size(plan.merge_bytes)} of original weights, disabling {size(plan.disable_bytes)}"
-    ]
+    remarks = [f"merging keeps {size(plan.merge_bytes)} of original weights, disabling {size(plan.disable_bytes)}"]
     if plan.state_bytes:
         remarks.append(f"training keeps {size(plan.state_bytes)} of state that is no parameter, on the CPU")
     table.caption = "\n".join([*remarks, *plan.notes])

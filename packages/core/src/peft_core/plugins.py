@@ -67,6 +67,8 @@ def register(plugin: object, name: str) -> None:
         PluginError: the name is taken, or the plugin breaks the hook contract; it is then not registered.
     """
     pm = manager()
+    if pm.has_plugin(name):
+        raise PluginError(f"a plugin '{name}' is registered already; unregister it or choose another name")
     try:
         pm.register(plugin, name=name)
     except (pluggy.PluginValidationError, ValueError) as error:
@@ -156,9 +158,7 @@ def _describe(implementation: pluggy.HookImpl) -> MethodInfo:
             f"plugin '{implementation.plugin_name}': peft_method must return a MethodInfo, it returned {info!r}"
         )
     distribution, version = _provenance(implementation.plugin_name)
-    return dataclasses.replace(
-        info, distribution=info.distribution or distribution, version=info.version or version
-    )
+    return dataclasses.replace(info, distribution=info.distribution or distribution, version=info.version or version)
 
 
 def _check(pm: pluggy.PluginManager) -> None:
@@ -176,9 +176,7 @@ def _check(pm: pluggy.PluginManager) -> None:
         if not callable(info.capabilities):
             required |= {hook for can, hook in _PROMISES.items() if getattr(info.capabilities, can)}
         if missing := sorted(required - implemented):
-            raise PluginError(
-                f"method '{info.name}' ({_named(info)}) does not implement {', '.join(missing)}"
-            )
+            raise PluginError(f"method '{info.name}' ({_named(info)}) does not implement {', '.join(missing)}")
     for hook in _METHOD_HOOKS:
         for implementation in getattr(pm.hook, hook).get_hookimpls():
             observes = implementation.hookwrapper or implementation.wrapper

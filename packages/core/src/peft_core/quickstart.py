@@ -134,11 +134,6 @@ def run(
     spec = pc.AdapterSpec(method=method, targets="all-linear", options=dict(options or {}), base_model=model)
     device = str(models.checked_device(device))
     dtype = dtype or models.fast_dtype(device)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot write to {out}: {error}") from error
-
     given = pairs.read_pairs(data) if data else None
     with _status(console, f"loading {model}"):
         base, tokenizer = models.load_base(model, dtype, device)
@@ -154,6 +149,10 @@ def run(
     pad_id = tokenizer.pad_token_id
     probe = _probe(held_out_tokens, pad_id, device)
 
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write to {out}: {error}") from error
     before = training.evaluate(base, held_out_tokens, pad_id, console=console, title="held-out loss before")
     with _status(console, "writing docstrings"):
         written_before = [_line(models.complete(base, tokenizer, example.prompt)) for example in shown]
@@ -185,13 +184,6 @@ def run(
         # What nothing was moved by counts as the rounding of the base's own output.
         moved = max(_rms(adapted_logits - base_logits), torch.finfo(dtype).eps * _rms(base_logits))
         merge_error = _rms(merged_logits - adapted_logits) / moved
-        print(
-            "DEBUG",
-            moved,
-            _rms(base_logits),
-            _rms(merged_logits - adapted_logits),
-            adapted_logits.std(-1).mean(),
-        )
         training.plot_losses(log.losses, out / "loss.png", f"{method} on {model}", (before, after))
 
     failures = []
@@ -262,10 +254,10 @@ def _probe(tokens: Sequence[pairs.Tokens], pad_id: int, device: str) -> dict[str
 
 
 @torch.no_grad()
-def _logits(model: torch.nn.Module, probe: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits of the probe's real tokens, [tokens, vocabulary]."""
-    logits: torch.Tensor = model(**probe).logits
-    return logits[probe["attention_mask"].bool()].float()
+def _logits(model: torch.nn.Module, probe: dict[str, torch.Tensor], last: int = 32) -> torch.Tensor:
+    """Logits of the probe's real tokens among the ``last`` positions of each example, [tokens, vocabulary]."""
+    logits: torch.Tensor = model(**probe).logits[:, -last:]
+    return logits[probe["attention_mask"][:, -last:].bool()].float()
 
 
 def _rms(difference: torch.Tensor) -> float:

@@ -151,9 +151,7 @@ def alike(
     classes: dict[tuple[object, ...], list[Site]] = {}
     for site in sites:
         options = repr(site.options)
-        classes.setdefault((site.type, site.out_features, site.in_features, options, key(site)), []).append(
-            site
-        )
+        classes.setdefault((site.type, site.out_features, site.in_features, options, key(site)), []).append(site)
     types = [members[0].type for members in classes.values()]
     shaped = [f"{m[0].type}.{m[0].out_features}x{m[0].in_features}" for m in classes.values()]
     named: list[tuple[str, tuple[Site, ...]]] = []

@@ -59,15 +59,11 @@ class AdapterSpec(BaseModel):
         default=(),
         description="Names or suffixes of modules to train in full: a new head, embeddings, norms.",
     )
-    dropout: float = Field(
-        default=0.0, ge=0.0, lt=1.0, description="Dropout on the adapter's input while training."
-    )
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="Dropout on the adapter's input while training.")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         default="float32", description="dtype of the adapter's parameters; products run in the base's dtype."
     )
-    base_model: str | None = Field(
-        default=None, description="Name or path of the base model, for the record."
-    )
+    base_model: str | None = Field(default=None, description="Name or path of the base model, for the record.")
 
     @field_validator("targets", "exclude", mode="before")
     @classmethod
@@ -90,9 +86,7 @@ class AdapterSpec(BaseModel):
         # Frozen for users; completed here, before anybody sees it.
         spec.__dict__["options"] = complete
         if spec.dropout and not spec.capabilities.dropout:
-            raise SpecError(
-                f"method '{spec.method}' does not allow dropout with these options; set dropout to 0"
-            )
+            raise SpecError(f"method '{spec.method}' does not allow dropout with these options; set dropout to 0")
         return spec
 
     @property

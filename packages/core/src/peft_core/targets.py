@@ -75,9 +75,7 @@ def choose(model: nn.Module, spec: AdapterSpec) -> Choice:
     Raises:
         TargetError: nothing matches, a pattern of several matches nothing, or a match cannot be adapted.
     """
-    known = {
-        path: base for path, module in model.named_modules() if path and (base := bases.describe(module))
-    }
+    known = {path: base for path, module in model.named_modules() if path and (base := bases.describe(module))}
     skipped = _unreachable(model, known)
     notes: list[str] = []
     if spec.targets == "all-linear":
@@ -139,7 +137,7 @@ def heads_and_ties(model: nn.Module, known: Mapping[str, bases.Base]) -> set[str
     out: set[str] = set()
     head = None
     if hasattr(model, "get_output_embeddings"):
-        head = model.get_output_embeddings()
+        head = model.get_output_embeddings()  # type: ignore[operator]
     prefix = getattr(model, "base_model_prefix", "")
     trunk = prefix if prefix and prefix in model._modules else ""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -175,11 +173,7 @@ def _match(patterns: Patterns, known: Mapping[str, bases.Base], model: nn.Module
         found = [path for path in known if regex.fullmatch(path)]
         if not found:
             types = {path.rpartition(".")[2] for path in known}
-            hint = (
-                f"; for a module name write ['{patterns}']"
-                if patterns in types
-                else suggestion(patterns, types)
-            )
+            hint = f"; for a module name write ['{patterns}']" if patterns in types else suggestion(patterns, types)
             raise TargetError(
                 f"{what}: the regex '{patterns}' matches no whole module path{hint}; {_what_there_is(known)}"
             )

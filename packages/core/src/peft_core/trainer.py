@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from .attach import Adapter, adapters
@@ -54,9 +54,7 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
         given = signature.bind_partial(*args, **kwargs)
         model = given.arguments.get("model")
         if model is not None and not isinstance(model, nn.Module):
-            raise AdapterError(
-                f"load the model and attach an adapter to it first; the trainer was given {model!r}"
-            )
+            raise AdapterError(f"load the model and attach an adapter to it first; the trainer was given {model!r}")
         if given.arguments.get("peft_config") is not None:
             raise AdapterError(
                 "peft_config is for Hugging Face PEFT; attach an adapter with peft_core.attach and leave it out"
@@ -91,21 +89,20 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
         """As the trainer's own, with the method's optimizer where it has one and no other was asked for."""
         held = self.model if model is None else model
         default = type(self.args).__dataclass_fields__["optim"].default
-        chosen = (
-            self.optimizer is not None
-            or self.optimizer_cls_and_kwargs is not None
-            or self.args.optim != default
-        )
+        chosen = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None or self.args.optim != default
         make = None if chosen else own_optimizer(in_training(held))
         if make is None:
             return super().create_optimizer(model)
         decaying = set(self.get_decay_parameter_names(held))
-        groups: dict[float, list[Tensor]] = {self.args.weight_decay: [], 0.0: []}
-        for name, parameter in held.named_parameters():
-            if parameter.requires_grad:
-                groups[self.args.weight_decay if name in decaying else 0.0].append(parameter)
-        parameters = [{"params": params, "weight_decay": decay} for decay, params in groups.items() if params]
-        self.optimizer = make(parameters, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
+        trained = [(name, parameter) for name, parameter in held.named_parameters() if parameter.requires_grad]
+        groups = [  # the trainer's own two, even where one is empty: a checkpoint can be resumed with either optimizer
+            {
+                "params": [parameter for name, parameter in trained if name in decaying],
+                "weight_decay": self.args.weight_decay,
+            },
+            {"params": [parameter for name, parameter in trained if name not in decaying], "weight_decay": 0.0},
+        ]
+        self.optimizer = make(groups, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
         return self.optimizer
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
@@ -114,9 +111,7 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
         for adapter in adapters(model).values():
             for path, named in adapter.plan.trained.items():
                 kept = {
-                    adapter._bank.root_name(key)
-                    for local, key in named.items()
-                    if f"{path}.{local}" not in decaying
+                    adapter._bank.root_name(key) for local, key in named.items() if f"{path}.{local}" not in decaying
                 }
                 decaying -= kept
         return list(decaying)
@@ -124,9 +119,7 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapters in training, and the tokenizer, to `output_dir` (default: the arguments' own)."""
         self._save(output_dir)
-        if (
-            _internal_call
-        ):  # other processes write beside the adapter, but not before the directory is in its place
+        if _internal_call:  # other processes write beside the adapter, but not before the directory is in its place
             self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -116,9 +116,7 @@ def completion_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> t
     kept = labels.shape[1] - first + 1  # a label is predicted one position earlier
     logits = model(**_accepted(model, batch, kept)).logits[:, -kept:-1]
     wanted = labels[:, first:]
-    total = cross_entropy(
-        logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    total = cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
     return total, int((wanted != IGNORED).sum())
 
 
@@ -148,9 +146,14 @@ def peak_memory() -> int | None:
 
 
 def plot_losses(
-    losses: Sequence[float], path: Path, title: str, held_out: tuple[float, float] | None = None
+    losses: Sequence[float],
+    path: Path,
+    title: str,
+    held_out: tuple[float, float] | None = None,
+    evaluations: Sequence[tuple[int, float]] = (),
+    unit: str = "nats per token",
 ) -> None:
-    """Write the loss curve as a PNG, with the held-out loss before and after where it is given."""
+    """Write the loss curve as a PNG, with the held-out loss before and after, or (step, loss) of evaluations, where given."""
     require_matplotlib()
     from matplotlib.figure import Figure
 
@@ -161,7 +164,9 @@ def plot_losses(
     axes.plot(steps, _smoothed(losses), color="C0", label="training, smoothed")
     if held_out:
         axes.plot([0, len(losses)], held_out, "o", color="C3", label="held out, before and after")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    if evaluations:
+        axes.plot(*zip(*evaluations, strict=True), "o-", color="C3", label="held out")
+    axes.set(xlabel="step", ylabel=f"loss ({unit})", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft_core import CheckpointError, MergeError, Site, files, plugins
-from peft_core.checkpoint import HEADER, TENSORS, AdapterFile, read_header
-from peft_core.merge import Contribution
 from torch import Tensor
+
+from peft_core import CheckpointError, MergeError, Site, files, plugins
+from peft_core.checkpoint import HEADER, TENSORS, read_header
+from peft_core.merge import Contribution
 
 from .checkpoint_files import CODES, Entry, Reader, read_entries
 
@@ -39,9 +40,7 @@ class AdapterFiles:
         self.header = read_header(directory)
         self.sites: Mapping[str, Site] = {site.path: site for site in self.header.site_list()}
         self.trained = {
-            f"{path}.{name}": key
-            for path, named in self.header.trained.items()
-            for name, key in named.items()
+            f"{path}.{name}": key for path, named in self.header.trained.items() for name, key in named.items()
         }
         self._entries = self._checked_entries()
         self._borrowed, self._bindings = self.header.borrowed(), self.header.bindings()
@@ -86,25 +85,27 @@ class AdapterFiles:
         """Shape of a tensor."""
         return self._entries[key].shape
 
-    def contribution(self, path: str, reader: Reader) -> Contribution:
-        """What the adapter adds at a site; each site is asked for once."""
+    def contribution(self, path: str, reader: Reader, into: Tensor | None = None) -> Contribution:
+        """What the adapter adds at a site; each site is asked for once. A weight that it owns is read into `into`."""
         tensors = {name: self._shared(key, reader) for name, key in self._borrowed[path].items()}
         binding = {name: self.tensor(key, reader) for name, key in self._bindings.get(path, {}).items()}
-        owned = self.tensor(f"base_weight/{path}", reader) if self.owns(path) else None
+        owned = self.tensor(f"base_weight/{path}", reader, into) if self.owns(path) else None
         return Contribution(self.header.method.name, self.sites[path], tensors, binding, self.weight, owned)
 
-    def tensor(self, key: str, reader: Reader) -> Tensor:
-        """One tensor.
+    def expect(self, path: str, reader: Reader) -> None:
+        """Let the system read ahead the weight of a site that the adapter owns."""
+        reader.expect(self._entries[f"base_weight/{path}"])
+
+    def tensor(self, key: str, reader: Reader, into: Tensor | None = None) -> Tensor:
+        """One tensor; see `Reader.read`.
 
         Raises:
             CheckpointError: it holds NaN or infinite values.
         """
-        tensor = reader.read(self._entries[key])
+        tensor = reader.read(self._entries[key], into)
         # A sum is finite only if every element is; one pass, nothing allocated.
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
-            raise CheckpointError(
-                f"'{self.path}': '{key}' holds NaN or infinite values; the training run diverged"
-            )
+            raise CheckpointError(f"'{self.path}': '{key}' holds NaN or infinite values; the training run diverged")
         return tensor
 
     def _shared(self, key: str, reader: Reader) -> Tensor:
@@ -144,15 +145,10 @@ class AdapterFiles:
                 raise MergeError(
                     f"'{self.directory}': no tensor belongs to the layer '{path}', which it says that it adapts"
                 )
-            wanted.update({key: path for key in named.values()})
+            wanted.update(dict.fromkeys(named.values(), path))
         wanted.update({key: parameter for parameter, key in self.trained.items()})
         wanted.update(
-            {
-                key: path
-                for path, named in self._bindings.items()
-                if path in self.sites
-                for key in named.values()
-            }
+            {key: path for path, named in self._bindings.items() if path in self.sites for key in named.values()}
         )
         wanted.update({f"base_weight/{path}": path for path in self.header.owned if path in self.sites})
         if lost := [key for key in wanted if key not in self._entries]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
 from peft_core.checkpoint import AdapterFile
 from peft_core.plan import size
 
@@ -33,7 +34,8 @@ def merged(base: Path, adapters: Sequence[AdapterFiles], report: MergeReport) ->
         f"The weights of {_base_text(base, headers[0])} with {' and '.join(what)} merged in by `peft-export`: a plain model, "
         "which needs nothing of peft-core to run.",
         "",
-        f"- Tensors: {report.tensors} ({report.merged} merged, {report.trained} trained in full), {size(report.bytes)}, {report.dtype}",
+        f"- Tensors: {report.tensors} ({report.merged} merged, {report.trained} trained in full)",
+        f"- Size: {size(report.bytes)}, {report.dtype}",
         *(f"- {note}" for note in report.notes),
         "",
         "```python",
@@ -49,11 +51,7 @@ def merged(base: Path, adapters: Sequence[AdapterFiles], report: MergeReport) ->
 def lora(base: Path, header: AdapterFile, report: LoraReport) -> str:
     """The card of a lowered adapter."""
     worst = max((site.error for site in report.sites), default=0.0)
-    exact = (
-        "exactly"
-        if worst == 0.0
-        else f"by truncated SVD, with a relative error of up to {worst:.2e} per layer"
-    )
+    exact = "exactly" if worst == 0.0 else f"by truncated SVD, with a relative error of up to {worst:.2e} per layer"
     auto = _auto_class(header.base.architecture)
     lines = [
         f"A standard LoRA adapter for {_base_text(base, header)}, lowered {exact} from a `{header.method.name}` adapter by "
@@ -67,7 +65,8 @@ def lora(base: Path, header: AdapterFile, report: LoraReport) -> str:
         f"from transformers import {auto}",
         "from peft import PeftModel",
         "",
-        f"model = PeftModel.from_pretrained({auto}.from_pretrained('{base_name(base, header) or 'BASE'}'), 'path/to/this/directory')",
+        f"base = {auto}.from_pretrained('{base_name(base, header) or 'BASE'}')",
+        "model = PeftModel.from_pretrained(base, 'path/to/this/directory')",
         "```",
         *_shell(report.command, auto),
     ]
@@ -83,9 +82,7 @@ def with_verification(text: str, lines: Iterable[str]) -> str:
     return before + section + rest.partition(_END)[2]
 
 
-def _card(
-    base: Path, headers: Sequence[AdapterFile], library: str, tag: str, title: str, lines: Sequence[str]
-) -> str:
+def _card(base: Path, headers: Sequence[AdapterFile], library: str, tag: str, title: str, lines: Sequence[str]) -> str:
     front: dict[str, Any] = {}
     if name := base_name(base, headers[0]):
         front["base_model"] = name
@@ -106,7 +103,9 @@ def _card(
         *lines,
         "",
     ]
-    unverified = "Not verified yet: `peft-core verify THIS --base BASE --adapter ADAPTER` compares it with the adapted model."
+    unverified = (
+        "Not verified yet: `peft-core verify THIS --base BASE --adapter ADAPTER` compares it with the adapted model."
+    )
     return with_verification("\n".join([*text, "## Adapter", "", *specs]), [unverified])
 
 
@@ -126,9 +125,7 @@ def base_name(base: Path, header: AdapterFile) -> str:
     if cached:
         return f"{cached[1]}/{cached[2]}"
     recorded = header.base.name
-    return (
-        recorded if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", recorded) and not Path(recorded).exists() else ""
-    )
+    return recorded if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", recorded) and not Path(recorded).exists() else ""
 
 
 def _base_text(base: Path, header: AdapterFile) -> str:
@@ -145,9 +142,7 @@ def _auto_class(architecture: str) -> str:
         "ForTokenClassification": "AutoModelForTokenClassification",
         "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
     }
-    return next(
-        (auto for ending, auto in heads.items() if architecture.endswith(ending)), architecture or "AutoModel"
-    )
+    return next((auto for ending, auto in heads.items() if architecture.endswith(ending)), architecture or "AutoModel")
 
 
 def _shell(command: str, auto: str) -> list[str]:

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft_core import CheckpointError, MergeError
 from torch import Tensor
+
+from peft_core import CheckpointError, MergeError
 
 from .checkpoint_files import DTYPES, Checkpoint
 from .names import Conversion, Names, Wanted
@@ -36,9 +37,7 @@ def ask_transformers(checkpoint: Checkpoint, architecture: str, wanted: list[Wan
             rename_source_key,
         )
     except ImportError as error:
-        raise MergeError(
-            f"the key renames of this version of transformers cannot be followed: {error}"
-        ) from None
+        raise MergeError(f"the key renames of this version of transformers cannot be followed: {error}") from None
     transforms = get_model_conversion_mapping(model)
     renamings = [step for step in transforms if isinstance(step, WeightRenaming)]
     converters = [step for step in transforms if isinstance(step, WeightConverter)]
@@ -104,9 +103,7 @@ def _conversion(
         for key, pattern in sources:
             step.add_tensor(name, key, pattern, tensors[key])
         made = step.convert(name, model=model, config=model.config)
-        return {
-            parameter: value[0] if isinstance(value, list) else value for parameter, value in made.items()
-        }
+        return {parameter: value[0] if isinstance(value, list) else value for parameter, value in made.items()}
 
     def backward(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         step = copy.deepcopy(converter).reverse_transform()
@@ -127,9 +124,7 @@ def _conversion(
     keys = tuple(key for key, _ in sources)
     operations = ", ".join(type(operation).__name__ for operation in converter.operations)
     shapes = {
-        key: torch.empty(
-            checkpoint.entries[key].shape, dtype=DTYPES[checkpoint.entries[key].dtype], device="meta"
-        )
+        key: torch.empty(checkpoint.entries[key].shape, dtype=DTYPES[checkpoint.entries[key].dtype], device="meta")
         for key in keys
     }
     made = forward(shapes)

@@ -14,18 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from peft_core import LowRank, MergeError, PluginError, SpecError, plugins
 from peft_core.errors import listed
 from peft_core.merge import Contribution, merged_weight
-from torch import Tensor, nn
 
 from . import card, output, svd
 from .adapter_files import AdapterFiles
-from .checkpoint_files import CODES, DTYPES, INDEX, SINGLE, Checkpoint, Item, Reader, Writer, open_checkpoint
+from .checkpoint_files import CODES, DTYPES, INDEX, SINGLE, Checkpoint, Reader, open_checkpoint
 from .mapping import find_names
 from .merge_plan import head_labels
 from .names import Names
 from .runtimes import Request, Runtime, runtime
+from .shards import Item, Writer
 from .streaming import Progress, dtype_code
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -182,7 +184,7 @@ class _Lowering:
             MergeError: a site has no exact factors, and no SVD is asked for.
         """
         wants_svd = self._rank is not None or self._energy is not None
-        for path, site in self._source.sites.items():
+        for path in self._source.sites:
             part = _widened(self._source.contribution(path, self._reader))
             factors, reason = self._exact(part)
             if factors is not None:
@@ -190,17 +192,13 @@ class _Lowering:
             elif wants_svd:
                 yield path, svd.truncate(self._delta(part), self._rank, self._energy)
             else:
-                raise MergeError(
-                    f"{reason}; an approximation is written with --svd-rank R or --svd-energy 0.99"
-                )
+                raise MergeError(f"{reason}; an approximation is written with --svd-rank R or --svd-energy 0.99")
 
     def _exact(self, part: Contribution) -> tuple[LowRank | None, str]:
         """The method's factors, or why there are none."""
         site = part.site
         try:
-            found = plugins.call(
-                part.method, "peft_lowrank", site=site, tensors=part.tensors, binding=part.binding
-            )
+            found = plugins.call(part.method, "peft_lowrank", site=site, tensors=part.tensors, binding=part.binding)
         except MergeError as error:
             return None, str(error)
         except PluginError:
@@ -236,9 +234,7 @@ class _Lowering:
 def _widened(part: Contribution) -> Contribution:
     """The contribution in at least float32: a 16-bit factor times a scale would be rounded."""
     tensors = {
-        name: tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        if tensor.is_floating_point()
-        else tensor
+        name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
         for name, tensor in part.tensors.items()
     }
     return part._replace(tensors=tensors)
@@ -289,9 +285,7 @@ def _item(key: str, tensor: Tensor, shape: tuple[int, ...], code: str | None) ->
     return Item(key, CODES[dtype], shape, torch.Size(shape).numel() * dtype.itemsize)
 
 
-def _write(
-    directory: Path, items: list[Item], tensors: Mapping[str, Tensor], progress: Progress | None
-) -> None:
+def _write(directory: Path, items: list[Item], tensors: Mapping[str, Tensor], progress: Progress | None) -> None:
     total, done = sum(item.nbytes for item in items), 0
     sizes = {item.key: item for item in items}
     with Writer(directory, items, {}, name=WEIGHTS) as writer:
@@ -331,9 +325,7 @@ def _peft_config(
         "rank_pattern": pattern,
         "revision": None,
         "target_modules": _target_modules(source),
-        "task_type": _task(
-            header.base.architecture, bool(header.trained), bool(config.get("is_encoder_decoder"))
-        ),
+        "task_type": _task(header.base.architecture, bool(header.trained), bool(config.get("is_encoder_decoder"))),
         "use_dora": False,
         "use_rslora": False,
     }

@@ -29,9 +29,7 @@ def find_names(checkpoint: Checkpoint, header: AdapterFile, config: dict[str, An
         names = ask_transformers(checkpoint, header.base.architecture, wanted)
     if names is None:
         names = Names({name: name for name in matched(checkpoint, wanted, ("", ""))})
-    base = (
-        f"{header.base.architecture} '{header.base.name}'" if header.base.name else header.base.architecture
-    )
+    base = f"{header.base.architecture} '{header.base.name}'" if header.base.name else header.base.architecture
     difference = _difference(checkpoint, header, names, wanted) or _more_layers(checkpoint, names, config)
     if difference:
         raise CheckpointError(
@@ -63,9 +61,7 @@ def _more_layers(checkpoint: Checkpoint, names: Names, config: dict[str, Any]) -
     """A tensor that only a deeper model has. Layers beyond the configuration's own number are no part of the model."""
     inside = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
     counts = [
-        inside[name]
-        for name in ("num_hidden_layers", "n_layer", "num_layers")
-        if isinstance(inside.get(name), int)
+        inside[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if isinstance(inside.get(name), int)
     ]
     known = set(names.keys.values()) | {key for group in names.conversions for key in group.sources}
     patterns = {re.sub(r"\d+", "#", key) for key in known}

@@ -14,8 +14,9 @@ from peft_core import MergeError
 from peft_core.checkpoint import AdapterFile
 
 from .adapter_files import AdapterFiles
-from .checkpoint_files import CODES, DTYPES, PLAIN_FLOATS, Checkpoint, Entry, Item, Reader
+from .checkpoint_files import CODES, DTYPES, PLAIN_FLOATS, Checkpoint, Entry, Reader
 from .names import Conversion, Names
+from .shards import Item
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,7 @@ def plan_merge(
     ]
     for parameter, source in untied.items():
         if parameter not in names.keys:
-            outputs.append(
-                Output(_item(source, dtype, names.new_key(parameter)), source, changes.get(parameter))
-            )
+            outputs.append(Output(_item(source, dtype, names.new_key(parameter)), source, changes.get(parameter)))
     for parameter in names.absent:
         change = changes.get(parameter)
         if change is not None and change.trained is not None:
@@ -112,9 +111,7 @@ def collect_changes(adapters: Sequence[AdapterFiles]) -> dict[str, Change]:
     changes: dict[str, Change] = {}
     for adapter in adapters:
         if adapter.header.base.shapes != first.header.base.shapes:
-            raise MergeError(
-                f"'{first.directory}' and '{adapter.directory}' were trained on different base models"
-            )
+            raise MergeError(f"'{first.directory}' and '{adapter.directory}' were trained on different base models")
         for path, site in adapter.sites.items():
             parameter = f"{path}.weight"
             before = changes.get(parameter, Change(path))
@@ -126,7 +123,8 @@ def collect_changes(adapters: Sequence[AdapterFiles]) -> dict[str, Change]:
             for one in together if len(together) > 1 else ():
                 if one.exclusive(path):
                     raise MergeError(
-                        f"'{path}': method '{one.header.method.name}' is not an added Δ and cannot be merged together with another adapter"
+                        f"'{path}': method '{one.header.method.name}' is not an added Δ and cannot be merged together "
+                        "with another adapter"
                     )
             assert site.path == path
             changes[parameter] = Change(path, together)
@@ -135,7 +133,8 @@ def collect_changes(adapters: Sequence[AdapterFiles]) -> dict[str, Change]:
             before = changes.get(parameter, Change())
             if before.trained is not None:
                 raise MergeError(
-                    f"'{parameter}' is trained in full by both '{before.trained[0].directory}' and '{adapter.directory}'; merge one of them"
+                    f"'{parameter}' is trained in full by both '{before.trained[0].directory}' and '{adapter.directory}'; "
+                    "merge one of them"
                 )
             if before.adapters:
                 raise MergeError(
@@ -156,10 +155,8 @@ def _check_kinds(checkpoint: Checkpoint, names: Names, changes: Mapping[str, Cha
                 f"'{entry.key}' in '{checkpoint.directory}' is quantized ({entry.dtype}); merge into the original-precision "
                 "checkpoint, or into a dequantized one"
             )
-        if change.trained is not None and change.trained[0].shape(change.trained[1]) != entry.shape:
-            raise MergeError(
-                f"'{parameter}' is {list(change.trained[0].shape(change.trained[1]))} in the adapter and {list(entry.shape)} in the base"
-            )
+        if change.trained is not None and (shape := change.trained[0].shape(change.trained[1])) != entry.shape:
+            raise MergeError(f"'{parameter}' is {list(shape)} in the adapter and {list(entry.shape)} in the base")
 
 
 def _untied(
@@ -172,14 +169,8 @@ def _untied(
     """
     out: dict[str, Entry] = {}
     for entry, members in _tied_sets(checkpoint, header, names, changes):
-        different = {
-            (change.trained if change and change.trained else change) for change in map(changes.get, members)
-        }
-        if (
-            len(different) == 1
-            and next(iter(different)) is not None
-            and all(changes[m].trained for m in members)
-        ):
+        different = {(change.trained if change and change.trained else change) for change in map(changes.get, members)}
+        if len(different) == 1 and next(iter(different)) is not None and all(changes[m].trained for m in members):
             continue
         if not untie:
             changed = next(member for member in members if member in changes)
@@ -188,7 +179,7 @@ def _untied(
                 f"'{changed}' is the same tensor as '{other}': merging would change both; exclude the tied layer, or part "
                 f"them with --untie (the checkpoint grows by {entry.nbytes / 1e6:.1f} MB)"
             )
-        out.update({member: entry for member in members})
+        out.update(dict.fromkeys(members, entry))
     return out
 
 
@@ -209,15 +200,11 @@ def _tied_sets(
                 entry = checkpoint.entries.get(names.keys.get(parameter, ""))
                 if entry is None or entry.key in sets or len(entry.shape) != 2 or entry.numel > shared:
                     continue
-                others = {
-                    name: checkpoint.entries[key] for name, key in names.keys.items() if key != entry.key
-                }
+                others = {name: checkpoint.entries[key] for name, key in names.keys.items() if key != entry.key}
                 if twins := [name for name, other in others.items() if reader.same(entry, other)]:
                     sets[entry.key] = [parameter, *twins]
     return [
-        (checkpoint.entries[key], members)
-        for key, members in sets.items()
-        if not changes.keys().isdisjoint(members)
+        (checkpoint.entries[key], members) for key, members in sets.items() if not changes.keys().isdisjoint(members)
     ]
 
 
@@ -235,9 +222,7 @@ def _edits(
         edits["architectures"] = [header.base.architecture]
         notes.append(f"the trained head makes this a {header.base.architecture}: config.json says so now")
     if left := [parameter for parameter in names.absent if parameter not in changes]:
-        notes.append(
-            f"'{left[0]}' is neither in the base nor in the adapter: whoever loads the result starts it anew"
-        )
+        notes.append(f"'{left[0]}' is neither in the base nor in the adapter: whoever loads the result starts it anew")
     edits.update(head_labels(header, config))
     return edits, notes
 
@@ -263,9 +248,7 @@ def _remarks(
     checkpoint: Checkpoint, adapters: Sequence[AdapterFiles], names: Names, changes: Mapping[str, Change]
 ) -> list[str]:
     notes = []
-    stored = {
-        entry.dtype for p, key in names.keys.items() if p in changes and (entry := checkpoint.entries[key])
-    }
+    stored = {entry.dtype for p, key in names.keys.items() if p in changes and (entry := checkpoint.entries[key])}
     for adapter in adapters:
         trained_on = {CODES[site.dtype] for site in adapter.sites.values()}
         # Recorded by core for bases that were quantized in training.

@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from peft_core.checkpoint import AdapterFile
 from torch import Tensor
+
+from peft_core.checkpoint import AdapterFile
 
 from .checkpoint_files import Checkpoint, Entry
 
@@ -115,8 +116,11 @@ def by_prefix(checkpoint: Checkpoint, header: AdapterFile, wanted: list[Wanted])
     absent = [parameter for parameter in left if parameter not in tied]
     if any(trained.isdisjoint(parameter.parameters) for parameter in absent):
         return None
+    keys = {name: _key(checkpoint, name, prefix) for name in best}
+    if absent and not checkpoint.entries.keys() <= set(keys.values()):
+        return None  # what looks like a new head may be what the files hold under another name
     return Names(
-        {name: _key(checkpoint, name, prefix) for name in best},
+        keys,
         ties,
         absent=tuple(next(name for name in parameter.parameters if name in trained) for parameter in absent),
         prefix=prefix,

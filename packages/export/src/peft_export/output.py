@@ -55,12 +55,11 @@ def export_directory(out: str | Path, inputs: Iterable[str | Path], overwrite: b
             )
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
-            raise MergeError(
-                f"the output '{out}' exists; choose another directory, or replace it with --overwrite"
-            )
+            raise MergeError(f"the output '{out}' exists; choose another directory, or replace it with --overwrite")
         if not (target / MARKER).is_file():
             raise MergeError(
-                f"the output '{out}' holds something that is no export (it has no {MARKER}); it is not replaced: choose another directory"
+                f"the output '{out}' holds something that is no export (it has no {MARKER}) and is not replaced: "
+                "choose another directory"
             )
     old = [entry.name for entry in target.iterdir()] if target.is_dir() else []
     with whole_directory(target, old) as temporary:
@@ -115,11 +114,7 @@ def read_marker(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / MARKER
     if not path.is_file():
-        what = (
-            "does not exist"
-            if not Path(directory).exists()
-            else f"is no export of peft-export: it has no {MARKER}"
-        )
+        what = "does not exist" if not Path(directory).exists() else f"is no export of peft-export: it has no {MARKER}"
         raise CheckpointError(f"'{directory}' {what}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

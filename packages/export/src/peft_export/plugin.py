@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from peft_core import MergeError, ModelError, hookimpl
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -22,6 +21,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from peft_core import MergeError, ModelError, hookimpl
+
 if TYPE_CHECKING:
     from .lora import LoraReport
     from .streaming import MergeReport
@@ -29,9 +30,7 @@ if TYPE_CHECKING:
 
 _FAILED = 1
 
-Base = Annotated[
-    str, typer.Option(help="Checkpoint directory of the base model, or a known name: smollm2-135m.")
-]
+Base = Annotated[str, typer.Option(help="Checkpoint directory of the base model, or a known name: smollm2-135m.")]
 Out = Annotated[Path, typer.Option(help="Directory to write. It appears whole or not at all.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")]
 Verify = Annotated[
@@ -45,9 +44,7 @@ def peft_cli(app: typer.Typer) -> None:
     """Add `merge`, `export` and `verify`."""
     app.command()(merge)
     app.command()(verify)
-    export = typer.Typer(
-        help="Write an adapter in the form that a serving runtime loads.", no_args_is_help=True
-    )
+    export = typer.Typer(help="Write an adapter in the form that a serving runtime loads.", no_args_is_help=True)
     export.command()(lora)
     app.add_typer(export, name="export")
 
@@ -97,9 +94,7 @@ def lora(
     ] = None,
     pad_rank: Annotated[
         bool | None,
-        typer.Option(
-            "--pad-rank/--no-pad-rank", help="Fill all layers up to one rank. On where --fit needs it."
-        ),
+        typer.Option("--pad-rank/--no-pad-rank", help="Fill all layers up to one rank. On where --fit needs it."),
     ] = None,
     svd_rank: Annotated[
         int | None, typer.Option(min=1, help="Approximate, by this rank, what has no exact factors of it.")
@@ -108,9 +103,7 @@ def lora(
         float | None,
         typer.Option(min=0.0, max=1.0, help="Approximate by the rank that keeps this share, such as 0.99."),
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="dtype of the factors: float32, bfloat16, float16.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="dtype of the factors: float32, bfloat16, float16.")] = None,
     overwrite: Overwrite = False,
     verify: Verify = False,
     json_: Json = False,
@@ -139,18 +132,12 @@ def lora(
 
 def verify(
     export: Annotated[Path, typer.Argument(help="What `merge` or `export` wrote.")],
-    base: Annotated[
-        str | None, typer.Option(help="The base model; needed with --adapter, and for a LoRA.")
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base model; needed with --adapter, and for a LoRA.")] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="DIR[=WEIGHT]", help="What it was made from. Without: the golden logits that it carries."
-        ),
+        typer.Option(metavar="DIR[=WEIGHT]", help="What it was made from. Without: the golden logits that it carries."),
     ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="A prompt; may be repeated. Default: built-in ones.")
-    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated. Default: built-in ones.")] = None,
     max_kl: Annotated[
         float | None,
         typer.Option(min=0.0, help="Largest mean KL divergence allowed, in nats per token. Default: 1e-2."),
@@ -284,9 +271,7 @@ def _lora_table(report: LoraReport) -> Table:
 
 def _verify_table(report: VerifyReport) -> Table:
     verdict = "passed" if report.ok else "FAILED"
-    title = (
-        f"{report.export} against {report.against}, {report.dtype}: {verdict} (mean KL ≤ {report.max_kl:g})"
-    )
+    title = f"{report.export} against {report.against}, {report.dtype}: {verdict} (mean KL ≤ {report.max_kl:g})"
     table = Table(title=escape(title), title_justify="left")
     for heading in ("prompt", "positions", "mean KL", "max KL", "max logit difference", "same first choice"):
         table.add_column(heading, justify="left" if heading == "prompt" else "right")

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft_core as pc
 import torch
+from torch import Tensor, nn
+
+import peft_core as pc
 from peft_core import CheckpointError, MergeError, ModelError
 from peft_core.checkpoint import AdapterFile
-from torch import Tensor, nn
 
 from . import output
 from .checkpoint_files import Reader, read_entries
@@ -48,10 +49,7 @@ def make_prompts(texts: Sequence[str], directories: Sequence[Path], vocabulary: 
     """
     tokenizer = next((found for found in map(_tokenizer, directories) if found is not None), None)
     if tokenizer is not None:
-        pairs = (
-            (text, tokenizer(text, return_tensors="pt")["input_ids"][0][:_LONGEST])
-            for text in texts or PROMPTS
-        )
+        pairs = ((text, tokenizer(text, return_tensors="pt")["input_ids"][0][:_LONGEST]) for text in texts or PROMPTS)
         return [Prompt(text, ids) for text, ids in pairs if len(ids)]
     if texts:
         raise ModelError(
@@ -70,9 +68,7 @@ def logits(model: nn.Module, prompts: Sequence[Prompt]) -> list[Tensor]:
     """
     config: Any = getattr(model, "config", None)
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
-        raise ModelError(
-            f"{type(model).__name__} takes {model.main_input_name}; only models of text are compared"
-        )
+        raise ModelError(f"{type(model).__name__} takes {model.main_input_name}; only models of text are compared")
     out = []
     for prompt in prompts:
         ids = prompt.ids[None]
@@ -114,9 +110,7 @@ def load_model(directory: Path, architecture: str, fields: Mapping[str, Any] | N
 
     cls = getattr(transformers, architecture, None)
     if cls is None:
-        raise ModelError(
-            f"the model is a {architecture or 'model of unknown class'}, which transformers does not have"
-        )
+        raise ModelError(f"the model is a {architecture or 'model of unknown class'}, which transformers does not have")
     names = (fields or {}).get("id2label", {})
     labels = (
         {"id2label": {int(number): name for number, name in names.items()}, "label2id": fields["label2id"]}

@@ -70,9 +70,7 @@ class Runtime:
             found.append(
                 f"{self.name} does not load modules that were trained in full ({listed(heads)}): merge the adapter instead"
             )
-        if self.modules is not None and (
-            unknown := [kind for kind in request.types if kind not in self.modules]
-        ):
+        if self.modules is not None and (unknown := [kind for kind in request.types if kind not in self.modules]):
             found.append(
                 f"{self.name} does not know the modules {listed(unknown)}: leave them out of the adapter, or merge"
             )
@@ -91,9 +89,7 @@ def runtime(name: str) -> Runtime:
 
 
 def _vllm(request: Request, rank: int) -> str:
-    return (
-        f"vllm serve {request.base} --enable-lora --max-lora-rank {rank} --lora-modules adapter={request.out}"
-    )
+    return f"vllm serve {request.base} --enable-lora --max-lora-rank {rank} --lora-modules adapter={request.out}"
 
 
 def _sglang(request: Request, rank: int) -> str:
@@ -165,9 +161,7 @@ _SGLANG_MODULES = frozenset(
     }
 )
 RUNTIMES: Mapping[str, Runtime] = {
-    "vllm": Runtime(
-        "vLLM", (1, 8, 16, 32, 64, 128, 256, 320, 512), None, _NO_LORA_IN_VLLM, lambda head: False, _vllm
-    ),
+    "vllm": Runtime("vLLM", (1, 8, 16, 32, 64, 128, 256, 320, 512), None, _NO_LORA_IN_VLLM, lambda head: False, _vllm),
     "sglang": Runtime("SGLang", None, _SGLANG_MODULES, frozenset(), lambda head: False, _sglang),
     # Its converter passes norms through and stops at everything else that is no factor.
     "llama.cpp": Runtime("llama.cpp", None, None, frozenset(), lambda head: "norm" in head, _llama_cpp),

@@ -15,28 +15,20 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from peft_core import CheckpointError, MergeError, SpecError
+from torch import Tensor
+
+from peft_core import MergeError, SpecError
 from peft_core.errors import listed, suggestion
 from peft_core.merge import merged_weight
 from peft_core.spec import DTYPES as DTYPE_NAMES
-from torch import Tensor
 
 from . import card, output
 from .adapter_files import AdapterFiles
-from .checkpoint_files import (
-    CODES,
-    DTYPES,
-    INDEX,
-    Checkpoint,
-    Entry,
-    Reader,
-    Writer,
-    open_checkpoint,
-    parse_size,
-)
+from .checkpoint_files import CODES, DTYPES, INDEX, Entry, Reader, open_checkpoint
 from .mapping import find_names
 from .merge_plan import Change, MergePlan, Output, plan_merge
 from .names import Conversion
+from .shards import Writer, parse_size
 
 Adapters: TypeAlias = str | Path | Sequence[str | Path] | Mapping[str, float]
 Progress: TypeAlias = Callable[[int, int], None]
@@ -158,9 +150,7 @@ def dtype_code(dtype: str | None) -> str | None:
     if dtype is None:
         return None
     if dtype not in DTYPE_NAMES:
-        raise SpecError(
-            f"no dtype '{dtype}'{suggestion(dtype, DTYPE_NAMES)}; there are {listed(DTYPE_NAMES)}"
-        )
+        raise SpecError(f"no dtype '{dtype}'{suggestion(dtype, DTYPE_NAMES)}; there are {listed(DTYPE_NAMES)}")
     return CODES[DTYPE_NAMES[dtype]]
 
 
@@ -203,6 +193,7 @@ class _Pipeline:
         self._progress = progress
         self._done = 0
         self._converted: dict[str, Tensor] = {}
+        self._scratch: dict[torch.dtype, Tensor] = {}
 
     def run(self) -> None:
         """Write everything."""
@@ -219,9 +210,8 @@ class _Pipeline:
                     if made.change is None and made.conversion is None:
                         waiting.append(thread.submit(self._copy, made, there))
                     else:
-                        after = following[made.item.key]
-                        if after is not None and after.source is not None:
-                            here.expect(after.source)
+                        if (after := following[made.item.key]) is not None:
+                            self._expect(after, here)
                         tensor = self._compute(made, here)
                         if last is not None:
                             last.result()
@@ -234,6 +224,14 @@ class _Pipeline:
                     future.result()
             finally:
                 thread.shutdown(cancel_futures=True)
+
+    def _expect(self, made: Output, reader: Reader) -> None:
+        path = made.change.path if made.change is not None else ""
+        owner = next((adapter for adapter in (made.change.adapters if made.change else ()) if adapter.owns(path)), None)
+        if owner is not None:
+            owner.expect(path, reader)
+        elif made.source is not None:
+            reader.expect(made.source)
 
     def _copy(self, made: Output, reader: Reader) -> None:
         assert made.source is not None
@@ -253,33 +251,44 @@ class _Pipeline:
             self._progress(self._done, self._total)
 
     def _compute(self, made: Output, reader: Reader) -> Tensor:
-        """The tensor of an output, in its dtype."""
+        """The tensor of an output, before it is rounded to its dtype, in memory that the next one does not touch."""
         if made.conversion is not None:
             if made.item.key not in self._converted:
                 self._converted.update(self._convert(made.conversion, reader))
             return self._converted.pop(made.item.key)
         assert made.change is not None
-        return self._changed(made.change, made.source, reader).to(DTYPES[made.item.dtype])
+        tensor = self._changed(made.change, made.source, reader)
+        scratch = {held.untyped_storage().data_ptr() for held in self._scratch.values()}
+        return tensor.clone() if tensor.untyped_storage().data_ptr() in scratch else tensor
 
-    def _changed(
-        self, change: Change, source: Entry | None, reader: Reader, stored: Tensor | None = None
-    ) -> Tensor:
+    def _changed(self, change: Change, source: Entry | None, reader: Reader, stored: Tensor | None = None) -> Tensor:
         """A parameter after its change, in the orientation of the files; `stored` is it before, if it was read already."""
         if change.trained is not None:
             adapter, key = change.trained
             return adapter.tensor(key, reader)
         site = change.adapters[0].sites[change.path]
+        wide = torch.promote_types(site.dtype if source is None else DTYPES[source.dtype], torch.float32)
+        scratch = self._buffer(wide, site.in_features * site.out_features)
         if any(adapter.owns(change.path) for adapter in change.adapters):
-            weight = torch.empty(site.out_features, site.in_features, dtype=site.dtype, device="meta")
+            weight = torch.empty(site.out_features, site.in_features, dtype=wide, device="meta")
         else:
-            assert source is not None or stored is not None
-            weight = reader.read(source) if stored is None else stored  # type: ignore[arg-type]
-            # Widened here and not by merged_weight, so that the narrow one is gone before the arithmetic begins.
-            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            weight = stored.to(wide) if stored is not None else reader.read(source, scratch)  # type: ignore[arg-type]
             weight = weight.T if site.transposed else weight
-        parts = [adapter.contribution(change.path, reader) for adapter in change.adapters]
+        parts = [adapter.contribution(change.path, reader, scratch) for adapter in change.adapters]
         merged = merged_weight(weight, parts)
         return merged.T if site.transposed else merged
+
+    def _buffer(self, dtype: torch.dtype, numel: int) -> Tensor:
+        """Memory in which one weight after the other is widened. Fresh memory would cost more than the arithmetic."""
+        held = self._scratch.get(dtype)
+        if held is None or held.numel() < numel:
+            sizes = [
+                made.item.nbytes // DTYPES[made.item.dtype].itemsize
+                for made in self._outputs.values()
+                if made.change and made.change.path
+            ]
+            held = self._scratch[dtype] = torch.empty(max([numel, *sizes]), dtype=dtype)
+        return held
 
     def _convert(self, group: Conversion, reader: Reader) -> dict[str, Tensor]:
         """A group of tensors that the model holds in another form: there and, changed, back again.
@@ -300,20 +309,15 @@ class _Pipeline:
         del before, again
         for parameter in group.parameters:
             if (change := self._changes.get(parameter)) is not None:
-                inside[parameter] = self._changed(change, None, reader, inside[parameter]).to(dtype)
-        back = group.backward(inside)
-        return {key: value.to(DTYPES[self._outputs[key].item.dtype]) for key, value in back.items()}
+                inside[parameter] = self._changed(change, None, reader, inside[parameter]).to(dtype, copy=True)
+        return group.backward(inside)
 
 
-def _write_config(
-    base: Path, temporary: Path, config: Mapping[str, Any], plan: MergePlan, code: str | None
-) -> None:
+def _write_config(base: Path, temporary: Path, config: Mapping[str, Any], plan: MergePlan, code: str | None) -> None:
     """Put the changes into the copied `config.json`; without any it stays as it is, byte for byte."""
     edits = dict(plan.config)
     if code is not None and config:
-        edits["torch_dtype" if "torch_dtype" in config else "dtype"] = str(DTYPES[code]).removeprefix(
-            "torch."
-        )
+        edits["torch_dtype" if "torch_dtype" in config else "dtype"] = str(DTYPES[code]).removeprefix("torch.")
     if not edits or not config:
         return
     changed = {**config, **edits}

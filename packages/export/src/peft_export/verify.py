@@ -10,14 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from peft_core import CheckpointError, MergeError
 from peft_core.checkpoint import read_header
 from peft_core.files import whole_directory
-from torch import Tensor
 
 from . import card, output
-from .checkpoint_files import CODES, Item, Reader, Writer, open_checkpoint, read_entries
+from .checkpoint_files import CODES, Reader, open_checkpoint, read_entries
 from .lora import CONFIG
+from .shards import Item, Writer
 
 FOLDER, GOLDEN, RESULTS = "verification", "golden.safetensors", "results.json"
 MAX_KL: Mapping[str, float] = {"float64": 1e-2, "float32": 1e-2, "bfloat16": 1e-2, "float16": 1e-2}
@@ -92,9 +94,7 @@ def verify(
     source = None if base is None else Path(base)
     weights = _weights(adapters)
     if (weights or kind == "lora") and source is None:
-        raise MergeError(
-            f"{'the adapter' if weights else 'a LoRA export'} needs its base model: give --base DIR"
-        )
+        raise MergeError(f"{'the adapter' if weights else 'a LoRA export'} needs its base model: give --base DIR")
     if weights:
         assert source is not None
         header = read_header(next(iter(weights)))
@@ -154,9 +154,7 @@ def compare(prompt: str, expected: Tensor, found: Tensor) -> Comparison:
     kl = (p.exp() * (p - q)).sum(-1).clamp(min=0.0).nan_to_num(nan=float("inf"))
     difference = (expected.double() - found.double()).abs().max().nan_to_num(nan=float("inf"))
     agreement = (expected.argmax(-1) == found.argmax(-1)).double().mean()
-    return Comparison(
-        prompt, len(expected), float(kl.mean()), float(kl.max()), float(difference), float(agreement)
-    )
+    return Comparison(prompt, len(expected), float(kl.mean()), float(kl.max()), float(difference), float(agreement))
 
 
 def _kind(directory: Path) -> str:
@@ -165,11 +163,7 @@ def _kind(directory: Path) -> str:
     if (directory / "config.json").is_file():
         open_checkpoint(directory)
         return "merged"
-    what = (
-        "does not exist"
-        if not directory.exists()
-        else f"is no export: it has neither config.json nor {CONFIG}"
-    )
+    what = "does not exist" if not directory.exists() else f"is no export: it has neither config.json nor {CONFIG}"
     raise CheckpointError(f"'{directory}' {what}")
 
 
@@ -198,24 +192,18 @@ def _read_golden(directory: Path) -> tuple[list[Any], list[Tensor]]:
     entries, _ = read_entries(path)
     try:
         with Reader() as reader:
-            stored = [
-                (entries[f"{number}.input_ids"], entries[f"{number}.logits"]) for number in range(len(texts))
-            ]
+            stored = [(entries[f"{number}.input_ids"], entries[f"{number}.logits"]) for number in range(len(texts))]
             found = [(reader.read(ids), reader.read(logits)) for ids, logits in stored]
     except KeyError as error:
         raise CheckpointError(f"'{path}' is damaged: {error} is missing") from None
-    return [Prompt(text, ids) for text, (ids, _) in zip(texts, found, strict=True)], [
-        logits for _, logits in found
-    ]
+    return [Prompt(text, ids) for text, (ids, _) in zip(texts, found, strict=True)], [logits for _, logits in found]
 
 
 def _record(directory: Path, inputs: Sequence[Any], expected: Sequence[Tensor], report: VerifyReport) -> None:
     """Keep golden logits in the export, and the result in its card."""
     tensors = {f"{number}.input_ids": prompt.ids for number, prompt in enumerate(inputs)}
     tensors |= {f"{number}.logits": found for number, found in enumerate(expected)}
-    items = [
-        Item(key, CODES[t.dtype], tuple(t.shape), t.numel() * t.element_size()) for key, t in tensors.items()
-    ]
+    items = [Item(key, CODES[t.dtype], tuple(t.shape), t.numel() * t.element_size()) for key, t in tensors.items()]
     with whole_directory(directory / FOLDER, (GOLDEN, RESULTS)) as temporary:
         with Writer(temporary, items, {}, name=GOLDEN) as writer:
             for key, tensor in tensors.items():
@@ -230,13 +218,14 @@ def _record(directory: Path, inputs: Sequence[Any], expected: Sequence[Tensor], 
 
 
 def _card_lines(report: VerifyReport) -> list[str]:
-    rows = [
-        f"| {' '.join(found.prompt.split())[:40].replace('|', '/')} | {found.positions} | {found.mean_kl:.1e} | {found.max_kl:.1e} | "
-        f"{found.difference:.1e} | {100 * found.agreement:.0f} % |"
-        for found in report.prompts
-    ]
+    rows = []
+    for found in report.prompts:
+        prompt = " ".join(found.prompt.split())[:40].replace("|", "/")
+        figures = f"{found.mean_kl:.1e} | {found.max_kl:.1e} | {found.difference:.1e} | {100 * found.agreement:.0f} %"
+        rows.append(f"| {prompt} | {found.positions} | {figures} |")
+    verdict = "passed" if report.ok else "FAILED"
     return [
-        f"Compared with the adapted model in {report.dtype}: {'passed' if report.ok else 'FAILED'} (mean KL ≤ {report.max_kl:g} nats).",
+        f"Compared with the adapted model in {report.dtype}: {verdict} (mean KL ≤ {report.max_kl:g} nats).",
         "",
         "| prompt | positions | mean KL | max KL | max logit difference | same first choice |",
         "|---|---|---|---|---|---|",

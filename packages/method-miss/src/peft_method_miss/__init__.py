@@ -54,15 +54,11 @@ def peft_forward(site: Site) -> Forward:
         return kernels.bat(options.scale)
     if options.variant == "expand":
         return kernels.expand(site.out_features, options.r, options.sizes, options.scale)
-    return kernels.efficient(
-        site.in_features, site.out_features, options.r, options.interleaved, options.scale
-    )
+    return kernels.efficient(site.in_features, site.out_features, options.r, options.interleaved, options.scale)
 
 
 @hookimpl
-def peft_merge(
-    site: Site, weight: Tensor, tensors: Mapping[str, Tensor], binding: Mapping[str, Tensor]
-) -> Tensor:
+def peft_merge(site: Site, weight: Tensor, tensors: Mapping[str, Tensor], binding: Mapping[str, Tensor]) -> Tensor:
     """W + B·A, with the exact factors; `bat`: W + s·(W·D + D) block by block."""
     D = tensors["D"].to(weight)
     if site.options.variant == "bat":

@@ -43,9 +43,7 @@ class Theirs(NamedTuple):
     modules: tuple[str, ...]
 
 
-def from_hf_peft(
-    source_dir: str | Path, out_dir: str | Path, base: nn.Module | str | Path | None = None
-) -> None:
+def from_hf_peft(source_dir: str | Path, out_dir: str | Path, base: nn.Module | str | Path | None = None) -> None:
     """Turn an adapter of Hugging Face PEFT's MissConfig into a directory that `peft_core.load` reads.
 
     Args:
@@ -129,9 +127,7 @@ def read_theirs(directory: str | Path) -> Theirs:
     if kind != "MISS":
         raise CheckpointError(f"'{directory}' is a {kind} adapter; only MISS ones become adapters of 'miss'")
     if config.get("bias", "none") != "none":
-        raise CheckpointError(
-            f"'{directory}' trained biases (bias='{config['bias']}'), which have no place here"
-        )
+        raise CheckpointError(f"'{directory}' trained biases (bias='{config['bias']}'), which have no place here")
     weights = Path(directory) / TENSORS
     if not weights.exists() and weights.with_name("adapter_model.bin").exists():
         raise CheckpointError(
@@ -166,9 +162,7 @@ def _spec(source_dir: str | Path, theirs: Theirs, targets: tuple[str, ...]) -> A
     config = theirs.config
     variant = config.get("init_weights", True)
     if not isinstance(variant, bool) and variant not in ("mini", "bat"):
-        raise CheckpointError(
-            f"'{source_dir}': init_weights={variant!r}: known are true, false, 'mini' and 'bat'"
-        )
+        raise CheckpointError(f"'{source_dir}': init_weights={variant!r}: known are true, false, 'mini' and 'bat'")
     options = {"variant": "efficient" if isinstance(variant, bool) else variant, "r": config.get("r", 64)}
     if variant == "mini":
         options["mini_r"] = config.get("mini_r", 1)
@@ -236,8 +230,7 @@ def _values(source_dir: str | Path, theirs: Theirs, made: Plan) -> dict[str, Ten
                 raise CheckpointError(f"'{source_dir}': '{path}.{local}' is missing")
             if key in found and not torch.equal(found[key], value):
                 raise CheckpointError(
-                    f"'{source_dir}': '{path}.{local}' and '{key}' are one tensor in the base, "
-                    "but were trained apart"
+                    f"'{source_dir}': '{path}.{local}' and '{key}' are one tensor in the base, but were trained apart"
                 )
             found[key] = value
     if left:
@@ -261,8 +254,7 @@ def _their_options(source_dir: str | Path, header: ours.AdapterFile) -> MissOpti
     options: MissOptions = sites[0].options
     if different := [site.path for site in sites if site.options != options]:
         raise CheckpointError(
-            f"'{source_dir}': '{different[0]}' has other options than '{sites[0].path}'; "
-            "MissConfig has one set for all"
+            f"'{source_dir}': '{different[0]}' has other options than '{sites[0].path}'; MissConfig has one set for all"
         )
     if options.variant == "expand" or not options.interleaved:
         what = "variant 'expand'" if options.variant == "expand" else "layout 'contiguous'"

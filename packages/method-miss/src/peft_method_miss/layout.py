@@ -46,9 +46,7 @@ def _check(site: Site, sites: Sequence[Site]) -> None:
     side, split = ("outputs", outputs) if options.variant == "expand" else ("inputs", inputs)
     if r > split:
         most = min(_sizes(one)[options.variant == "expand"] for one in _like(site, sites))
-        raise PlanError(
-            f"'{site.path}': r={r} is more than its {split} {side}; all its layers take r ≤ {most}"
-        )
+        raise PlanError(f"'{site.path}': r={r} is more than its {split} {side}; all its layers take r ≤ {most}")
     if options.sizes is not None and sum(options.sizes) != split:
         raise PlanError(f"'{site.path}': sizes sum to {sum(options.sizes)}, the layer has {split} outputs")
     if options.mini_r is not None and outputs % options.mini_r:

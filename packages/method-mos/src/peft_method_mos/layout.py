@@ -39,10 +39,7 @@ class Shards(Initializer):
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         own = torch.arange(*self.own)
         count = math.prod(shape[1:]) - len(own)
-        drawn = [
-            torch.cat([torch.randperm(self.public, generator=generator)[:count], own])
-            for _ in range(shape[0])
-        ]
+        drawn = [torch.cat([torch.randperm(self.public, generator=generator)[:count], own]) for _ in range(shape[0])]
         return torch.stack(drawn).view(shape).to(torch.int32)
 
 

@@ -12,9 +12,7 @@ class RandomScaling(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mean: float = Field(
-        default=1.0, allow_inf_nan=False, description="Mean of the normal distribution; not 0."
-    )
+    mean: float = Field(default=1.0, allow_inf_nan=False, description="Mean of the normal distribution; not 0.")
     std: float = Field(default=0.5, ge=0, allow_inf_nan=False, description="Its standard deviation.")
 
     @model_validator(mode="after")
@@ -43,9 +41,7 @@ class MoSOptions(BaseModel):
     shards: int = Field(
         default=4, ge=1, description="Pieces l that make up a row of A or a column of B; 1: whole rows."
     )
-    private_rank: int = Field(
-        default=1, ge=0, description="Ranks p of every site whose shards no other site uses."
-    )
+    private_rank: int = Field(default=1, ge=0, description="Ranks p of every site whose shards no other site uses.")
     alpha: float = Field(default=16.0, gt=0, allow_inf_nan=False, description="ΔW = (alpha/r)·B·A.")
     subset_selection: bool = Field(
         default=True,
@@ -71,9 +67,7 @@ class MoSOptions(BaseModel):
                 f"equivalent_rank {e} is more than r {r}: part of the pools would stay unused; set r ≥ {e}"
             )
         if p > e:
-            raise ValueError(
-                f"private_rank {p} is more than the budget equivalent_rank {e}; set private_rank ≤ {e}"
-            )
+            raise ValueError(f"private_rank {p} is more than the budget equivalent_rank {e}; set private_rank ≤ {e}")
         if p == e < r:
             raise ValueError(
                 f"private_rank {p} = equivalent_rank leaves no public shards to fill r {r}; "

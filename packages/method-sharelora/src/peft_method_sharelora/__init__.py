@@ -53,9 +53,7 @@ def peft_merge(site: Site, weight: Tensor, tensors: Tensors, binding: Tensors) -
 
 @hookimpl
 def peft_lowrank(site: Site, tensors: Tensors, binding: Tensors) -> LowRank:
-    wide = torch.promote_types(
-        tensors["B"].dtype, torch.float32
-    )  # a 16-bit B times the scale would be rounded
+    wide = torch.promote_types(tensors["B"].dtype, torch.float32)  # a 16-bit B times the scale would be rounded
     return LowRank(tensors["A"].to(wide), tensors["B"].to(wide) * _scale(site))
 
 

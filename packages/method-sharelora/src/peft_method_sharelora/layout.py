@@ -16,9 +16,7 @@ def lay_out(sites: Sequence[Site]) -> Layout:
     groups: list[SharingGroup] = []
     sharing = [site for site in sites if share(site) != "none"]
     for name, members in alike(sharing, key=lambda site: (share(site), block(site))):
-        common = {
-            factor: spec for factor, spec in _factors(members[0]).items() if factor in share(members[0])
-        }
+        common = {factor: spec for factor, spec in _factors(members[0]).items() if factor in share(members[0])}
         # The prefix keeps clear of the paths that name the private groups (both are "0" in a Sequential).
         groups.append(SharingGroup(f"shared.{name}", tuple(site.path for site in members), common))
     for site in sites:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import torch
@@ -135,34 +135,33 @@ def _batch(parameter: Tensor, foreach: bool | None) -> Any:
     return (parameter.device, parameter.dtype) if together else parameter
 
 
-def check(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer whose state cannot be reset by vectors; by its class, before it has any state.
+def check(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Refuse an optimizer whose state cannot be reset by vectors: by its class, before it has any state.
 
     Raises:
         OptimizerStepError: names the ones that can.
     """
-    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)):
+    known = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD))
+    if not known or not all(_is_plain(optimizer.state.get(parameter, {}), parameter) for parameter in parameters):
         raise OptimizerStepError(
             "SwitchLoRA resets single vectors in the optimizer's state, and does not know that of "
             f"{type(optimizer).__name__}; use peft_method_switchlora.RowAdamW, or torch's AdamW, Adam or SGD"
         )
 
 
-def zero_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, dim: int, places: Tensor) -> None:
-    """Zero the moments of the vectors at `places` along `dim`: whatever state has the parameter's shape.
-
-    Raises:
-        OptimizerStepError: the state is packed (8-bit), so that zero may not mean zero.
+def _is_plain(state: Mapping[str, Any], parameter: Tensor) -> bool:
+    """Whether all state but the step count is shaped as the parameter, in floating point: in 8-bit state, which a
+    subclass may keep, zero need not be zero.
     """
+    values = (value for name, value in state.items() if name != "step" and isinstance(value, Tensor))
+    return all(value.shape == parameter.shape and value.is_floating_point() for value in values)
+
+
+def zero_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, dim: int, places: Tensor) -> None:
+    """Zero the moments of the vectors at `places` along `dim`."""
     for name, value in optimizer.state.get(parameter, {}).items():
-        if not isinstance(value, Tensor) or name == "step":
-            continue
-        if value.shape != parameter.shape or not value.is_floating_point():
-            raise OptimizerStepError(
-                f"SwitchLoRA does not understand '{name}' in the state of {type(optimizer).__name__}: "
-                f"{value.dtype} of shape {tuple(value.shape)}; use peft_method_switchlora.RowAdamW"
-            )
-        value.index_fill_(dim, places, 0)
+        if name != "step" and isinstance(value, Tensor):
+            value.index_fill_(dim, places, 0)
 
 
 def restart(optimizer: torch.optim.Optimizer, parameter: Tensor, dim: int, places: Tensor) -> None:

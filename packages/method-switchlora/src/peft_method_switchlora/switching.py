@@ -53,7 +53,9 @@ def switching(step: OptimizerStep) -> Iterator[None]:
     """
     members = [member for member in step.members if member.state]
     if members:
-        optimizers.check(step.optimizer)
+        optimizers.check(step.optimizer, [tensor for member in members for tensor in member.tensors.values()])
+    for member in members:
+        _length(step, member.site.options)
     with torch.no_grad():
         send_home([leaving for member in members for leaving in switch_(step, member)])
         still = [vectors for member in members for vectors in hold_still(member, step.index)]
@@ -69,16 +71,12 @@ def switching(step: OptimizerStep) -> Iterator[None]:
 def switch_(step: OptimizerStep, member: StepMember) -> list[Leaving]:
     """Decide and make this step's exchanges on one site. Returns the vectors that left."""
     options: Options = member.site.options
-    total_steps = options.total_steps or step.total_steps
-    if total_steps is None:
-        raise OptimizerStepError(
-            f"adapter '{step.adapter}': SwitchLoRA switches ever less in a run and must know its length: "
-            "set the option total_steps, or adapter.total_steps (a trainer does)"
-        )
     draws = random.Random(f"{step.seed}/{step.index}/{member.site.path}")
-    exchanges = decide(options, member.state, step.index, total_steps, draws)
+    exchanges = decide(options, member.state, step.index, _length(step, options), draws)
     if not exchanges[A].places:
         return []
+    if not options.offload_candidates:
+        _to_device(member)
     assert member.weight is not None  # the method owns it
     leaving = exchange_(member.tensors, member.state, member.weight, options.scale, exchanges)
     member.weight_changed = True
@@ -124,8 +122,10 @@ def exchange_(
 ) -> list[Leaving]:
     """Put candidates in their places, and into W [out, in] what keeps W + s·B·A the same: one pass over W."""
     rows, columns = tensors["A"], tensors["B"]  # [r, in], [out, r]
-    at_A, at_B = (torch.tensor(exchange.places, device=rows.device) for exchange in exchanges)
+    places = [torch.tensor(exchange.places) for exchange in exchanges]
+    from_A, from_B = (state["slots"][factor, places[factor]] for factor in (A, B))
     to_A, to_B = (torch.tensor(exchange.slots) for exchange in exchanges)
+    at_A, at_B = (where.to(rows.device) for where in places)
     old_A, old_B = rows.index_select(0, at_A), columns.index_select(1, at_B)
     new_A = state["candidates_A"][to_A].to(rows)
     new_B = state["candidates_B"][to_B].to(columns).T
@@ -137,8 +137,6 @@ def exchange_(
 
     rows.index_copy_(0, at_A, new_A)
     columns.index_copy_(1, at_B, new_B)
-    from_A = state["slots"][A, at_A.cpu()]
-    from_B = state["slots"][B, at_B.cpu()]
     return [
         Leaving(state["candidates_A"], from_A, old_A),
         Leaving(state["candidates_B"], from_B, old_B.T),
@@ -153,12 +151,10 @@ def send_home(leaving: Sequence[Leaving]) -> None:
     for group in by_device.values():
         together = torch.cat([one.vectors.flatten() for one in group]).to(group[0].candidates)
         for one, values in zip(group, together.split([one.vectors.numel() for one in group]), strict=True):
-            one.candidates.index_copy_(0, one.slots, values.view(one.vectors.shape))
+            one.candidates[one.slots] = values.view(one.vectors.shape)
 
 
-def book_(
-    state: Mapping[str, Tensor], exchanges: tuple[Exchange, Exchange], step: int, freeze_steps: int
-) -> None:
+def book_(state: Mapping[str, Tensor], exchanges: tuple[Exchange, Exchange], step: int, freeze_steps: int) -> None:
     """Note who is where now, whose counterpart is frozen until when, and where the next switch begins."""
     for factor, exchange in zip((A, B), exchanges, strict=True):
         places = torch.tensor(exchange.places)
@@ -178,6 +174,25 @@ def hold_still(member: StepMember, step: int) -> Iterator[Still]:
         if parameter.grad is not None:
             parameter.grad.index_fill_(dim, places, 0)
         yield Still(parameter, dim, places, parameter.index_select(dim, places))
+
+
+def _length(step: OptimizerStep, options: Options) -> int:
+    """Steps in the whole run."""
+    total_steps = options.total_steps or step.total_steps
+    if total_steps is None:
+        raise OptimizerStepError(
+            f"adapter '{step.adapter}': SwitchLoRA switches ever less in a run and must know its length: "
+            "set the option total_steps, or adapter.total_steps (a trainer does)"
+        )
+    return total_steps
+
+
+def _to_device(member: StepMember) -> None:
+    """Move a site's candidates to where its parameters are; once, since the tensors stay the same objects."""
+    for name in ("A", "B"):
+        candidates = member.state[f"candidates_{name}"]
+        if candidates.device != member.tensors[name].device:
+            candidates.data = candidates.to(member.tensors[name].device)
 
 
 def _run(blocked: Sequence[bool], start: int) -> int:

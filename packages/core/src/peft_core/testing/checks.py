@@ -98,9 +98,7 @@ def functions(trial: Trial, site: pc.Site) -> pc.Forward:
 
 def merged(trial: Trial, site: pc.Site, weight: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:
     """The method's merged weight for a site."""
-    found: Tensor = plugins.call(
-        trial.method, "peft_merge", site=site, weight=weight, tensors=tensors, binding=binding
-    )
+    found: Tensor = plugins.call(trial.method, "peft_merge", site=site, weight=weight, tensors=tensors, binding=binding)
     return found
 
 
@@ -171,9 +169,7 @@ class Snapshot:
     def assert_restored(self, model: nn.Module) -> None:
         """The model is what it was: values, keys, classes, attributes, flags."""
         now = Snapshot.of(model)
-        assert list(now.state) == list(self.state), (
-            f"state_dict keys differ: {set(now.state) ^ set(self.state)}"
-        )
+        assert list(now.state) == list(self.state), f"state_dict keys differ: {set(now.state) ^ set(self.state)}"
         self.assert_same_values(model)
         assert now.buffers == self.buffers
         assert now.flags == self.flags, "requires_grad flags differ"

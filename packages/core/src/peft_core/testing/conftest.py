@@ -20,9 +20,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.config.stash[_INSTALLED] = trials([])
         found = trials(metafunc.config.getoption("peft_methods"))
         if not found:
-            raise pytest.UsageError(
-                "no method is installed; conformance needs one: pip install peft-method-NAME"
-            )
+            raise pytest.UsageError("no method is installed; conformance needs one: pip install peft-method-NAME")
         metafunc.parametrize("trial", found, ids=str)
     if "family" in metafunc.fixturenames:
         marker = metafunc.definition.get_closest_marker("families")

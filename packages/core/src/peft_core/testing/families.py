@@ -52,9 +52,7 @@ class Family:
     def inputs(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Keyword arguments of the model."""
         drawn = self.draw(torch.Generator().manual_seed(seed))
-        return {
-            name: value.to(dtype) if value.is_floating_point() else value for name, value in drawn.items()
-        }
+        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in drawn.items()}
 
     def forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """The model's output tensor for what `inputs` gave."""
@@ -86,9 +84,7 @@ class OddBlocks(nn.Sequential):
 
     def __init__(self) -> None:
         def block() -> nn.Module:
-            return nn.Sequential(
-                OrderedDict(up=nn.Linear(63, 60), act=nn.Tanh(), down=nn.Linear(60, 63, bias=False))
-            )
+            return nn.Sequential(OrderedDict(up=nn.Linear(63, 60), act=nn.Tanh(), down=nn.Linear(60, 63, bias=False)))
 
         super().__init__(block(), block())
 
@@ -100,9 +96,7 @@ class Experts(nn.Module):
         super().__init__()
         self.router = nn.Linear(HIDDEN, HEADS * 6)
         self.experts = nn.ModuleList(
-            nn.Sequential(
-                OrderedDict(up=nn.Linear(HIDDEN, INNER), act=nn.SiLU(), down=nn.Linear(INNER, HIDDEN))
-            )
+            nn.Sequential(OrderedDict(up=nn.Linear(HIDDEN, INNER), act=nn.SiLU(), down=nn.Linear(INNER, HIDDEN)))
             for _ in range(4)
         )
 
@@ -238,9 +232,7 @@ _ALL = (
         _transformer("Gemma3ForCausalLM", "Gemma3TextConfig", **_DECODER, head_dim=12, sliding_window=4),
         _tokens,
     ),
-    Family(
-        "mistral", _transformer("MistralForCausalLM", "MistralConfig", **_DECODER, sliding_window=4), _tokens
-    ),
+    Family("mistral", _transformer("MistralForCausalLM", "MistralConfig", **_DECODER, sliding_window=4), _tokens),
     Family("phi3", _transformer("Phi3ForCausalLM", "Phi3Config", **_DECODER), _tokens),
     Family(
         "gpt_neox",
@@ -286,11 +278,7 @@ _ALL = (
         _transformer(
             "ViTForImageClassification",
             "ViTConfig",
-            **{
-                name: _ENCODER[name]
-                for name in _ENCODER
-                if name not in ("vocab_size", "max_position_embeddings")
-            },
+            **{name: _ENCODER[name] for name in _ENCODER if name not in ("vocab_size", "max_position_embeddings")},
             image_size=16,
             patch_size=8,
         ),

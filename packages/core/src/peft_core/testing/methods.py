@@ -52,9 +52,7 @@ class Sound:
 
     @pc.hookimpl
     def peft_method(self) -> pc.MethodInfo:
-        return pc.MethodInfo(
-            self.name, Options, self.capabilities, "for tests", trials=({"r": 4, "alpha": 8},)
-        )
+        return pc.MethodInfo(self.name, Options, self.capabilities, "for tests", trials=({"r": 4, "alpha": 8},))
 
     @pc.hookimpl
     def peft_init(self, sites: Sequence[pc.Site]) -> pc.Layout:
@@ -276,17 +274,13 @@ def _after(
 
 def _register_on_layer(adapter: pc.Adapter) -> None:
     key, parameter = next(iter(adapter.named_parameters()))
-    adapter.model.get_submodule(adapter.plan.sites[0].path).register_parameter(
-        key.replace(".", "_"), parameter
-    )
+    adapter.model.get_submodule(adapter.plan.sites[0].path).register_parameter(key.replace(".", "_"), parameter)
 
 
 def _draw_again(adapter: pc.Adapter) -> None:
     held = registry(adapter.model)
     assert held is not None
-    held.banks[adapter.name].register(
-        {}, initial_bindings(adapter.model, adapter.plan, seed=0), trainable=False
-    )
+    held.banks[adapter.name].register({}, initial_bindings(adapter.model, adapter.plan, seed=0), trainable=False)
 
 
 def _scale(site: pc.Site) -> float:

@@ -55,6 +55,4 @@ def test_switching_adapters_of_one_layout_compiles_once(trial: Trial, family: Fa
             pc.activate(model, name)
             found = family.forward(compiled, family.inputs())  # type: ignore[arg-type]
             assert_near(found, run(family, model), 1e-5, f"output with '{name}'")
-    assert counter.frame_count == 1, (
-        f"{counter.frame_count} compilations for {ADAPTERS} adapters of one layout"
-    )
+    assert counter.frame_count == 1, f"{counter.frame_count} compilations for {ADAPTERS} adapters of one layout"

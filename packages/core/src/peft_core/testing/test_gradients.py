@@ -103,16 +103,12 @@ def test_accumulating_pair_equals_the_reference(
         assert_near(y, y_expected, TOLERANCE[dtype], "y after add_")
         assert same_bits(y, y_after), "grad_ changed y"
         assert_near(dx, dx_expected, TOLERANCE[dtype], "dx after grad_")
-        assert set(found) == set(tensors), (
-            f"grad_ returned {sorted(found)}, the site borrows {sorted(tensors)}"
-        )
+        assert set(found) == set(tensors), f"grad_ returned {sorted(found)}, the site borrows {sorted(tensors)}"
         for name, tensor in tensors64.items():
             assert tensor.grad is not None
             gradient = dense(found[name], tensor)
             assert_near(gradient, tensor.grad, TOLERANCE[dtype], f"gradient of '{name}'")
-            assert same_bits(dense(without_dx[name], tensor), gradient), (
-                f"'{name}' differs where dx is not wanted"
-            )
+            assert same_bits(dense(without_dx[name], tensor), gradient), f"'{name}' differs where dx is not wanted"
         for name, value in kept.items():
             assert same_bits(value, before[name]), f"'{name}' was changed"
 
@@ -194,9 +190,7 @@ def test_trained_module_gets_the_gradient_of_its_copy(trial: Trial, family: Fami
 
 @pytest.mark.families("llama")
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradients(
-    trial: Trial, family: Family, reentrant: bool
-) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(trial: Trial, family: Family, reentrant: bool) -> None:
     model, adapter = adapted(family, trial)
     model.train()
     expected = gradients(adapter, weighted(family.forward(model, family.inputs())))
@@ -217,9 +211,7 @@ def test_two_adapters_get_their_own_gradients(trial: Trial, family: Family, part
     pc.activate(model, ["default", "second"])
     expected = Reference(model, [first, second], trial, partner)
     weighted(family.forward(model, family.inputs())).backward()  # type: ignore[no-untyped-call]
-    found = {
-        a.name: {key: parameter.grad for key, parameter in a.named_parameters()} for a in (first, second)
-    }
+    found = {a.name: {key: parameter.grad for key, parameter in a.named_parameters()} for a in (first, second)}
     for name in found:
         for key, reference in expected.sums(name).items():
             gradient = found[name][key]
@@ -235,9 +227,7 @@ class Reference:
     """
 
     def __init__(self, model: nn.Module, adapters: Sequence[pc.Adapter], *trials: Trial) -> None:
-        self.adapters = {
-            adapter.name: (adapter, trial) for adapter, trial in zip(adapters, trials, strict=True)
-        }
+        self.adapters = {adapter.name: (adapter, trial) for adapter, trial in zip(adapters, trials, strict=True)}
         self.model = model
         self.calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for site in adapters[0].plan.sites:

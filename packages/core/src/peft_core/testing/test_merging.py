@@ -81,9 +81,7 @@ def test_merged_weight_is_rounded_once(trial: Trial, family: Family, dtype: torc
 
 @DTYPES
 @pytest.mark.families("odd", "gpt2", "bert")
-def test_unmerge_restores_the_base_after_many_cycles(
-    trial: Trial, family: Family, dtype: torch.dtype
-) -> None:
+def test_unmerge_restores_the_base_after_many_cycles(trial: Trial, family: Family, dtype: torch.dtype) -> None:
     model, adapter = adapted(family, trial, dtype)
     before, on = Snapshot.of(model), run(family, model)
     for _ in range(CYCLES if family.name == "odd" and dtype == torch.bfloat16 else 3):
@@ -102,9 +100,7 @@ def test_merge_then_detach_restores_the_base(trial: Trial, family: Family) -> No
     with pytest.raises(pc.PeftCoreError, match="merged"):
         adapter.detach()
     with adapter.disabled():
-        assert same_bits(run(family, model), output), (
-            "disabling a merged adapter does not give the base's output"
-        )
+        assert same_bits(run(family, model), output), "disabling a merged adapter does not give the base's output"
     adapter.unmerge()
     adapter.detach()
     before.assert_restored(model)

@@ -25,9 +25,7 @@ KERNELS = pytest.mark.parametrize("kernels", ["torch", "naive"])
 
 
 @KERNELS
-@pytest.mark.parametrize(
-    "shape", [(63,), (5, 63), (2, 3, 63), (2, 1, 3, 63)], ids=["1-D", "2-D", "3-D", "4-D"]
-)
+@pytest.mark.parametrize("shape", [(63,), (5, 63), (2, 3, 63), (2, 1, 3, 63)], ids=["1-D", "2-D", "3-D", "4-D"])
 @pytest.mark.families("odd")
 def test_inputs_of_any_rank(trial: Trial, family: Family, shape: tuple[int, ...], kernels: str) -> None:
     model, adapter = adapted(family, trial)
@@ -89,9 +87,7 @@ def test_input_is_left_alone(trial: Trial, family: Family, kernels: str) -> None
 
 @KERNELS
 @pytest.mark.families("odd", "llama")
-def test_autocast_rounds_but_does_not_change_the_mathematics(
-    trial: Trial, family: Family, kernels: str
-) -> None:
+def test_autocast_rounds_but_does_not_change_the_mathematics(trial: Trial, family: Family, kernels: str) -> None:
     model, adapter = adapted(family, trial)
     exact = family.forward(model, family.inputs())
     expected = gradients(adapter, weighted(exact))
@@ -136,9 +132,7 @@ def test_dropout_keeps_the_mean_and_stops_in_evaluation(trial: Trial, family: Fa
             base = module(row)
         module.eval()
         delta = module(row) - base
-        assert_near(
-            delta, _delta(trial, adapter, site, row, base_weight(model, site)), 1e-4, "Δ in evaluation"
-        )
+        assert_near(delta, _delta(trial, adapter, site, row, base_weight(model, site)), 1e-4, "Δ in evaluation")
         module.train()
         torch.manual_seed(1)
         samples = module(row.expand(20_000, -1)) - base

@@ -42,9 +42,7 @@ def test_every_site_borrows_what_the_groups_say(trial: Trial, family: Family) ->
         for path in set(group.members) & {site.path for site in adapter.plan.sites}:
             tensors, _ = borrowed(adapter, path)
             for name in group.tensors:
-                assert same_bits(tensors[name], named[f"{group.name}.{name}"]), (
-                    f"'{path}' borrows another '{name}'"
-                )
+                assert same_bits(tensors[name], named[f"{group.name}.{name}"]), f"'{path}' borrows another '{name}'"
 
 
 def test_same_seed_gives_the_same_values(trial: Trial, family: Family) -> None:
@@ -69,9 +67,7 @@ def test_other_seed_gives_other_values(trial: Trial, family: Family) -> None:
     drawn = [p for key, p in first.named_parameters() if _random(specs[key])]
     for number, one in enumerate(drawn):
         for two in drawn[:number]:
-            assert one.shape != two.shape or not torch.equal(one, two), (
-                "two tensors start with the same random values"
-            )
+            assert one.shape != two.shape or not torch.equal(one, two), "two tensors start with the same random values"
 
 
 def _random(spec: TensorSpec) -> bool:

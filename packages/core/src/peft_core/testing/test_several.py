@@ -65,9 +65,7 @@ def test_detaching_one_leaves_the_other(trial: Trial, family: Family, partner: T
     pc.activate(model, "default")
     assert same_bits(run(family, model), alone)
     assert [key for key in model.state_dict() if key not in before.state] == [
-        key
-        for key, value in model.state_dict(keep_vars=True).items()
-        if any(value is p for p in first.parameters())
+        key for key, value in model.state_dict(keep_vars=True).items() if any(value is p for p in first.parameters())
     ]
     first.detach()
     before.assert_restored(model)

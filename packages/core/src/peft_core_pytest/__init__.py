@@ -1,7 +1,7 @@
 """pytest's side of the conformance suite: `pytest --pyargs peft_core.testing --method NAME`.
 
-pytest loads this in every run of an environment that has peft-core, so it imports nothing and acts only on
-the suite.
+pytest loads this in every run of an environment that has peft-core, so it stands beside the package (importing a part of it
+imports torch), imports nothing and acts only on the suite.
 """
 
 from __future__ import annotations

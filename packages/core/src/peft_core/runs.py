@@ -1,0 +1,221 @@
+"""RUN.yaml: what `peft-core train` is asked to do. Read strictly; a mistake is one line that names the key and the remedy."""
+
+from __future__ import annotations
+
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import PeftCoreError, listed, suggestion
+from .spec import AdapterSpec
+
+
+class RunError(PeftCoreError):
+    """A run's configuration is not valid, or does not fit what it finds."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSection(_Section):
+    """The base model. A string alone is its `path`."""
+
+    path: str = Field(
+        description="Checkpoint directory, a known name (smollm2-135m), package:NAME/FOLDER for one inside an installed "
+        "Python package, or a name on the Hugging Face hub."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto: the checkpoint's own, but float32 where the machine is slow in 16 bits."
+    )
+    device: Literal["auto", "cpu"] = Field(default="auto", description="auto: the GPU, if there is one.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, data: Any) -> Any:
+        return {"path": data} if isinstance(data, str) else data
+
+
+class DataSection(_Section):
+    """What to train on. A string alone is `train`."""
+
+    train: str = Field(description="A .jsonl, .csv or .parquet file, or a name that `datasets.load_dataset` knows.")
+    evaluation: str | None = Field(default=None, description="Likewise, for evaluation; null: a part of `train`.")
+    hold_out: float = Field(
+        default=0.1, ge=0, lt=1, description="Without `evaluation`: this part of `train` is held out for it; 0: none."
+    )
+    format: Literal["auto", "text", "prompt", "messages", "label"] = Field(
+        default="auto",
+        description="Columns: text; prompt and completion; messages; text and label. auto: by the columns of the first row.",
+    )
+    subset: str | None = Field(default=None, description="Configuration of a `datasets` name.")
+    split: str = Field(default="train", description="Split of a `datasets` name.")
+    evaluation_split: str = Field(default="test", description="Split of a `datasets` name given as `evaluation`.")
+    max_length: int | None = Field(
+        default=None,
+        ge=2,
+        description="Longest example in tokens; longer ones are cut. null: 512, or what the model can take.",
+    )
+    packing: bool = Field(
+        default=False, description="Put several examples into one row of `max_length` tokens (causal language models)."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, data: Any) -> Any:
+        return {"train": data} if isinstance(data, str) else data
+
+
+class TrainingSection(_Section):
+    """How to train."""
+
+    epochs: float | None = Field(default=None, gt=0, description="Passes over the data; null: 1, or as `steps` says.")
+    steps: int | None = Field(default=None, gt=0, description="Optimizer steps, instead of `epochs`.")
+    batch_size: int = Field(
+        default=8, ge=1, description="Examples (or packed rows) in a forward pass, on each process."
+    )
+    accumulate: int = Field(default=1, ge=1, description="Forward passes for one optimizer step.")
+    lr: float = Field(default=1e-3, gt=0, description="Highest learning rate.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(default="linear", description="After the warm-up.")
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="Part of the run over which the learning rate rises.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Of the optimizer.")
+    max_grad_norm: float = Field(default=1.0, ge=0, description="Gradients are clipped to this norm; 0: not clipped.")
+    optimizer: Literal["auto", "adamw", "adafactor", "sgd"] = Field(
+        default="auto", description="auto: the method's own, if it comes with one, else AdamW."
+    )
+    autocast: bool = Field(default=False, description="Compute in bfloat16 where torch's autocast says so.")
+    checkpoint_activations: bool = Field(default=False, description="Less memory, more time.")
+    evaluate_every: int | None = Field(default=None, ge=1, description="Steps between evaluations; null: every epoch.")
+    save_every: int | None = Field(default=None, ge=1, description="Steps between checkpoints; null: every epoch.")
+    keep: int = Field(default=2, ge=1, description="How many checkpoints to keep.")
+    best: bool = Field(
+        default=False, description="End with the checkpoint of the lowest evaluation loss, not the last one."
+    )
+    seed: int = Field(default=0, ge=0, description="Same seed, same numbers.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainingSection:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("epochs and steps both give the length of the run; choose one")
+        if self.best and self.save_every != self.evaluate_every:
+            raise ValueError("with best, save_every and evaluate_every must be the same")
+        return self
+
+
+class RunConfig(_Section):
+    """A whole RUN.yaml. Relative paths in it are relative to the file."""
+
+    model: ModelSection
+    data: DataSection
+    adapter: AdapterSpec
+    training: TrainingSection = TrainingSection()
+    output_dir: Path
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _from_file(cls, data: Any) -> Any:
+        return AdapterSpec.from_file(data) if isinstance(data, str) else data
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> RunConfig:
+        """Read a RUN.yaml.
+
+        Raises:
+            RunError, SpecError, PluginError: it cannot be read, or a key or value is not valid.
+        """
+        path = Path(path)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f"'{path}' cannot be read: {error}") from None
+        except yaml.YAMLError as error:
+            raise RunError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(data, dict):
+            raise RunError(f"'{path}': expected the keys {listed(cls.model_fields)}, found {type(data).__name__}")
+        return cls.from_data(data, path.parent, str(path))
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any], folder: Path = Path(), what: str = "run") -> RunConfig:
+        """The configuration in `data`; relative paths are relative to `folder`. See `from_file` for the errors."""
+        data = dict(data)
+        if isinstance(data.get("adapter"), str):
+            data["adapter"] = str(_within(folder, data["adapter"]))
+        try:
+            config = cls.model_validate(data)
+        except ValidationError as error:
+            found = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+            raise RunError(f"{what}: " + "; ".join(_finding(cls, detail) for detail in found)) from None
+        model = config.model.model_copy(update={"path": _if_there(folder, config.model.path)})
+        sources = {
+            name: _if_there(folder, value) for name in ("train", "evaluation") if (value := getattr(config.data, name))
+        }
+        return config.model_copy(
+            update={
+                "model": model,
+                "data": config.data.model_copy(update=sources),
+                "output_dir": _within(folder, config.output_dir),
+            }
+        )
+
+    def to_yaml(self) -> str:
+        """The configuration with all defaults."""
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+def difference(one: RunConfig, other: RunConfig) -> str | None:
+    """The first key in which two configurations differ, `data.max_length`, or None."""
+    return _first_difference(one.model_dump(mode="json"), other.model_dump(mode="json"))
+
+
+def _first_difference(one: Any, other: Any) -> str | None:
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return None if one == other else ""
+    for key in [*one, *other]:
+        below = _first_difference(one.get(key), other.get(key))
+        if below is not None:
+            return f"{key}.{below}".rstrip(".")
+    return None
+
+
+def _within(folder: Path, path: str | Path) -> Path:
+    return folder / Path(path).expanduser()
+
+
+def _if_there(folder: Path, name: str) -> str:
+    """A path relative to the file where there is such a thing, or one was meant; anything else is a name."""
+    path = _within(folder, name)
+    return str(path) if path.exists() or name.startswith(("./", "../", "~")) or Path(name).suffix in FILES else name
+
+
+FILES = (".jsonl", ".csv", ".parquet")
+"""Suffixes of the data files that can be read."""
+
+
+def _finding(model: type[BaseModel], detail: Any) -> str:
+    """One of pydantic's findings, with the nearest valid name for an unknown key."""
+    place = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        section, name = _section(model, detail["loc"][:-1]), str(detail["loc"][-1])
+        known = list(section.model_fields)
+        return f"'{place}' is not a key{suggestion(name, known)}; the keys are {listed(known, 20)}"
+    if detail["type"] == "missing":
+        return f"'{place}' is required"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] in ("model_type", "model_attributes_type"):
+        message = f"expected the keys {listed(_section(model, detail['loc']).model_fields, 20)}"
+    if detail["type"] == "value_error":
+        return f"'{place}': {message}" if place else message
+    given = repr(detail["input"])
+    return f"'{place}': {message} (given {given if len(given) <= 60 else given[:57] + '...'})"
+
+
+def _section(model: type[BaseModel], place: tuple[Any, ...]) -> type[BaseModel]:
+    for name in place:
+        annotation = model.model_fields[name].annotation
+        options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+        model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    return model

@@ -1,0 +1,187 @@
+"""Lowered adapters: the installed PEFT library loads them and computes what the adapter computes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import peft_core as pc
+import peft_export
+from peft_core.testing.checks import Trial
+from peft_export import svd
+from peft_export.runtimes import RUNTIMES, runtime
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def by_peft(made: Any, directory: Path) -> torch.Tensor:
+    """What PEFT computes with the base and the lowered adapter."""
+    base = type(made.model).from_pretrained(made.base)
+    return made.output(peft.PeftModel.from_pretrained(base, directory).eval())
+
+
+def factors(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_peft_computes_the_same(exact: Trial, family: str, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(exact, family)
+    report = peft_export.export_lora(made.base, made.adapter, tmp_path / "out")
+    assert report.worst.error == 0.0
+    torch.testing.assert_close(by_peft(made, tmp_path / "out"), made.output(), atol=1e-5, rtol=1e-5)
+
+
+def test_factors_are_exact(exact: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """To 1e-6, also where the adapter's own tensors are bfloat16."""
+    made = make(exact, dtype=torch.float64, spec={"dtype": "bfloat16"})
+    peft_export.export_lora(made.base, made.adapter, tmp_path / "out")
+    found = factors(tmp_path / "out")
+    before = {site.path: made.model.get_parameter(f"{site.path}.weight").clone() for site in made.handle.plan.sites}
+    made.handle.merge()
+    for path, weight in before.items():
+        delta = made.model.get_parameter(f"{path}.weight") - weight
+        A, B = (found[f"base_model.model.{path}.lora_{name}.weight"].double() for name in "AB")
+        assert float((B @ A - delta).norm() / delta.norm()) < 1e-6
+
+
+def test_some_layers_only(exact: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(exact, targets=r".*\.(0\.self_attn\.q_proj|[01]\.mlp\.up_proj)")
+    peft_export.export_lora(made.base, made.adapter, tmp_path / "out")
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(site.path for site in made.handle.plan.sites)
+    torch.testing.assert_close(by_peft(made, tmp_path / "out"), made.output(), atol=1e-5, rtol=1e-5)
+
+
+def test_embeddings_and_head_trained_together(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(any_method, train_modules=("embed_tokens", "lm_head"))
+    peft_export.export_lora(made.base, made.adapter, tmp_path / "out")
+    torch.testing.assert_close(by_peft(made, tmp_path / "out"), made.output(), atol=1e-5, rtol=1e-5)
+
+
+def test_padding_changes_nothing(exact: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(exact)
+    report = peft_export.export_lora(made.base, made.adapter, tmp_path / "out", fit="vllm")
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert report.rank in RUNTIMES["vllm"].ranks and config["r"] == config["lora_alpha"] == report.rank
+    assert not config["rank_pattern"] and not config["alpha_pattern"] and not report.problems
+    assert {len(t) for key, t in factors(tmp_path / "out").items() if "lora_A" in key} == {report.rank}
+    assert f"--enable-lora --max-lora-rank {report.rank}" in report.command
+    torch.testing.assert_close(by_peft(made, tmp_path / "out"), made.output(), atol=1e-5, rtol=1e-5)
+
+
+def test_methods_without_factors_are_refused(inexact: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(inexact)
+    with pytest.raises(pc.MergeError, match=r"factors.*--svd-rank R or --svd-energy 0\.99"):
+        peft_export.export_lora(made.base, made.adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_svd(inexact: Trial, family: str, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(inexact, family)
+    whole = peft_export.export_lora(made.base, made.adapter, tmp_path / "whole", svd_rank=48)
+    assert whole.worst.error < 1e-5
+    torch.testing.assert_close(by_peft(made, tmp_path / "whole"), made.output(), atol=1e-3, rtol=1e-3)
+    part = peft_export.export_lora(made.base, made.adapter, tmp_path / "part", svd_rank=3)
+    assert part.rank == 3 and part.worst.error > 1e-3
+    kept = peft_export.export_lora(made.base, made.adapter, tmp_path / "kept", svd_energy=0.9)
+    assert all(site.error <= 0.1**0.5 + 1e-6 for site in kept.sites)
+    assert len({site.rank for site in kept.sites}) > 1
+    config = json.loads((tmp_path / "kept/adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"] != {}
+    type(made.model).from_pretrained(made.base)
+    by_peft(made, tmp_path / "kept")
+
+
+def test_exact_factors_can_be_reduced(exact: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(exact)
+    report = peft_export.export_lora(made.base, made.adapter, tmp_path / "out", svd_rank=2)
+    assert report.rank == 2
+    assert all((site.error > 0) == (rank > 2) for site, rank in zip(report.sites, _ranks(made, tmp_path), strict=True))
+
+
+def _ranks(made: Any, tmp_path: Path) -> list[int]:
+    report = peft_export.export_lora(made.base, made.adapter, tmp_path / "again")
+    return [site.rank for site in report.sites]
+
+
+def test_svd_of_known_matrices() -> None:
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(7, 1500, generator=generator), torch.randn(1300, 7, generator=generator)
+    found = svd.truncate(B @ A, None, 0.999999)
+    assert len(found.A) == 7 and found.error < 1e-3
+    torch.testing.assert_close(found.B @ found.A, B @ A, atol=1e-2, rtol=1e-3)
+    best = torch.linalg.svdvals(B @ A)
+    cut = svd.truncate(B @ A, 3, None)
+    assert len(cut.A) == 3 and cut.error == pytest.approx(float(best[3:].norm() / best.norm()), rel=1e-3)
+    again = svd.reduce(A, B, 3)
+    assert again.error == pytest.approx(cut.error, rel=1e-3)
+    torch.testing.assert_close(again.B @ again.A, cut.B @ cut.A, atol=1e-2, rtol=1e-2)
+    nothing = svd.truncate(torch.zeros(5, 9), 3, None)
+    assert nothing.error == 0.0 and nothing.A.shape == (1, 9) and nothing.B.shape == (5, 1)
+
+
+def test_what_runtimes_cannot_serve(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(any_method, "bert")
+    report = peft_export.export_lora(made.base, made.adapter, tmp_path / "bert", fit="vllm")
+    assert any("trained in full (classifier)" in problem for problem in report.problems)
+    report = peft_export.export_lora(made.base, made.adapter, tmp_path / "sglang", fit="sglang")
+    assert any("does not know the modules" in problem and "query" in problem for problem in report.problems)
+
+
+def test_conv1d_is_merged_instead(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(any_method, "gpt2")
+    for name in RUNTIMES:
+        report = peft_export.export_lora(made.base, made.adapter, tmp_path / name, fit=name)
+        assert any("applies no LoRA to GPT2LMHeadModel: merge" in problem for problem in report.problems)
+
+
+def test_without_padding_a_runtime_may_refuse(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(any_method)
+    report = peft_export.export_lora(made.base, made.adapter, tmp_path / "out", fit="vllm", pad_rank=False, svd_rank=2)
+    assert report.problems == ("vLLM accepts the ranks 1, 8, 16, 32, 64, 128, 256, 320, 512, not 2: leave padding on",)
+
+
+def test_ranks_of_runtimes() -> None:
+    vllm = runtime("vllm")
+    assert [vllm.rank(rank) for rank in (1, 2, 8, 9, 64, 300, 512)] == [1, 8, 8, 16, 64, 320, 512]
+    with pytest.raises(pc.MergeError, match="ranks up to 512, the adapter has 513"):
+        vllm.rank(513)
+    with pytest.raises(pc.MergeError, match=r"no runtime 'vlm' \(did you mean 'vllm'\?\)"):
+        runtime("vlm")
+
+
+def test_a_configuration_is_base_enough(exact: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(exact)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((made.base / "config.json").read_bytes())
+    peft_export.export_lora(bare, made.adapter, tmp_path / "out")
+    peft_export.export_lora(made.base, made.adapter, tmp_path / "expected")
+    found, expected = factors(tmp_path / "out"), factors(tmp_path / "expected")
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_another_base_is_refused(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(any_method)
+    other = tmp_path / "other"
+    other.mkdir()
+    stored = {key: torch.cat([t, t]) for key, t in load_file(made.base / "model.safetensors").items()}
+    save_file(stored, other / "model.safetensors", {"format": "pt"})
+    (other / "config.json").write_bytes((made.base / "config.json").read_bytes())
+    with pytest.raises(pc.CheckpointError, match="was trained on another base model"):
+        peft_export.export_lora(other, made.adapter, tmp_path / "out")
+
+
+def test_dtype(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(any_method)
+    report = peft_export.export_lora(made.base, made.adapter, tmp_path / "out", dtype="bfloat16")
+    assert report.dtype == "bfloat16" and {t.dtype for t in factors(tmp_path / "out").values()} == {torch.bfloat16}

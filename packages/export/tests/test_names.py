@@ -1,0 +1,222 @@
+"""Finding the right tensors: prefixes, ties, renames and conversions, and telling another base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import peft_core as pc
+import peft_export
+from peft_core.testing.checks import Trial, randomise, same_bits
+from peft_core.testing.families import FAMILIES
+
+TINY: dict[str, Any] = dict(
+    vocab_size=60, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4
+)
+
+
+def llama(**fields: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**TINY, num_key_value_heads=2, max_position_embeddings=32, **fields)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def equal(found: Path, expected: Path) -> bool:
+    one, two = load_file(found / "model.safetensors"), load_file(expected / "model.safetensors")
+    return one.keys() == two.keys() and all(same_bits(one[key], two[key]) for key in one)
+
+
+def test_base_without_the_head(method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """Trained on a tied language model; the files are those of its trunk, without a prefix and without lm_head."""
+    model = llama(tie_word_embeddings=True)
+    model.model.save_pretrained(tmp_path / "trunk")
+    assert "layers.0.mlp.up_proj.weight" in load_file(tmp_path / "trunk/model.safetensors")
+    made = make(method, model=model)
+    expected = made.output()
+    peft_export.merge(tmp_path / "trunk", made.adapter, tmp_path / "out")
+    merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(made.output(merged), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_base_with_a_head_that_the_adapter_does_not_know(
+    any_method: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path / "headed")
+    trunk = transformers.LlamaModel.from_pretrained(tmp_path / "headed")
+    handle = randomise(pc.attach(trunk, any_method.spec(FAMILIES["llama"])))
+    handle.save(tmp_path / "adapter")
+    peft_export.merge(tmp_path / "headed", tmp_path / "adapter", tmp_path / "out")
+    handle.merge_and_detach()
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert same_bits(found["lm_head.weight"], model.lm_head.weight.detach())
+    for name, parameter in trunk.named_parameters():
+        assert same_bits(found[f"model.{name}"], parameter.detach())
+
+
+def test_classifier_trained_on_a_plain_encoder(method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """The head is new: the output gets it, and a configuration that says so."""
+    family = FAMILIES["bert"]
+    model = family.build()
+    model.bert.save_pretrained(tmp_path / "encoder")
+    made = make(method, "bert", model=model)
+    expected = made.output()
+    report = peft_export.merge(tmp_path / "encoder", made.adapter, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"] and len(config["id2label"]) == 3
+    assert any("BertForSequenceClassification" in note for note in report.notes)
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(made.output(merged), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_legacy_names(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """Old BERT checkpoints say LayerNorm.gamma: transformers renames it, and so the names are asked of transformers."""
+    made = make(any_method, "bert")
+    old = tmp_path / "old"
+    shutil.copytree(made.base, old)
+    stored = load_file(old / "model.safetensors")
+    gamma = {key.replace("LayerNorm.weight", "LayerNorm.gamma"): tensor for key, tensor in stored.items()}
+    save_file(gamma, old / "model.safetensors", {"format": "pt"})
+    peft_export.merge(old, made.adapter, tmp_path / "out")
+    peft_export.merge(made.base, made.adapter, tmp_path / "expected")
+    found, expected = load_file(tmp_path / "out/model.safetensors"), load_file(tmp_path / "expected/model.safetensors")
+    assert found.keys() == gamma.keys()
+    for key, tensor in expected.items():
+        assert same_bits(found[key.replace("LayerNorm.weight", "LayerNorm.gamma")], tensor)
+
+
+def test_a_projection_that_the_files_hold_fused(method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """Dinov2's gate_proj and up_proj are one tensor in its files."""
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
+        use_swiglu_ffn=True,
+        mlp_ratio=6,
+    )
+    model = transformers.Dinov2ForImageClassification(config).eval()
+    made = make(method, "vit", model=model)
+    stored = load_file(made.base / "model.safetensors")
+    fused = [key for key in stored if "weights_in" in key]
+    assert fused and any(site.type == "gate_proj" for site in made.handle.plan.sites)
+    peft_export.merge(made.base, made.adapter, tmp_path / "out")
+    made.handle.merge_and_detach()
+    made.model.save_pretrained(tmp_path / "expected")
+    assert equal(tmp_path / "out", tmp_path / "expected")
+
+
+def test_experts_trained_in_full(method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """Each expert has tensors of its own in the files; the model stacks them."""
+    torch.manual_seed(0)
+    config = transformers.Qwen2MoeConfig(
+        **TINY,
+        num_key_value_heads=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=32,
+    )
+    model = transformers.Qwen2MoeForCausalLM(config).eval()
+    made = make(method, model=model, targets=["q_proj", "v_proj"], train_modules=("experts",))
+    assert any(key.endswith("experts.0.gate_proj.weight") for key in load_file(made.base / "model.safetensors"))
+    peft_export.merge(made.base, made.adapter, tmp_path / "out")
+    made.handle.merge_and_detach()
+    made.model.save_pretrained(tmp_path / "expected")
+    assert equal(tmp_path / "out", tmp_path / "expected")
+
+
+def tied(method: Trial, make: Callable[..., Any], **fields: Any) -> Any:
+    return make(method, model=llama(tie_word_embeddings=True), **fields)
+
+
+def test_merging_into_a_tied_head_is_refused_or_unties(lone: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = tied(lone, make, targets=["lm_head"])
+    expected = made.output()
+    with pytest.raises(
+        pc.MergeError, match=r"'lm_head.weight' is the same tensor as 'model.embed_tokens.weight'.*--untie"
+    ):
+        peft_export.merge(made.base, made.adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    report = peft_export.merge(made.base, made.adapter, tmp_path / "out", untie=True)
+    assert any("tie_word_embeddings" in note for note in report.notes)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert merged.lm_head.weight is not merged.model.embed_tokens.weight
+    torch.testing.assert_close(made.output(merged), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_embeddings_trained_alone_part_from_the_head(
+    any_method: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    made = tied(any_method, make, targets=["q_proj"], train_modules=("embed_tokens",))
+    with pytest.raises(pc.MergeError, match=r"'model.embed_tokens.weight' is the same tensor as 'lm_head.weight'"):
+        peft_export.merge(made.base, made.adapter, tmp_path / "out")
+    peft_export.merge(made.base, made.adapter, tmp_path / "out", untie=True)
+    found, base = (load_file(path / "model.safetensors") for path in (tmp_path / "out", made.base))
+    assert same_bits(found["lm_head.weight"], base["model.embed_tokens.weight"])
+    assert not same_bits(found["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+
+
+def test_trained_together_they_stay_tied(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = tied(any_method, make, targets=["q_proj"], train_modules=("embed_tokens", "lm_head"))
+    peft_export.merge(made.base, made.adapter, tmp_path / "out")
+    made.handle.merge_and_detach()
+    made.model.save_pretrained(tmp_path / "expected")
+    assert equal(tmp_path / "out", tmp_path / "expected")
+    assert "lm_head.weight" not in load_file(tmp_path / "out/model.safetensors")
+
+
+def test_ties_are_seen_from_the_tensors(lone: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """Both stored, and equal: tied, whatever the configuration says. Both stored, and different: not tied."""
+    made = tied(lone, make, targets=["lm_head"])
+    both = tmp_path / "both"
+    shutil.copytree(made.base, both)
+    stored = load_file(both / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, both / "model.safetensors", {"format": "pt"})
+    with pytest.raises(pc.MergeError, match="is the same tensor as"):
+        peft_export.merge(both, made.adapter, tmp_path / "out")
+    stored["lm_head.weight"][0, 0] += 1
+    save_file(stored, both / "model.safetensors", {"format": "pt"})
+    peft_export.merge(both, made.adapter, tmp_path / "out")
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert same_bits(found["model.embed_tokens.weight"], stored["model.embed_tokens.weight"])
+    assert not same_bits(found["lm_head.weight"], stored["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 3}, "'model.layers.2.* is here and not there"),
+        ({"num_hidden_layers": 1}, "no tensor here for the adapted layer 'model.layers.1"),
+        ({"vocab_size": 61}, r"is \[61, 48\] here and \[60, 48\] there"),
+        ({"intermediate_size": 96}, r"gate_proj' is \[96, 48\] here and \[72, 48\] there"),
+    ],
+)
+def test_another_base(
+    change: dict[str, int], message: str, any_method: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    made = make(any_method)
+    config = transformers.LlamaConfig(**{**TINY, "num_key_value_heads": 2, **change})
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    with pytest.raises(pc.CheckpointError, match=f"was trained on another base model.*{message}"):
+        peft_export.merge(tmp_path / "other", made.adapter, tmp_path / "out")
+
+
+def test_another_architecture(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(any_method)
+    FAMILIES["gpt2"].build().save_pretrained(tmp_path / "other")
+    with pytest.raises(pc.CheckpointError, match="was trained on another base model"):
+        peft_export.merge(tmp_path / "other", made.adapter, tmp_path / "out")

@@ -1,0 +1,688 @@
+"""`peft-core train`: configurations, data in every form, what a run leaves behind, and resuming it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
+from transformers.utils import logging
+
+import peft_core as pc
+from peft_core import cli, records, train
+from peft_core.data import IGNORED, Tokens
+from peft_core.runs import RunConfig, RunError, difference
+from peft_core.testing.checks import same_bits
+from peft_core.testing.families import FAMILIES
+from peft_core.trainer import AdapterTrainer
+
+CHAT = (
+    "<s>{% for message in messages %}[{{ message.role }}] {{ message.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+class Ran(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    yield
+    logging.set_verbosity(before)
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """`program("train", ...)` in this process."""
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["peft-core", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        return Ran(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def chat_directory(llama_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with a chat template."""
+    directory = tmp_path_factory.mktemp("chat")
+    AutoModelForCausalLM.from_pretrained(llama_directory).save_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(llama_directory)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def bert_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT encoder, without a head, and its tokenizer."""
+    directory = tmp_path_factory.mktemp("bert")
+    model: Any = FAMILIES["bert"].build()
+    model.bert.save_pretrained(directory)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(55))]
+    (directory / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(directory / "vocab.txt"), model_max_length=32).save_pretrained(directory)
+    return directory
+
+
+def words(*numbers: int) -> str:
+    return " ".join(f"w{number % 50}" for number in numbers)
+
+
+PAIRS = [{"prompt": words(n, n + 1), "completion": " " + words(20 + n % 3, 30)} for n in range(24)]
+TEXTS = [{"text": words(*range(n, n + 3 + n % 4))} for n in range(24)]
+CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": words(n)},
+            {"role": "assistant", "content": words(n, n + 1)},
+            {"role": "user", "content": words(n + 2)},
+            {"role": "assistant", "content": words(n + 3)},
+        ]
+    }
+    for n in range(24)
+]
+LABELLED = [{"text": words(*range(n, n + 4), 40 + n % 2), "label": ["no", "yes"][n % 2]} for n in range(24)]
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".csv":
+        lines = [",".join(rows[0]), *(",".join(f'"{value}"' for value in row.values()) for row in rows)]
+        path.write_text("\n".join(lines) + "\n")
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+    return path
+
+
+def run_file(folder: Path, base: Path, data: Any = "data.jsonl", method: str = "sound", **changed: Any) -> Path:
+    """A RUN.yaml beside its data; keyword arguments `training_…`, `adapter` and others change it."""
+    config: dict[str, Any] = {
+        "model": str(base),
+        "data": data,
+        "adapter": {"method": method},
+        "training": {"steps": 3, "batch_size": 4, "lr": 0.01},
+        "output_dir": "out",
+    }
+    config["training"].update(changed.pop("training", {}))
+    config.update(changed)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "RUN.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def started(path: Path, resume: bool = False) -> train.TrainReport:
+    return train.train(RunConfig.from_file(path), resume)
+
+
+# A run
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("kind", ["text", "prompt", "messages", "label"])
+def test_every_format_from_every_file(
+    kind: str, suffix: str, chat_directory: Path, bert_directory: Path, program: Callable[..., Ran], tmp_path: Path
+) -> None:
+    if (kind, suffix) == ("messages", ".csv"):
+        return  # a cell holds no list
+    rows = {"text": TEXTS, "prompt": PAIRS, "messages": CHATS, "label": LABELLED}[kind]
+    write(tmp_path / f"data{suffix}", rows)
+    model = bert_directory if kind == "label" else chat_directory
+    ran = program("train", run_file(tmp_path, model, f"data{suffix}", training={"steps": 2}))
+    assert ran.status == 0, ran.err
+    for word in (
+        f"22 to train, 2 held out ({kind})",
+        "trainable parameters",
+        "training loss",
+        "held-out loss",
+        "2 of AdamW",
+    ):
+        assert word in ran.out
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {
+        "README.md",
+        "adapter.json",
+        "adapter.safetensors",
+        "checkpoints",
+        "loss.png",
+        "metrics.json",
+        "run.yaml",
+    }
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["format"] == kind and metrics["steps"] == 2 and len(metrics["losses"]) == 2
+    assert [entry["step"] for entry in metrics["evaluations"]] == [0, 2]
+    assert metrics["result"] == metrics["evaluations"][-1]
+    assert "sound adapter" in (out / "README.md").read_text()
+
+
+def test_json_is_all_that_a_program_reads(llama_directory: Path, program: Callable[..., Ran], tmp_path: Path) -> None:
+    write(tmp_path / "data.jsonl", PAIRS)
+    ran = program("train", run_file(tmp_path, llama_directory), "--json")
+    assert ran.status == 0
+    report = json.loads(ran.out)
+    assert report == json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert "training" in ran.err  # the progress bar
+
+
+def test_a_run_learns_and_its_adapter_is_loaded(llama_directory: Path, tmp_path: Path) -> None:
+    write(tmp_path / "data.jsonl", PAIRS)
+    report = started(run_file(tmp_path, llama_directory, training={"steps": 60, "lr": 0.05, "batch_size": 8}))
+    assert report.result is not None
+    assert report.result["loss"] < 0.5 * report.evaluations[0]["loss"]
+    config = RunConfig.from_file(tmp_path / "RUN.yaml")
+    assert RunConfig.from_data(yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())) == config
+    model = AutoModelForCausalLM.from_pretrained(llama_directory)
+    pc.load(model, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(llama_directory)
+    rows = records.read_rows(str(tmp_path / "data.jsonl"))
+    _, held = records.hold_out(rows, 0.1, 0)
+    again = train.training.evaluate(model, records.prepare_causal(held, "prompt", tokenizer, 512).tokens, 0)
+    assert again == pytest.approx(report.result["loss"], rel=1e-4)
+
+
+def test_a_classifier_trains_its_new_head(bert_directory: Path, tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", LABELLED)
+    write(tmp_path / "test.csv", LABELLED[:7])
+    path = run_file(
+        tmp_path,
+        bert_directory,
+        {"train": "train.jsonl", "evaluation": "test.csv"},
+        training={"steps": 60, "lr": 0.01, "batch_size": 8, "evaluate_every": 20, "save_every": 20, "best": True},
+    )
+    report = started(path)
+    assert report.labels == ["no", "yes"] and report.trained_modules == ["classifier"]
+    assert report.training_examples == 24 and report.held_out_examples == 7
+    assert report.result is not None and report.result["accuracy"] == 1.0
+    assert report.result["loss"] == min(entry["loss"] for entry in report.evaluations)
+    model = AutoModelForSequenceClassification.from_pretrained(bert_directory, num_labels=2)  # another random head
+    pc.load(model, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(bert_directory)
+    for row in LABELLED[:4]:
+        logits = model.eval()(**tokenizer(row["text"], return_tensors="pt")).logits
+        assert report.labels[logits.argmax()] == row["label"]
+
+
+def test_the_best_checkpoint_is_what_is_saved(llama_directory: Path, tmp_path: Path) -> None:
+    """Trained on one thing and evaluated on another, a model gets worse."""
+    write(tmp_path / "data.jsonl", PAIRS)
+    write(tmp_path / "other.jsonl", [{"prompt": words(1), "completion": words(45, 46, 47)}] * 4)
+    each = {"steps": 8, "lr": 0.05, "evaluate_every": 2, "save_every": 2, "best": True, "keep": 1}
+    data = {"train": "data.jsonl", "evaluation": "other.jsonl"}
+    report = started(run_file(tmp_path, llama_directory, data, training=each))
+    assert report.result is not None
+    assert report.result["loss"] == min(entry["loss"] for entry in report.evaluations[1:])
+    assert report.result["step"] < 8
+    best = tmp_path / "out" / "checkpoints" / f"checkpoint-{report.result['step']:.0f}" / "adapter.safetensors"
+    assert (tmp_path / "out" / "adapter.safetensors").read_bytes() == best.read_bytes()
+
+
+def test_without_held_out_data(llama_directory: Path, tmp_path: Path) -> None:
+    write(tmp_path / "data.jsonl", PAIRS[:5])
+    report = started(run_file(tmp_path, llama_directory, {"train": "data.jsonl", "hold_out": 0}))
+    assert (report.training_examples, report.evaluations, report.result) == (5, [], None)
+
+
+def test_what_is_cut_is_counted(llama_directory: Path, tmp_path: Path, program: Callable[..., Ran]) -> None:
+    long = {"text": words(*range(30))}
+    write(tmp_path / "data.jsonl", [*TEXTS, long, long, {"text": "w1"}])
+    ran = program("train", run_file(tmp_path, llama_directory, {"train": "data.jsonl", "max_length": 9}))
+    assert ran.status == 0 and "2, and 0 left out" in ran.out
+
+
+def test_accumulating_gives_the_same_step(llama_directory: Path, bert_directory: Path, tmp_path: Path) -> None:
+    """However many tokens each part has: every token (or every text) of a step weighs the same."""
+    pairs = [{"prompt": words(n), "completion": words(*range(1 + 3 * n))} for n in range(4)]
+    for rows, model in ((pairs, llama_directory), (LABELLED[:4], bert_directory)):
+        saved = []
+        for size, accumulate in ((4, 1), (1, 4)):
+            folder = tmp_path / f"{model.name}-{size}"
+            write(folder / "data.jsonl", rows)
+            once = {
+                "steps": 1,
+                "batch_size": size,
+                "accumulate": accumulate,
+                "optimizer": "sgd",
+                "max_grad_norm": 0,
+                "warmup": 0,
+            }
+            started(run_file(folder, model, {"train": "data.jsonl", "hold_out": 0}, training=once))
+            base = FAMILIES["llama" if rows is pairs else "bert"].build()
+            if rows is pairs:
+                saved.append(dict(pc.load(base, folder / "out").named_parameters()))
+            else:
+                classifier = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
+                saved.append(dict(pc.load(classifier, folder / "out").named_parameters()))
+        for key, value in saved[0].items():
+            torch.testing.assert_close(value, saved[1][key], rtol=1e-4, atol=1e-6)
+
+
+def test_the_methods_own_optimizer(stepper: Any, llama_directory: Path, tmp_path: Path) -> None:
+    write(tmp_path / "data.jsonl", PAIRS)
+    assert started(run_file(tmp_path, llama_directory, method="stepper")).optimizer == "StepperAdamW"
+    path = run_file(tmp_path, llama_directory, method="stepper", training={"optimizer": "adamw"}, output_dir="other")
+    assert started(path).optimizer == "AdamW"
+    assert stepper.steps[-1].total_steps == 3
+
+
+def test_a_run_in_bfloat16_with_everything_on(llama_directory: Path, tmp_path: Path) -> None:
+    write(tmp_path / "data.jsonl", PAIRS)
+    fields = {
+        "autocast": True,
+        "checkpoint_activations": True,
+        "accumulate": 2,
+        "schedule": "cosine",
+        "weight_decay": 0.1,
+    }
+    model = {"path": str(llama_directory), "dtype": "bfloat16", "device": "cpu"}
+    report = started(run_file(tmp_path, llama_directory, model=model, training=fields))
+    assert report.dtype == "bfloat16" and all(loss == loss for loss in report.losses)
+
+
+# Packing
+
+
+def test_packed_examples_do_not_see_each_other(llama_directory: Path) -> None:
+    model: Any = FAMILIES["llama"].build()
+    tokenizer = AutoTokenizer.from_pretrained(llama_directory)
+    rows = [records.Row(row, "here") for row in [*PAIRS[:4], *TEXTS[:4]]]
+    examples = [
+        tokens
+        for row, kind in zip(rows, ["prompt"] * 4 + ["text"] * 4, strict=True)
+        for tokens in records.prepare_causal([row], kind, tokenizer, 20).tokens
+    ]
+    packed = records.pack(examples, 20)
+    assert len(packed) < len(examples) and all(sum(len(t.input_ids) for t in row) <= 20 for row in packed)
+    assert sorted(map(repr, (t for row in packed for t in row))) == sorted(map(repr, examples))
+    batch = train._PackedBatch(0)(packed)
+    model.config.use_cache = False
+    alone = train.training.evaluate(model, examples, 0)
+    assert model(**batch).loss.item() == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_packed_run(llama_directory: Path, tmp_path: Path, program: Callable[..., Ran]) -> None:
+    write(tmp_path / "data.jsonl", PAIRS)
+    data = {"train": "data.jsonl", "packing": True, "max_length": 16}
+    ran = program("train", run_file(tmp_path, llama_directory, data), "--json")
+    assert ran.status == 0, ran.err
+    report = json.loads(ran.out)
+    assert report["packed_rows"] == 8 and report["training_examples"] == 22
+
+
+class Leaky(nn.Module):
+    """Takes positions, and pays no attention to them."""
+
+    dtype = torch.float32
+
+    def forward(self, input_ids: Any, position_ids: Any) -> Any:
+        return type("Out", (), {"logits": nn.functional.one_hot(input_ids, 60).float().cumsum(1)})
+
+
+def test_an_architecture_that_mixes_packed_examples_is_refused(refused: Any) -> None:
+    tokens = [Tokens([3, 4, 5], [IGNORED, 4, 5]), Tokens([6, 7], [IGNORED, 7])]
+    with refused(RunError, "Leaky", "see each other", "data.packing"):
+        train._check_packing(Leaky(), tokens)
+    with refused(RunError, "MambaForCausalLM", "no position_ids", "data.packing"):
+        train._check_packing(FAMILIES["mamba"].build(), tokens)
+    fine: Any = FAMILIES["gpt2"].build()
+    fine.config.use_cache = False
+    train._check_packing(fine, tokens)
+
+
+# Tokens
+
+
+def test_loss_is_on_what_the_assistant_writes(chat_directory: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chat_directory)
+    (tokens,) = records.prepare_causal([records.Row(CHATS[5], "here")], "messages", tokenizer, 512).tokens
+    learned = tokenizer.decode([token for token in tokens.labels if token != IGNORED])
+    assert learned == "w5 w6 </s> w8 </s>"
+    assert [t for t, label in zip(tokens.input_ids, tokens.labels, strict=True) if label not in (IGNORED, t)] == []
+
+
+def test_lengths_of_conversations(chat_directory: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chat_directory)
+    rows = [
+        records.Row(row, f"row {n}")
+        for n, row in enumerate(
+            [
+                *CHATS[:3],
+                {"messages": [{"role": "user", "content": words(*range(40))}, {"role": "assistant", "content": "w1"}]},
+            ]
+        )
+    ]
+    prepared = records.prepare_causal(rows, "messages", tokenizer, 14)
+    assert (len(prepared.tokens), prepared.truncated, prepared.dropped) == (3, 3, 1)
+    assert all(len(tokens.input_ids) == 14 for tokens in prepared.tokens)
+    with pytest.raises(pc.DataError, match="no example has anything to learn within 2 tokens"):
+        records.prepare_causal(rows[3:], "messages", tokenizer, 2)
+
+
+def test_examples_of_like_length_come_together() -> None:
+    lengths = [(7 * n) % 31 for n in range(103)]
+    sampler = train._LikeLengths(lengths, 4, seed=1)
+    first = list(sampler)
+    assert sorted(first) == list(range(103)) and list(sampler) == first
+    sampler.set_epoch(1)
+    assert sorted(sampler) == list(range(103)) and list(sampler) != first
+    spread = [max(part) - min(part) for at in range(0, 100, 4) if (part := [lengths[n] for n in first[at : at + 4]])]
+    assert sum(spread) / len(spread) < 4
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("method, options", [("sound", {}), ("stepper", {"owns": True})], ids=["sound", "stepper"])
+def test_an_interrupted_run_is_resumed(
+    method: str,
+    options: dict[str, Any],
+    stepper: Any,
+    llama_directory: Path,
+    program: Callable[..., Ran],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def made(folder: Path) -> Path:
+        write(folder / "data.jsonl", PAIRS)
+        adapter = {"method": method, "options": options, **({"dropout": 0.1} if method == "sound" else {})}
+        each = {"steps": 9, "save_every": 2, "evaluate_every": 3}
+        return run_file(folder, llama_directory, adapter=adapter, training=each)
+
+    whole = started(made(tmp_path / "whole"))
+    broken = made(tmp_path / "broken")
+    step = AdapterTrainer.training_step
+    done: list[int] = []
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        done.append(1)
+        if len(done) == 6:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", interrupted)
+    ran = program("train", broken)
+    assert ran.status == 130 and "interrupted; go on with: peft-core train" in ran.err and "--resume" in ran.err
+    monkeypatch.undo()
+    ran = program("train", broken)
+    assert ran.status == 2 and "holds a run already" in ran.err
+    torch.manual_seed(77)
+    rest = started(broken, resume=True)
+    assert rest.losses == whole.losses and rest.evaluations == whole.evaluations and rest.result == whole.result
+    for name in ("adapter.safetensors", *(["state.safetensors"] if method == "stepper" else [])):
+        files = [(tmp_path / run / "out" / name).read_bytes() for run in ("whole", "broken")]
+        assert files[0] == files[1], f"{name} differs"
+
+
+def test_resuming_what_was_killed_while_it_saved(llama_directory: Path, tmp_path: Path) -> None:
+    write(tmp_path / "data.jsonl", PAIRS)
+    path = run_file(tmp_path, llama_directory, training={"steps": 4, "save_every": 2})
+    whole = started(path)
+    checkpoints = tmp_path / "out" / "checkpoints"
+    (checkpoints / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4')
+    (checkpoints / "checkpoint-4" / "optimizer.pt").unlink()
+    again = started(path, resume=True)
+    assert again.losses == whole.losses
+
+
+def test_what_cannot_be_resumed(llama_directory: Path, tmp_path: Path, refused: Any) -> None:
+    write(tmp_path / "data.jsonl", PAIRS)
+    with refused(RunError, "nothing to resume", "without --resume"):
+        started(run_file(tmp_path, llama_directory), resume=True)
+    started(run_file(tmp_path, llama_directory))
+    with refused(RunError, "another training.lr"):
+        started(run_file(tmp_path, llama_directory, training={"lr": 0.5}), resume=True)
+    with refused(RunError, "another adapter.method"):
+        started(run_file(tmp_path, llama_directory, method="miss" if "miss" in pc.methods() else "sound"), resume=True)
+    with refused(RunError, "holds a run already", "--resume", "output_dir"):
+        started(run_file(tmp_path, llama_directory))
+
+
+# Mistakes in the configuration
+
+
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        ({"modle": "x"}, ["'modle' is not a key", "did you mean 'model'?"]),
+        ({"data": {"trian": "x"}}, ["'data.trian'", "did you mean 'train'?"]),
+        ({"data": {"train": "data.jsonl", "format": "jsonl"}}, ["'data.format'", "'messages'"]),
+        ({"training": {"learning_rate": 1}}, ["'training.learning_rate'", "the keys are"]),
+        ({"training": {"epoch": 1}}, ["'training.epoch'", "did you mean 'epochs'?"]),
+        ({"training": {"lr": "fast"}}, ["'training.lr'", "'fast'"]),
+        ({"training": {"batch_size": 0}}, ["'training.batch_size'", "given 0"]),
+        ({"training": {"epochs": 1}}, ["epochs and steps", "choose one"]),
+        ({"training": {"best": True, "save_every": 2}}, ["save_every and evaluate_every"]),
+        ({"adapter": {"method": "soundd"}}, ["'soundd'", "did you mean 'sound'?"]),
+        ({"adapter": {"method": "sound", "options": {"rr": 1}}}, ["'rr'", "r, alpha"]),
+        ({"adapter": {"method": "sound", "targets": ["q_prj"]}}, ["'q_prj'", "did you mean 'q_proj'?"]),
+        ({"adapter": "nowhere.yaml"}, ["nowhere.yaml"]),
+        ({"model": "smollm2-135"}, ["did you mean 'smollm2-135m'?"]),
+        ({"model": "package:nothing_here/model"}, ["'nothing_here'"]),
+        ({"model": 3}, ["'model'", "path, dtype, device"]),
+        ({"model": {"path": "x", "dtype": "int8"}}, ["'model.dtype'", "'bfloat16'"]),
+        ({"data": "nowhere.jsonl"}, ["no file", "nowhere.jsonl"]),
+        ({"data": {"train": "data.jsonl", "max_length": 100000}}, ["data.max_length", "100000"]),
+        ({"data": {"train": "data.jsonl", "hold_out": 0}, "training": {"best": True}}, ["training.best", "hold_out"]),
+        ({"output_dir": "data.jsonl/out"}, ["output_dir", "data.jsonl"]),
+        ({"output_dir": None}, ["'output_dir'"]),
+    ],
+    ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
+)
+def test_mistakes_in_the_configuration(
+    change: dict[str, Any],
+    found: list[str],
+    llama_directory: Path,
+    program: Callable[..., Ran],
+    clear: Any,
+    tmp_path: Path,
+) -> None:
+    write(tmp_path / "data.jsonl", PAIRS)
+    ran = program("train", run_file(tmp_path, llama_directory, **change))
+    assert (ran.status, ran.out) == (2, ""), ran
+    assert ran.err.splitlines()[-1].startswith("peft-core: ")
+    clear(ran.err.splitlines()[-1], *found)
+    assert not (tmp_path / "out" / "run.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "text, found", [("model: [", "not YAML"), ("- 1", "found list"), (None, "cannot be read"), ("", "found NoneType")]
+)
+def test_files_that_are_no_configuration(
+    text: str | None, found: str, program: Callable[..., Ran], clear: Any, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / "RUN.yaml").write_text(text)
+    ran = program("train", tmp_path / "RUN.yaml")
+    assert ran.status == 2
+    clear(ran.err, "RUN.yaml", found)
+
+
+def test_paths_are_relative_to_the_file(llama_directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text(pc.AdapterSpec(method="sound").to_yaml())
+    write(tmp_path / "data.jsonl", PAIRS)
+    config = RunConfig.from_file(
+        run_file(tmp_path, llama_directory, adapter="spec.yaml", data={"train": "data.jsonl", "evaluation": "./e.csv"})
+    )
+    assert config.adapter == pc.AdapterSpec(method="sound")
+    assert config.data.train == str(tmp_path / "data.jsonl") and config.data.evaluation == str(tmp_path / "e.csv")
+    assert config.output_dir == tmp_path / "out"
+    assert RunConfig.from_data({**config.model_dump(mode="json"), "data": "some/dataset"}).data.train == "some/dataset"
+    assert difference(config, config) is None
+
+
+def test_every_key_is_described() -> None:
+    def described(schema: dict[str, Any]) -> None:
+        for section in schema["$defs"].values():
+            for name, field in section.get("properties", {}).items():
+                assert field.get("description"), name
+
+    described(RunConfig.model_json_schema())
+
+
+# Mistakes in the data
+
+
+def test_a_bad_line_is_named(tmp_path: Path, refused: Any) -> None:
+    def jsonl(*lines: str) -> str:
+        path = tmp_path / "data.jsonl"
+        path.write_bytes("\n".join(lines).encode())
+        return str(path)
+
+    good = json.dumps(PAIRS[0])
+    with refused(pc.DataError, "data.jsonl, line 3 is not JSON"):
+        records.read_rows(jsonl(good, "", "{'a': 1}"))
+    with refused(pc.DataError, "data.jsonl, line 2: expected an object"):
+        records.read_rows(jsonl(good, "[1]"))
+    with refused(pc.DataError, "has no rows"):
+        records.read_rows(jsonl("", ""))
+    (tmp_path / "data.jsonl").write_bytes(good.encode() + b'\n{"text": "\xff"}')
+    with refused(pc.DataError, "data.jsonl, line 2"):
+        records.read_rows(str(tmp_path / "data.jsonl"))
+
+    def csv(text: str) -> str:
+        (tmp_path / "data.csv").write_bytes(text.encode("latin-1"))
+        return str(tmp_path / "data.csv")
+
+    rows = records.read_rows(csv('text,label\n"two\nlines",a\n\nx,b\n'))
+    assert [row.place.rpartition(", ")[2] for row in rows] == ["line 2", "line 5"]
+    assert rows[0].values == {"text": "two\nlines", "label": "a"}
+    with refused(pc.DataError, "data.csv, line 4: 3 values for 2 columns"):
+        records.read_rows(csv('text,label\n"two\nlines",a\nx,y,z\n'))
+    with refused(pc.DataError, "data.csv, line 3 is not CSV"):
+        records.read_rows(csv('text,label\nx,a\n"open,b\n'))
+    with refused(pc.DataError, "data.csv, line 2 is not UTF-8"):
+        records.read_rows(csv("text,label\n\xff,a\n"))
+    with refused(pc.DataError, "line 1: the column names"):
+        records.read_rows(csv("text,text\nx,a\n"))
+    (tmp_path / "data.parquet").write_bytes(b"PAR1 nothing")
+    with refused(pc.DataError, "data.parquet", "parquet"):
+        records.read_rows(str(tmp_path / "data.parquet"))
+    (tmp_path / "data.txt").write_text("text")
+    with refused(pc.DataError, "data.txt", ".jsonl, .csv, .parquet"):
+        records.read_rows(str(tmp_path / "data.txt"))
+
+
+@pytest.mark.parametrize(
+    "kind, values, found",
+    [
+        ("text", {"text": "  "}, "'text' is empty"),
+        ("text", {"text": 3}, "'text' is 3, not text"),
+        ("text", {}, "'text' is missing"),
+        ("prompt", {"prompt": "a"}, "'completion' is missing"),
+        ("prompt", {"completion": "a"}, "'prompt' is missing"),
+        ("prompt", {"prompt": ["a"], "completion": "a"}, "'prompt' is ['a'], not text"),
+        ("messages", {"messages": "hello"}, "must be a list of messages"),
+        ("messages", {"messages": []}, "must be a list of messages"),
+        ("messages", {"messages": [{"role": "user"}]}, "message 1 must have role and content"),
+        ("messages", {"messages": [{"role": "user", "content": "w1"}]}, "no message is the assistant's"),
+        ("label", {"text": "w1"}, "'label' is missing"),
+        ("label", {"text": "w1", "label": 0.5}, "'label' is 0.5: classes are text or whole numbers"),
+        (
+            "label",
+            {"text": "w1", "label": "maybe"},
+            "the label 'maybe' does not occur in the training data; there: no, yes",
+        ),
+        ("label", {"text": "", "label": "no"}, "'text' is empty"),
+    ],
+)
+def test_a_bad_row_is_named(kind: str, values: dict[str, Any], found: str, chat_directory: Path, refused: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chat_directory)
+    rows = [records.Row(values, "data.jsonl, line 7")]
+    with refused(pc.DataError, "data.jsonl, line 7: ", found):
+        if kind == "label":
+            records.prepare_labelled(rows, ["no", "yes"], tokenizer, 20)
+        else:
+            records.prepare_causal(rows, kind, tokenizer, 20)
+
+
+def test_columns_and_templates_that_do_not_do(chat_directory: Path, llama_directory: Path, refused: Any) -> None:
+    rows = [records.Row({"txt": "w1"}, "data.csv, line 2")]
+    with refused(pc.DataError, "data.csv, line 2", "txt", "did you mean 'text'?"):
+        records.format_of(rows)
+    assert records.format_of(rows, "text") == "text"
+    with refused(pc.DataError, "chat template"):
+        records.prepare_causal(
+            [records.Row(CHATS[0], "x")], "messages", AutoTokenizer.from_pretrained(llama_directory), 20
+        )
+    tokenizer = AutoTokenizer.from_pretrained(chat_directory)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with refused(pc.DataError, "line 4: the chat template refuses: roles must alternate"):
+        records.prepare_causal([records.Row(CHATS[0], "line 4")], "messages", tokenizer, 20)
+    tokenizer.chat_template = "{{ messages | length }} " + CHAT
+    with refused(pc.DataError, "line 4: the chat template writes message 2 otherwise"):
+        records.prepare_causal([records.Row(CHATS[0], "line 4")], "messages", tokenizer, 20)
+    with refused(pc.DataError, "the label 'a'", "nothing to tell apart"):
+        records.classes_of([records.Row({"label": "a"}, "x")] * 2)
+    with refused(pc.DataError, "one row cannot be divided"):
+        records.hold_out([records.Row({}, "x")], 0.1, 0)
+    assert records.classes_of([records.Row({"label": n}, "x") for n in (10, 9, 2)]) == ["2", "9", "10"]
+
+
+def test_a_datasets_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Any) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write(tmp_path / "corpus" / "train.jsonl", PAIRS)
+    rows = records.read_rows(str(tmp_path / "corpus"))
+    assert [dict(row.values) for row in rows] == PAIRS
+    assert rows[2].place == f"{tmp_path / 'corpus'} (train), row 3"
+    with refused(pc.DataError, "nobody/nothing", "datasets cannot load it"):
+        records.read_rows("nobody/nothing")
+
+
+def test_a_run_that_diverges_says_so(llama_directory: Path, tmp_path: Path, refused: Any) -> None:
+    write(tmp_path / "data.jsonl", PAIRS)
+    each = {"lr": 1e30, "optimizer": "sgd", "warmup": 0, "max_grad_norm": 0, "steps": 6}
+    with refused(train.training.TrainingError, "lower training.lr"):
+        started(run_file(tmp_path, llama_directory, training=each))
+
+
+# The examples
+
+
+def example(name: str, tmp_path: Path, **training: Any) -> Path:
+    """A copy of an example whose run is short."""
+    source = Path(__file__).parent.parent / "examples" / name
+    for file in source.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = yaml.safe_load((source / "RUN.yaml").read_text())
+    config["training"] = {**config["training"], **training}
+    (tmp_path / "RUN.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path / "RUN.yaml"
+
+
+def test_the_classifier_example(tmp_path: Path) -> None:
+    report = started(example("classifier", tmp_path))
+    assert report.trained_modules == ["classifier"] and report.result is not None
+    assert report.result["accuracy"] >= 0.9 > report.evaluations[0]["accuracy"]
+
+
+def test_the_chat_example(tmp_path: Path) -> None:
+    path = example("chat", tmp_path, epochs=None, steps=3, batch_size=2)
+    report = started(path)
+    assert report.format == "messages" and report.result is not None
+    assert report.result["loss"] < report.evaluations[0]["loss"]
