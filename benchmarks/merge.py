@@ -77,14 +77,14 @@ def measure(folder: Path, size: float, options: argparse.Namespace) -> dict[str,
     lowered = folder / "lora"
     for name in options.methods or sorted(pc.methods()):
         adapter = folder / "adapter"
-        make_adapter(adapter, base, name)
+        label = make_adapter(adapter, base, name)
         nbytes = sum(path.stat().st_size for path in adapter.iterdir())
         floor = found["floor"]
         # A method that owns its base weight brings an adapter as large as the base: the loop reads it, too.
         if nbytes > made / 10:
             floor = timed("loop", str(base), str(out), str(adapter), inputs=(base, adapter))
         run = timed("ours", str(base), str(adapter), str(out), inputs=(base, adapter))
-        found["methods"][name] = {**run, "adapter_bytes": nbytes, "floor": floor["seconds"]}
+        found["methods"][name] = {**run, "options": label, "adapter_bytes": nbytes, "floor": floor["seconds"]}
         if not lowered.exists() and not options.no_peft and pc.AdapterSpec(method=name).capabilities.lowrank:
             import peft_export
 
@@ -144,8 +144,8 @@ def make_base(base: Path, size: float, hidden: int) -> int:
     return sum(item.nbytes for item in items)
 
 
-def make_adapter(adapter: Path, base: Path, method: str) -> None:
-    """An adapter with the method's default options and random values, made without the base's weights."""
+def make_adapter(adapter: Path, base: Path, method: str) -> str:
+    """An adapter with random values, made without the base's weights. Returns its options where they are not default."""
     import torch
 
     import peft_core as pc
@@ -157,7 +157,11 @@ def make_adapter(adapter: Path, base: Path, method: str) -> None:
     from peft_export.shards import Item, Writer
 
     model = meta_model(base)
-    plan = pc.plan(model, pc.AdapterSpec(method=method))
+    # Defaults may need more layers than a small checkpoint has; what a method offers for tiny models then serves.
+    for chosen in ({}, *pc.methods()[method].trials):
+        with contextlib.suppress(pc.PlanError):
+            plan = pc.plan(model, pc.AdapterSpec(method=method, options=dict(chosen)))
+            break
     bank = Bank(model, "default", plan, seed=0)
     noise = torch.Generator().manual_seed(0)
     values: dict[str, Callable[[], torch.Tensor]] = {}
@@ -187,6 +191,7 @@ def make_adapter(adapter: Path, base: Path, method: str) -> None:
     checksums = {checkpoint.TENSORS: files.checksum(adapter / checkpoint.TENSORS)}
     header = checkpoint.describe(bank, shapes, checksums)
     (adapter / checkpoint.HEADER).write_text(header.model_dump_json())
+    return ", ".join(f"{name} {value}" for name, value in chosen.items())
 
 
 def forget(*folders: Path) -> None:
@@ -244,6 +249,7 @@ def run_cp(base: str, out: str) -> dict[str, float]:
 
 
 def run_ours(base: str, adapter: str, out: str) -> dict[str, float]:
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command does
     started = time.perf_counter()
     import peft_core as pc
     import peft_export
@@ -318,7 +324,7 @@ def show(found: dict[str, Any]) -> None:
             f"{run['imports']:.2f}",
             ok[2],
         )
-        table.add_row(f"peft-export, {name}{large}", *row)
+        table.add_row(f"peft-export, {name}{large}" + (f" ({run['options']})" if run["options"] else ""), *row)
     if peft := found.get("peft"):
         ratio = peft["seconds"] / floor["seconds"]
         table.add_row(

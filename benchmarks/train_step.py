@@ -2,23 +2,28 @@
 
     tox run -e bench -- [--rounds 14] [--json FILE] [--short] [--only miss,lora] [--cpu-time]
 
-The floor is the frozen base with gradients of its inputs only: what no adapter can go below. All runs share one process
-and one copy of the base's weights (bf16). Time: the runs take turns, each once a round, in an order that rotates; a run
-is judged by the median of its per-round ratios to the floor, and by the ratio of the two shortest times. A step is
-forward, loss, backward and AdamW (fused); for the floor, forward, loss and backward.
+The floor is the frozen base with gradients of its inputs only: what no adapter can go below. All runs share one
+process and one copy of the base's weights (bf16). The runs take turns, each once a round, in an order that rotates.
 
-Memory: torch's allocator reports every allocation of one step to the profiler, so the peak of what is alive is counted,
-not sampled. `peak` is that peak above the floor's (gradients included, parameters and optimizer state not); `saved` is
-what lives from forward to backward, by unique storages, above the floor's.
+Time: forward, loss and backward, as the median of the per-round ratios to the floor and as the ratio of the two
+shortest times; `+ AdamW` is the median with the step of a fused AdamW.
+
+Memory above the floor's, of forward and backward: `saved` is what lives from the one to the other, by unique storages;
+`peak` is the most that is alive at once, counted from every allocation that torch reports; `RSS` is the peak resident
+memory of a process of its own (median of three), which also sees what the allocator cannot give back.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import gc
 import json
+import resource
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -57,6 +62,7 @@ TARGETS: dict[str, tuple[float, float, str]] = {
     "lora": (1.15, 0.35, "peft LoRA"),
 }
 FLOOR = "floor"
+MEMORY = ("saved", "peak", "RSS")
 
 
 @dataclass
@@ -67,6 +73,7 @@ class Run:
     parameters: list[nn.Parameter] = field(default_factory=list)
     optimizer: torch.optim.Optimizer | None = None
     seconds: list[float] = field(default_factory=list)
+    stepping: list[float] = field(default_factory=list)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """The loss. Gradients flow to the embedded inputs, through every layer, in every run alike."""
@@ -74,14 +81,15 @@ class Run:
         loss: torch.Tensor = self.model(inputs_embeds=embedded, labels=ids, use_cache=False).loss
         return loss
 
-    def step(self, ids: torch.Tensor) -> float:
-        """One training step; returns the loss."""
-        loss = self.forward(ids)
-        loss.backward()
+    def backward(self, ids: torch.Tensor) -> None:
+        """Forward, loss and backward."""
+        self.forward(ids).backward()
+
+    def step(self) -> None:
+        """The optimizer's part of a training step."""
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
-        return float(loss.detach())
 
 
 def base_model() -> nn.Module:
@@ -139,7 +147,7 @@ def saved_bytes(run: Run, ids: torch.Tensor) -> int:
 def peak_bytes(run: Run, ids: torch.Tensor) -> int:
     """The most that is alive at once of what forward and backward allocate."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run.forward(ids).backward()
+        run.backward(ids)
     for parameter in run.parameters:
         parameter.grad = None
     alive = most = 0
@@ -151,6 +159,25 @@ def peak_bytes(run: Run, ids: torch.Tensor) -> int:
     return most
 
 
+def resident_bytes(label: str, arguments: argparse.Namespace, times: int = 3) -> int:
+    """Peak resident memory of a process that takes this run's forward and backward three times."""
+    command = [sys.executable, __file__, "--rss-of", label]
+    command += ["--batch", str(arguments.batch), "--length", str(arguments.length)]
+    found = [subprocess.run(command, capture_output=True, check=True, text=True) for _ in range(times)]
+    return sorted(int(done.stdout.split()[-1]) for done in found)[times // 2]
+
+
+def makers(base: nn.Module) -> dict[str, Callable[[], Run]]:
+    """Label → what builds the run, the floor first."""
+    made: dict[str, Callable[[], Run]] = {FLOOR: lambda: Run(copy_of(base))}
+    for label, method, options in OURS:
+        if method in pc.methods():
+            made[label] = functools.partial(ours, base, method, options)
+    for label, (kind, wide) in THEIRS.items():
+        made[label] = functools.partial(theirs, base, kind, wide)
+    return made
+
+
 def main() -> None:
     """Print the table; the figures go to --json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -160,6 +187,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="sequences (4)")
     parser.add_argument("--length", type=int, default=256, help="tokens in each (256)")
     parser.add_argument("--only", default="", help="labels of the runs beside the floor, separated by commas")
+    parser.add_argument("--rss", action="store_true", help="measure RSS, too, of the runs that have a target")
+    parser.add_argument("--rss-of", help=argparse.SUPPRESS)
     parser.add_argument(
         "--cpu-time",
         action="store_true",
@@ -178,60 +207,74 @@ def main() -> None:
     vocabulary = base.get_input_embeddings().num_embeddings  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (arguments.batch, arguments.length), generator=generator)
+    if arguments.rss_of:
+        import peft  # noqa: F401  so that every run has loaded it
+
+        run = makers(base)[arguments.rss_of]()
+        for _ in range(3):
+            run.backward(ids)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
     wanted = [label for label in arguments.only.split(",") if label]
-    makers: dict[str, Callable[[], Run]] = {FLOOR: lambda: Run(copy_of(base))}
-    for label, method, options in OURS:
-        if method in pc.methods():
-            makers[label] = lambda method=method, options=options: ours(base, method, options)  # type: ignore[misc]
-    for label, (kind, wide) in THEIRS.items():
-        makers[label] = lambda kind=kind, wide=wide: theirs(base, kind, wide)  # type: ignore[misc]
-    runs = {label: make() for label, make in makers.items() if not wanted or label in [FLOOR, *wanted]}
+    runs = {label: make() for label, make in makers(base).items() if not wanted or label in [FLOOR, *wanted]}
 
     figures: dict[str, dict[str, float]] = {}
     for label, run in runs.items():
-        run.step(ids)  # optimizer states, caches
+        run.backward(ids)  # caches
+        run.step()  # optimizer states
         gc.collect()
         figures[label] = {"saved": saved_bytes(run, ids), "peak": peak_bytes(run, ids)}
         figures[label]["parameters"] = sum(parameter.numel() for parameter in run.parameters)
-        run.step(ids)
+        run.backward(ids)
+        run.step()
     labels = list(runs)
     for index in range(arguments.rounds):
         for label in labels[index % len(labels) :] + labels[: index % len(labels)]:
             start = clock()
-            runs[label].step(ids)
-            runs[label].seconds.append(clock() - start)
+            runs[label].backward(ids)
+            middle = clock()
+            runs[label].step()
+            runs[label].seconds.append(middle - start)
+            runs[label].stepping.append(clock() - middle)
+    if arguments.rss:
+        judged = {FLOOR, *TARGETS, *(against for _, _, against in TARGETS.values())}
+        for label in [label for label in labels if label in judged]:
+            figures[label]["RSS"] = resident_bytes(label, arguments)
 
     floor = runs[FLOOR].seconds
     for label, run in runs.items():
         found = figures[label]
+        both = [a + b for a, b in zip(run.seconds, run.stepping, strict=True)]
         found["median ratio"] = statistics.median(a / b for a, b in zip(run.seconds, floor, strict=True))
         found["ratio of minima"] = min(run.seconds) / min(floor)
-        found["saved above floor"] = found["saved"] - figures[FLOOR]["saved"]
-        found["peak above floor"] = found["peak"] - figures[FLOOR]["peak"]
+        found["with AdamW"] = statistics.median(a / b for a, b in zip(both, floor, strict=True))
+        for what in MEMORY:
+            if what in found:
+                found[f"{what} above floor"] = found[what] - figures[FLOOR][what]
     how = "processor time of one thread" if arguments.cpu_time else f"{torch.get_num_threads()} threads"
     print(
         f"SmolLM2-135M bf16, {arguments.batch} × {arguments.length} tokens, {arguments.rounds} rounds, {how}; "
         f"floor: median {statistics.median(floor):.3f} s, shortest {min(floor):.3f} s, "
         f"peak {figures[FLOOR]['peak'] / 1e6:.0f} MB"
     )
-    print(f"{'':16} {'parameters':>10} {'median':>8} {'minima':>8} {'saved':>9} {'peak':>9}")
+    print(f"{'':16} {'parameters':>10} {'median':>7} {'minima':>7} {'+ AdamW':>7} {'saved':>9} {'peak':>9} {'RSS':>9}")
     for label in labels:
         found = figures[label]
+        memory = [f"{found[f'{what} above floor'] / 1e6:6.1f} MB" if what in found else f"{'–':>9}" for what in MEMORY]
         print(
-            f"{label:16} {found['parameters']:10,.0f} {found['median ratio']:8.3f} {found['ratio of minima']:8.3f} "
-            f"{found['saved above floor'] / 1e6:6.1f} MB {found['peak above floor'] / 1e6:6.1f} MB"
+            f"{label:16} {found['parameters']:10,.0f} {found['median ratio']:7.3f} {found['ratio of minima']:7.3f} "
+            f"{found['with AdamW']:7.3f} {' '.join(memory)}"
         )
     for label, (limit, memory, against) in TARGETS.items():
         if label in runs:
             line = f"{label}: time {figures[label]['median ratio']:.3f} (target ≤ {limit})"
             if against in runs:
-                for what in ("saved", "peak"):
-                    share = figures[label][f"{what} above floor"] / figures[against][f"{what} above floor"]
-                    line += f", {what} {share:.2f} × {against}"
-                line += f" (target ≤ {memory})"
+                above = [f"{what} above floor" for what in MEMORY if what in figures[label]]
+                shares = [f"{name} {figures[label][name] / figures[against][name]:.2f}" for name in above]
+                line += f"; against {against}: {', '.join(shares)} (target ≤ {memory})"
             print(line)
     if arguments.json:
-        seconds = {label: run.seconds for label, run in runs.items()}
+        seconds = {label: {"backward": run.seconds, "AdamW": run.stepping} for label, run in runs.items()}
         settings = {name: str(value) for name, value in vars(arguments).items()}
         arguments.json.write_text(json.dumps({"settings": settings, "figures": figures, "seconds": seconds}, indent=2))
 

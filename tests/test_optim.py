@@ -417,8 +417,7 @@ def test_a_frozen_tensor_need_not_be_in_the_optimizer(stepper: Any) -> None:
 
 
 def test_a_saved_adapter_is_used_without_training(stepper: Any, tmp_path: Path) -> None:
-    net, adapter = adapted()
-    adapter.save(tmp_path)
+    adapted()[1].save(tmp_path)
     loaded = pc.load(model(), tmp_path)
     loaded.model(X.requires_grad_()).sum().backward()
     loaded.save(tmp_path / "again")

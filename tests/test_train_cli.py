@@ -19,7 +19,6 @@ import peft_core as pc
 from peft_core import cli, records, train
 from peft_core.data import IGNORED, Tokens
 from peft_core.runs import RunConfig, RunError, difference
-from peft_core.testing.checks import same_bits
 from peft_core.testing.families import FAMILIES
 from peft_core.trainer import AdapterTrainer
 
@@ -675,8 +674,12 @@ def example(name: str, tmp_path: Path, **training: Any) -> Path:
     return tmp_path / "RUN.yaml"
 
 
-def test_the_classifier_example(tmp_path: Path) -> None:
+def test_the_classifier_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = started(example("classifier", tmp_path))
+    readme = (tmp_path / "README.md").read_text()
+    code = readme.partition("```python\n")[2].partition("```")[0]
+    exec(code.replace("examples/classifier/out", str(tmp_path / "out")), {})
+    assert capsys.readouterr().out.splitlines()[-1] == "delivery"
     assert report.trained_modules == ["classifier"] and report.result is not None
     assert report.result["accuracy"] >= 0.9 > report.evaluations[0]["accuracy"]
 

@@ -432,7 +432,7 @@ def test_a_plain_trainer_does_not_resume_without_the_adapter(stepper: Any, tmp_p
 def test_a_plain_trainer_that_would_not_find_its_best_model_is_refused(stepper: Any, tmp_path: Path) -> None:
     model, _ = adapted()
     each = dict(save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True)
-    with pytest.raises(pc.AdapterError, match="Trainer cannot load an adapter back .* use peft_core.AdapterTrainer"):
+    with pytest.raises(pc.AdapterError, match=r"Trainer cannot load an adapter back .* use peft_core\.AdapterTrainer"):
         trained(model, tmp_path, Trainer, **each)
 
 
@@ -701,7 +701,7 @@ def test_exchanging_adapters_in_place_compiles_nothing_anew(tmp_path: Path) -> N
 
 
 def test_what_cannot_be_restored(stepper: Any, tmp_path: Path, refused: Any) -> None:
-    model, adapter = adapted("sound")
+    _, adapter = adapted("sound")
     randomise(adapter)
     before = everything(copy.deepcopy(adapter))
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -84,19 +85,23 @@ def test_generate(monkeypatch, capsys, checkpoint: Path, adapter: Path) -> None:
     assert status == 2 and "no chat template" in err
 
 
-def quickstart(method: str, checkpoint: Path, examples: Path, out: Path, *more: object) -> list[object]:
-    """The arguments of a quickstart on the tiny checkpoint."""
-    trial = pc.methods()[method].trials[0]
-    options = [f"--options={name}={json.dumps(value)}" for name, value in trial.items()]
-    where = ["--model", checkpoint, "--data", examples, "--out", out]
-    return ["quickstart", "--method", method, *options, *where, "--dtype", "float32", *more]
+@pytest.fixture
+def quickstart(checkpoint: Path, examples: Path, tmp_path: Path, fitting) -> Callable[..., list[object]]:
+    """``(method, folder, ...)`` → the arguments of a quickstart on the tiny checkpoint."""
+
+    def arguments(method: str, folder: str, *more: object) -> list[object]:
+        options = [f"--options={name}={json.dumps(value)}" for name, value in fitting(method).items()]
+        where = ["--model", checkpoint, "--data", examples, "--out", tmp_path / folder]
+        return ["quickstart", "--method", method, *options, *where, "--dtype", "float32", *more]
+
+    return arguments
 
 
 @pytest.mark.parametrize("method", sorted(pc.methods()))
-def test_quickstart(monkeypatch, capsys, checkpoint: Path, examples: Path, tmp_path: Path, method: str) -> None:
+def test_quickstart(monkeypatch, capsys, quickstart, checkpoint: Path, tmp_path: Path, method: str) -> None:
     def report(folder: str) -> dict[str, object]:
-        arguments = quickstart(method, checkpoint, examples, tmp_path / folder, "--steps", 40, "--lr", 2e-2)
-        status, out, err = call(monkeypatch, capsys, *arguments, "--json")
+        arguments = quickstart(method, folder, "--steps", 40, "--lr", 2e-2, "--json")
+        status, out, err = call(monkeypatch, capsys, *arguments)
         assert status == 0, err
         return json.loads(out)
 
@@ -111,11 +116,8 @@ def test_quickstart(monkeypatch, capsys, checkpoint: Path, examples: Path, tmp_p
     pc.load(models.load_base(checkpoint)[0], tmp_path / "first" / "adapter")
 
 
-def test_a_failed_check_is_one_line_and_status_1(
-    monkeypatch, capsys, checkpoint: Path, examples: Path, tmp_path: Path, method: str
-) -> None:
-    arguments = quickstart(method, checkpoint, examples, tmp_path, "--steps", 1, "--lr", 0.0)
-    status, out, err = call(monkeypatch, capsys, *arguments)
+def test_a_failed_check_is_one_line_and_status_1(monkeypatch, capsys, quickstart, method: str) -> None:
+    status, out, err = call(monkeypatch, capsys, *quickstart(method, "out", "--steps", 1, "--lr", 0.0))
     assert status == 1
     assert err.strip().startswith("peft-core: the held-out loss did not fall") and err.count("\n") == 1
     assert "trainable parameters" in out  # the table is shown all the same

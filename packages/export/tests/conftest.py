@@ -105,7 +105,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Made]]:
         kind = FAMILIES[family]
         model = kind.build(dtype=dtype) if model is None else model
         if base is None:
-            base = tmp_path / "base"
+            base = tmp_path / ("base" if name == "adapter" else f"base-{name}")
             model.save_pretrained(base, max_shard_size=shards)
             watched.append((base, hashes(base)))
         handle = randomise(pc.attach(model, trial.spec(kind, **fields, **(spec or {})), name=name), seed)

@@ -52,8 +52,8 @@ def test_factors_are_exact(exact: Trial, make: Callable[..., Any], tmp_path: Pat
         assert float((B @ A - delta).norm() / delta.norm()) < 1e-6
 
 
-def test_some_layers_only(exact: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
-    made = make(exact, targets=r".*\.(0\.self_attn\.q_proj|[01]\.mlp\.up_proj)")
+def test_some_layers_only(lone: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(lone, targets=r".*\.(0\.self_attn\.q_proj|[01]\.mlp\.up_proj)")
     peft_export.export_lora(made.base, made.adapter, tmp_path / "out")
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["target_modules"] == sorted(site.path for site in made.handle.plan.sites)
@@ -92,13 +92,18 @@ def test_svd(inexact: Trial, family: str, make: Callable[..., Any], tmp_path: Pa
     torch.testing.assert_close(by_peft(made, tmp_path / "whole"), made.output(), atol=1e-3, rtol=1e-3)
     part = peft_export.export_lora(made.base, made.adapter, tmp_path / "part", svd_rank=3)
     assert part.rank == 3 and part.worst.error > 1e-3
-    kept = peft_export.export_lora(made.base, made.adapter, tmp_path / "kept", svd_energy=0.9)
-    assert all(site.error <= 0.1**0.5 + 1e-6 for site in kept.sites)
-    assert len({site.rank for site in kept.sites}) > 1
-    config = json.loads((tmp_path / "kept/adapter_config.json").read_text())
-    assert config["rank_pattern"] == config["alpha_pattern"] != {}
-    type(made.model).from_pretrained(made.base)
-    by_peft(made, tmp_path / "kept")
+    ranks = set()
+    for energy in (0.6, 0.8, 0.9, 0.95):
+        kept = peft_export.export_lora(
+            made.base, made.adapter, tmp_path / "kept", svd_energy=energy, overwrite=(tmp_path / "kept").exists()
+        )
+        assert all(site.error**2 <= 1 - energy + 1e-6 for site in kept.sites)
+        config = json.loads((tmp_path / "kept/adapter_config.json").read_text())
+        found = {site.rank for site in kept.sites}
+        assert config["rank_pattern"] == config["alpha_pattern"] and bool(config["rank_pattern"]) == (len(found) > 1)
+        by_peft(made, tmp_path / "kept")
+        ranks |= found
+    assert len(ranks) > 1
 
 
 def test_exact_factors_can_be_reduced(exact: Trial, make: Callable[..., Any], tmp_path: Path) -> None:

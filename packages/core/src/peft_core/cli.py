@@ -150,7 +150,7 @@ def inspect(
 def quickstart(
     method: Annotated[str, typer.Option(help="An installed method; see `peft-core methods`.")],
     model: Base = "smollm2-135m",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 40,
     out: Annotated[Path, typer.Option(help="Folder for adapter, loss curve and metrics.")] = Path("out"),
     data: Annotated[
         Path | None,

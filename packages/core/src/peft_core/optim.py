@@ -159,7 +159,7 @@ def _install() -> None:
     register_optimizer_step_post_hook(_after)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not _watches or _skipped(optimizer):
         return
@@ -192,7 +192,7 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
         _local.running.append(_Running(optimizer, stack[0], served, contexts.pop_all()))
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     mine = [step for step in _local.running if step.optimizer is optimizer]
     if not mine:

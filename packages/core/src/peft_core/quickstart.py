@@ -109,7 +109,7 @@ class Report:
 def run(
     method: str,
     model: str = "smollm2-135m",
-    steps: int = 60,
+    steps: int = 40,
     out: Path = Path("out"),
     data: Path | None = None,
     options: Mapping[str, Any] | None = None,

@@ -107,9 +107,9 @@ class TrainReport:
             "training loss": f"{self.losses[0]:.3f} → {self.losses[-1]:.3f}" if self.losses else "",
         }
         if self.result:
-            for name, value in self.result.items():
+            for name, figure in self.result.items():
                 if name != "step":
-                    rows[f"held-out {name}"] = f"{self.evaluations[0][name]:.3f} → {value:.3f}"
+                    rows[f"held-out {name}"] = f"{self.evaluations[0][name]:.3f} → {figure:.3f}"
         for label, value in rows.items():
             if value:
                 table.add_row(label, escape(value))
@@ -335,6 +335,7 @@ class _RunTrainer(AdapterTrainer):
         lengths: of the training examples. figures: see `_Job.evaluate`.
     """
 
+    control: Any
     lengths: Sequence[int] = ()
     figures: Callable[[], dict[str, float]] | None = None
 

@@ -23,7 +23,7 @@ from .optim import check_stepped
 from .plan import ROOT_PREFIX
 
 if TYPE_CHECKING:
-    _Base = Trainer
+    from transformers import Trainer as _Base
 else:
     _Base = object
 
@@ -49,6 +49,8 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
         CheckpointError: a checkpoint's adapter is missing, damaged, or has another layout.
     """
 
+    optimizer: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         signature = inspect.signature(super().__init__)
         given = signature.bind_partial(*args, **kwargs)
@@ -68,6 +70,11 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise AdapterError(
                 "AdapterTrainer runs on one process or under DDP; DeepSpeed and FSDP are not supported by it"
+            )
+        if self.args.n_gpu > 1:
+            raise AdapterError(
+                "several GPUs in one process would be used through DataParallel, whose copies cannot look up an adapter's "
+                "tensors; start with torchrun, or make one GPU visible with CUDA_VISIBLE_DEVICES"
             )
         self.add_callback(_Follower())
 
@@ -153,6 +160,8 @@ class Reference(nn.Module):
     It holds no weights. Called, it runs the model with those adapters off; other active adapters stay.
     """
 
+    policy: Any
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.__dict__["policy"] = model  # no child: its parameters are not the reference's
@@ -227,7 +236,7 @@ def _places(model: nn.Module, directory: Path) -> list[tuple[Adapter, Path]]:
     return [(adapter, directory if len(found) == 1 else directory / adapter.name) for adapter in found]
 
 
-def _check_arguments(trainer: AdapterTrainerMixin, model: nn.Module, args: Any) -> None:
+def _check_arguments(trainer: AdapterTrainerMixin, model: Any, args: Any) -> None:
     found = in_training(model)
     if not found:
         present = adapters(model)

@@ -1,0 +1,115 @@
+"""Verification: what agrees passes, what differs fails, and exports carry what it takes to see it elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import peft_core as pc
+import peft_export
+from peft_core.testing.checks import Trial
+from peft_export.verify import compare
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def spoil(directory: Path, file: str, amount: float) -> None:
+    """Another model than the one that was exported."""
+    stored = load_file(directory / file)
+    save_file({key: tensor * (1 + amount) for key, tensor in stored.items()}, directory / file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("kind", ["merged", "lora"])
+def test_exports_pass_and_spoilt_ones_fail(
+    family: str, kind: str, any_method: Trial, make: Callable[..., Any], peft_core: Any, tmp_path: Path
+) -> None:
+    made = make(any_method, family)
+    out = tmp_path / "out"
+    write = peft_export.merge if kind == "merged" else peft_export.export_lora
+    write(made.base, made.adapter, out)
+    code, text, err = peft_core("verify", out, "--base", made.base, "--adapter", made.adapter, "--json")
+    report = json.loads(text)
+    assert code == 0 and report["ok"] and report["kind"] == kind and report["mean_kl"] < 1e-9, err
+    assert all(found["agreement"] == 1.0 for found in report["prompts"])
+    # On another machine there is no adapter; a LoRA still needs its base.
+    more = ("--base", made.base) if kind == "lora" else ()
+    code, text, _ = peft_core("verify", out, *more, "--json")
+    assert code == 0 and json.loads(text)["against"] == "golden logits" and json.loads(text)["ok"]
+    spoil(out, "model.safetensors" if kind == "merged" else "adapter_model.safetensors", 1.0)
+    code, text, _ = peft_core("verify", out, *more)
+    assert code == 1 and "FAILED" in text
+    assert peft_core("verify", out, *more, "--max-kl", "1e9")[0] == 0
+
+
+def test_weighted_adapters(additive: Trial, make: Callable[..., Any], peft_core: Any, tmp_path: Path) -> None:
+    one = make(additive, name="one")
+    two = make(additive, name="two", model=one.model, base=one.base, seed=1)
+    adapters = ("--adapter", f"{one.adapter}=0.7", "--adapter", f"{two.adapter}=-0.3")
+    code, text, err = peft_core("merge", "--base", one.base, *adapters, "--out", tmp_path / "out", "--verify", "--json")
+    assert code == 0, err
+    assert json.loads(text)["verification"]["mean_kl"] < 1e-9
+    code, *_ = peft_core("verify", tmp_path / "out", "--base", one.base, "--adapter", one.adapter, "--max-kl", "1e-6")
+    assert code == 1
+
+
+def test_the_card_tells(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(any_method)
+    for write, name in ((peft_export.merge, "merged"), (peft_export.export_lora, "lora")):
+        write(made.base, made.adapter, tmp_path / name)
+        card = tmp_path / name / "README.md"
+        assert "Not verified yet" in card.read_text()
+        peft_export.verify(tmp_path / name, made.base, made.adapter)
+        text = card.read_text()
+        assert "Not verified yet" not in text and "passed" in text and text.count("## Verification") == 1
+        assert text.startswith("---\n") and f'"method": "{any_method.method}"' in text
+        assert "library_name: " in text and "tags:" in text
+
+
+def test_nothing_is_recorded_unasked(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(any_method)
+    peft_export.merge(made.base, made.adapter, tmp_path / "out")
+    peft_export.verify(tmp_path / "out", made.base, made.adapter, record=False)
+    assert not (tmp_path / "out/verification").exists()
+    with pytest.raises(pc.MergeError, match="carries no golden logits yet"):
+        peft_export.verify(tmp_path / "out")
+
+
+def test_bad_input(any_method: Trial, make: Callable[..., Any], fails: Callable[..., str], tmp_path: Path) -> None:
+    made = make(any_method)
+    out = tmp_path / "out"
+    assert "does not exist" in fails("verify", out)
+    assert "is no export" in fails("verify", made.adapter)
+    peft_export.export_lora(made.base, made.adapter, out)
+    assert "needs its base model" in fails("verify", out)
+    assert "needs its base model" in fails("verify", out, "--adapter", made.adapter)
+    assert "carries no golden logits" in fails("verify", out, "--base", made.base)
+    no_tokenizer = fails("verify", out, "--base", made.base, "--adapter", made.adapter, "--prompt", "Hello")
+    assert "there is no tokenizer in" in no_tokenizer
+    peft_export.verify(out, made.base, made.adapter)
+    golden = out / "verification/golden.safetensors"
+    golden.write_bytes(golden.read_bytes()[:500])
+    assert "is cut short" in fails("verify", out, "--base", made.base)
+    assert "for others give --base and --adapter" in fails("verify", out, "--base", made.base, "--prompt", "Hello")
+
+
+def test_comparison() -> None:
+    p = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+    same = compare("", p, p + 3.0)
+    assert same.mean_kl < 1e-12 and same.agreement == 1.0 and same.difference == 3.0
+    other = compare("", p, torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
+    expected = float(
+        torch.nn.functional.kl_div(torch.log_softmax(torch.tensor([0.0, 1.0]), 0), p[1].softmax(0), reduction="sum")
+    )
+    assert other.max_kl == pytest.approx(expected, rel=1e-5) and other.mean_kl == pytest.approx(expected / 2, rel=1e-5)
+    assert other.agreement == 0.5 and other.positions == 2
+    broken = compare("", p, p * float("nan"))
+    assert broken.mean_kl == float("inf") and broken.difference == float("inf")
+    with pytest.raises(pc.MergeError, match="logits of shape"):
+        compare("", p, p[:1])
