@@ -76,6 +76,22 @@ def test_classifier_trained_on_a_plain_encoder(method: Trial, make: Callable[...
     assert any("BertForSequenceClassification" in note for note in report.notes)
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(made.output(merged), expected, atol=1e-5, rtol=1e-5)
+    assert peft_export.verify(tmp_path / "out", tmp_path / "encoder", made.adapter).mean_kl < 1e-9
+
+
+def test_classifier_trained_on_a_language_model(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """The files have a head that the adapter's model has not, and the other way round."""
+    llama(pad_token_id=0).save_pretrained(tmp_path / "language")
+    model = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "language", num_labels=3)
+    made = make(any_method, model=model.eval(), name="classifier", train_modules=("score",))
+    expected = made.output()
+    peft_export.merge(tmp_path / "language", made.adapter, tmp_path / "out")
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(made.output(merged), expected, atol=1e-5, rtol=1e-5)
+    peft_export.export_lora(tmp_path / "language", made.adapter, tmp_path / "lora")
+    for kind in ("out", "lora"):
+        assert peft_export.verify(tmp_path / kind, tmp_path / "language", made.adapter).mean_kl < 1e-9
+        assert peft_export.verify(tmp_path / kind, tmp_path / "language").ok
 
 
 def test_legacy_names(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:

@@ -336,16 +336,14 @@ def check_layout(directory: str | Path, header: AdapterFile, bank: Bank) -> None
 
 def _difference(there: Any, here: Any) -> str:
     """`has r 4 there and 8 here`: where two descriptions differ."""
-    while isinstance(there, dict) and isinstance(here, dict):
-        name = next(name for name in [*there, *here] if there.get(name) != here.get(name))
-        there, here = there.get(name), here.get(name)
-        if not (isinstance(there, dict) and isinstance(here, dict)):
-            return f"has {name} {there} there and {here} here"
-    return (
-        f"is {'absent' if there is None else 'present'} there and {'absent' if here is None else 'present'} here"
-        if (there is None or here is None)
-        else "has other members there"
-    )
+    if there is None or here is None:
+        return f"is absent {'there' if there is None else 'here'}"
+    if not (isinstance(there, dict) and isinstance(here, dict)):
+        return "has other members there"
+    name = next(name for name in [*there, *here] if there.get(name) != here.get(name))
+    if isinstance(there.get(name), dict) and isinstance(here.get(name), dict):
+        return _difference(there[name], here[name])
+    return f"has {name} {there.get(name)} there and {here.get(name)} here"
 
 
 def spec_of(header: AdapterFile) -> AdapterSpec:

@@ -62,11 +62,14 @@ class SharedGradient:
         if buffer is None:
             buffer = self._buffers[task] = torch.zeros_like(self._parameter, requires_grad=False)
             # A backward that wants no gradient of this tensor never reaches the gate.
-            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._buffers.pop, task, None))
+            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._drop, task))
         if isinstance(gradient, Rows):
             buffer.index_add_(0, gradient.index, gradient.values.to(buffer.dtype))
         else:
             buffer.add_(gradient)
+
+    def _drop(self, task: int) -> None:
+        self._buffers.pop(task, None)
 
     def _take(self) -> Tensor | None:
         return self._buffers.pop(torch._C._current_graph_task_id(), None)

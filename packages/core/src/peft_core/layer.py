@@ -77,8 +77,9 @@ class Slot:
     """What an adapted layer knows of its adapters: kept in the layer's plain `__dict__`, so that a copy has its own.
 
     Attributes:
-        parameters, buffers: the root's own dictionaries, looked up at every forward. members: by adapter.
+        parameters, buffers: the root's own dictionaries, compared at every forward. members: by adapter.
         active: the active members with their run-time scale. dense: a weight that stands in for a quantized one.
+        paired: whether all active methods have an accumulating pair. drops: whether one has dropout.
     """
 
     def __init__(self, root: nn.Module, transposed: bool, fused: bool) -> None:
@@ -88,12 +89,14 @@ class Slot:
         self.members: dict[str, Member] = {}
         self.active: list[tuple[Member, float]] = []
         self.dense: Tensor | None = None
-        self._compiled: list[Use] = []
+        self.paired = self.drops = False
+        self._uses: list[Use] | None = None
+        self._sources: list[tuple[dict[str, Any], str, Any]] = []
 
     def activate(self, scales: dict[str, float]) -> None:
         """Make these adapters the active ones, in their order."""
         self.active = [(self.members[name], scale) for name, scale in scales.items() if name in self.members]
-        self._compiled = self._look_up()
+        self._refresh()
 
     def uses(self) -> list[Use]:
         """The active adapters with their tensors as they are now.
@@ -101,9 +104,27 @@ class Slot:
         Compiled code reads the tensors from this object: names would be guarded, and every other adapter of the same layout
         would compile anew. FSDP2 replaces parameters at every step, so there they are looked up by name all the same.
         """
-        if torch.compiler.is_compiling() and not hasattr(self.root, "unshard"):
-            return self._compiled
-        return self._look_up()
+        if self._uses is None:
+            self._refresh()
+        if torch.compiler.is_compiling():
+            return self._look_up() if hasattr(self.root, "unshard") else self._uses  # type: ignore[return-value]
+        for held, name, tensor in self._sources:
+            if held.get(name) is not tensor:
+                self._refresh()
+                break
+        return self._uses  # type: ignore[return-value]
+
+    def _refresh(self) -> None:
+        """Look everything up anew: something was activated, or the root holds other tensors than before."""
+        self._uses = self._look_up()
+        self._sources = [
+            (held, there, held[there])
+            for member, _ in self.active
+            for held, names in ((self.parameters, member.names), (self.buffers, member.fixed))
+            for _, there in names
+        ]
+        self.paired = all(use.functions.add_ is not None and use.additive for use in self._uses)
+        self.drops = any(use.dropout for use in self._uses)
 
     def _look_up(self) -> list[Use]:
         return [
@@ -119,12 +140,8 @@ class Slot:
             for member, scale in self.active
         ]
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._compiled = []
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled": None}
+        return {**self.__dict__, "_uses": None, "_sources": []}
 
 
 class AdaptedLinear:
@@ -137,8 +154,10 @@ class AdaptedLinear:
         if not slot.active:
             return super().forward(x)  # type: ignore[misc,no-any-return]
         uses = slot.uses()
-        if _fusible(self, slot, uses, x):
-            return _fused(self, slot, uses, x)
+        if slot.fused and _paired(slot):
+            y = _fused(self, slot, uses, x)
+            if y is not None:
+                return y
         return add_to(self, slot, uses, x, super().forward(x))  # type: ignore[misc]
 
     def __reduce__(self) -> Any:
@@ -271,7 +290,7 @@ garments = {AdaptedLinear, HookedLinear, Trained, AdaptedRoot}
 
 def add_to(module: Any, slot: Slot, uses: list[Use], x: Tensor, y: Tensor) -> Tensor:
     """The path for bases that cannot be fused: what the active adapters add to the base's output."""
-    if _paired(uses):
+    if _paired(slot):
         with torch.autocast(x.device.type, enabled=False):
             return FusedDelta.apply(x.to(y.dtype), y, uses, module.training, *_edges(uses))  # type: ignore[no-any-return]
     for use in uses:
@@ -282,12 +301,13 @@ def add_to(module: Any, slot: Slot, uses: list[Use], x: Tensor, y: Tensor) -> Te
     return y
 
 
-def _paired(uses: list[Use]) -> bool:
-    """Whether the methods' accumulating pairs are to be used, and all have one."""
+def _paired(slot: Slot) -> bool:
+    """Whether the methods' accumulating pairs are to be used, and all have one. Transforms of functions need autograd."""
     return (
-        not torch.compiler.is_compiling()
+        slot.paired
+        and not torch.compiler.is_compiling()
         and kernels.chosen() != "naive"
-        and all(use.functions.add_ is not None and use.additive for use in uses)
+        and not torch._C._are_functorch_transforms_active()
     )
 
 
@@ -303,37 +323,36 @@ def _dense(module: Any, slot: Slot, x: Tensor) -> Tensor:
     return add_to(module, slot, slot.uses(), x, y.to(x.dtype)) if slot.active else y.to(x.dtype)
 
 
-def _fusible(module: Any, slot: Slot, uses: list[Use], x: Tensor) -> bool:
-    weight = module.weight
-    return (
-        slot.fused
-        and _paired(uses)
-        and type(weight) in (nn.Parameter, Tensor)
-        and not weight.requires_grad
-        and (module.bias is None or not module.bias.requires_grad)
-        and weight.device == x.device
-        and x.device.type != "meta"
-        and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
-    )
+def _fused(module: Any, slot: Slot, uses: list[Use], x: Tensor) -> Tensor | None:
+    """Base and adapters in one function, or None where the base must compute its part by itself.
 
-
-def _fused(module: Any, slot: Slot, uses: list[Use], x: Tensor) -> Tensor:
-    weight, bias, device = module.weight, module.bias, x.device.type
-    dropout = module.training and any(use.dropout for use in uses)
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        with torch.autocast(device, enabled=False):
-            return _apply(x, weight, bias, slot.transposed, uses, dropout)
-    return _apply(x, weight, bias, slot.transposed, uses, dropout)
-
-
-def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, uses: list[Use], dropout: bool) -> Tensor:
-    if x.shape[-1] != weight.shape[0 if transposed else 1]:
-        raise AdapterError(
-            f"the input has {x.shape[-1]} features, the adapted layer expects {weight.shape[0 if transposed else 1]}"
-        )
-    return FusedLinear.apply(x, weight, bias, transposed, uses, dropout, *_edges(uses))  # type: ignore[no-any-return]
+    This runs at every layer of every step, between products that push Python's own data out of the caches: what is not
+    asked for here costs nothing there.
+    """
+    held = module._parameters  # a weight or bias that is none of these is computed by somebody (a parametrization)
+    weight, bias, device = held.get("weight"), held.get("bias"), x.device
+    if (
+        type(weight) not in (nn.Parameter, Tensor)
+        or "bias" not in held
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or weight.device != device
+        or device.type == "meta"
+    ):
+        return None
+    autocast = torch.is_autocast_enabled(device.type)
+    if x.dtype != weight.dtype and not autocast:
+        return None
+    if x.shape[-1] != weight.shape[0 if slot.transposed else 1]:
+        expected = weight.shape[0 if slot.transposed else 1]
+        raise AdapterError(f"the input has {x.shape[-1]} features, the adapted layer expects {expected}")
+    dropout = slot.drops and module.training
+    if not autocast:
+        return _apply_linear(x, weight, bias, slot.transposed, uses, dropout, *_edges(uses))  # type: ignore[no-any-return]
+    dtype = torch.get_autocast_dtype(device.type)
+    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    with torch.autocast(device.type, enabled=False):
+        return _apply_linear(x, weight, bias, slot.transposed, uses, dropout, *_edges(uses))  # type: ignore[no-any-return]
 
 
 def _edges(uses: list[Use]) -> list[Tensor]:
@@ -343,10 +362,24 @@ def _edges(uses: list[Use]) -> list[Tensor]:
     edges: list[Tensor] = []
     if torch.is_grad_enabled():
         for use in uses:
+            if not use.shared:
+                edges += use.tensors.values()
+                continue
             for name, tensor in use.tensors.items():
                 shared = use.shared.get(name)
                 edges.append(shared.edge(tensor) if shared is not None and tensor.requires_grad else tensor)
     return edges
+
+
+def _once(backward: Any) -> Any:
+    """`once_differentiable`, at no cost where no second derivative is asked for."""
+    guarded = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def choose(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, dy)  # type: ignore[no-any-return]
+
+    return choose
 
 
 class FusedLinear(torch.autograd.Function):
@@ -372,17 +405,21 @@ class FusedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         weight, *saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad
         flat = dy.reshape(-1, dy.shape[-1])
         dx = rows = None
-        if ctx.needs_input_grad[0]:
+        if needs[0]:
             # A tensor of its own, no view: where x has several readers, the engine adds the others' part to it in place.
             dx = torch.matmul(flat.view(dy.shape), weight.t() if ctx.transposed else weight)
             rows = dx.view(-1, dx.shape[-1])
-        gradients = _grad_all(ctx, flat, rows, saved, ctx.needs_input_grad[6:])
-        return (dx, None, None, None, None, None, *gradients)
+        return (dx, None, None, None, None, None, *_grad_all(ctx, flat, rows, saved, needs[6:]))
+
+
+# What torch.autograd.Function.apply does when no functorch transform is active, without looking for its wrappers.
+_apply_linear = super(torch.autograd.Function, FusedLinear).apply
 
 
 class FusedDelta(torch.autograd.Function):
@@ -396,7 +433,7 @@ class FusedDelta(torch.autograd.Function):
         return total.view(y.shape)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         flat = dy.reshape(-1, dy.shape[-1])
         dx = flat.new_zeros(flat.shape[0], ctx.shape[-1]) if ctx.needs_input_grad[0] else None
@@ -406,23 +443,28 @@ class FusedDelta(torch.autograd.Function):
 
 def _add_all(ctx: Any, uses: list[Use], x: Tensor, y: Tensor, dropout: bool, *more: Tensor) -> None:
     """Let every adapter add to y [tokens, out] in place; save what their gradients need, after `more`."""
-    saved: list[Tensor] = []
+    saved: list[Tensor] = [*more]
     layout: list[tuple[int, bool]] = []  # per use: number of saved tensors, whether a dropout mask follows
     for use in uses:
+        add_ = use.functions.add_
+        assert add_ is not None
         inner, mask = x, None
         if dropout and use.dropout:
             mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - use.dropout)
             inner = x * mask / (1 - use.dropout)
-        assert use.functions.add_ is not None
         if use.scale == 1.0:
-            kept = use.functions.add_(inner, y, use.tensors, use.binding)
+            kept = add_(inner, y, use.tensors, use.binding)
         else:
             delta = torch.zeros_like(y)
-            kept = use.functions.add_(inner, delta, use.tensors, use.binding)
+            kept = add_(inner, delta, use.tensors, use.binding)
             y.add_(delta, alpha=use.scale)
         layout.append((len(kept), mask is not None))
-        saved += [*kept, *([mask] if mask is not None else [])]
-    ctx.save_for_backward(*more, *saved, *(tensor for use in uses for tensor in use.tensors.values()))
+        saved += kept
+        if mask is not None:
+            saved.append(mask)
+    for use in uses:
+        saved += use.tensors.values()
+    ctx.save_for_backward(*saved)
     ctx.uses, ctx.layout = uses, layout
 
 
@@ -430,16 +472,18 @@ def _grad_all(
     ctx: Any, dy: Tensor, dx: Tensor | None, saved: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Let every adapter add to dx [tokens, in] in place, and collect the gradients of their edges."""
-    kept_count = sum(count + masked for count, masked in ctx.layout)
-    kept, values, needed = iter(saved[:kept_count]), iter(saved[kept_count:]), iter(needs)
     gradients: list[Tensor | None] = []
+    at, value_at = 0, sum(count + masked for count, masked in ctx.layout)
     for use, (count, masked) in zip(ctx.uses, ctx.layout, strict=True):
-        own = tuple(next(kept) for _ in range(count))
-        mask = next(kept) if masked else None
-        tensors = {name: next(values) for name in use.tensors}
+        own = tuple(saved[at : at + count])
+        mask = saved[at + count] if masked else None
+        at += count + masked
+        tensors = dict(zip(use.tensors, saved[value_at:], strict=False))
+        value_at += len(tensors)
         found = _backward_of(use, dy, dx, own, mask, tensors)
         for name in tensors:
-            gradients.append(_deliver(use, name, found[name], tensors[name]) if next(needed) else None)
+            needed = len(gradients) < len(needs) and needs[len(gradients)]
+            gradients.append(_deliver(use, name, found[name], tensors[name]) if needed else None)
     return gradients
 
 

@@ -288,7 +288,8 @@ def _borrowed(groups: tuple[SharingGroup, ...], sites: tuple[Site, ...], where: 
             for name in group.tensors:
                 if name in borrowed[member]:
                     raise PlanError(
-                        f"{where}: '{member}' borrows two tensors named '{name}', from '{borrowed[member][name]}' and '{group.name}'"
+                        f"{where}: '{member}' borrows two tensors named '{name}', from "
+                        f"'{borrowed[member][name]}' and '{group.name}'"
                     )
                 borrowed[member][name] = f"{group.name}.{name}"
     return borrowed

@@ -103,8 +103,8 @@ class AdapterFiles:
             CheckpointError: it holds NaN or infinite values.
         """
         tensor = reader.read(self._entries[key], into)
-        # A sum is finite only if every element is; one pass, nothing allocated.
-        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+        # A sum is finite only if every element is (it may overflow, too): one pass, nothing allocated.
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             raise CheckpointError(f"'{self.path}': '{key}' holds NaN or infinite values; the training run diverged")
         return tensor
 

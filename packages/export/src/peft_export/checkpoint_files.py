@@ -238,10 +238,10 @@ class Reader:
             raise CheckpointError(
                 f"'{entry.file}': '{entry.key}' has the dtype {entry.dtype}, which this torch does not know"
             )
-        if into is None:
-            raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-            self._fill(entry, 0, raw)
-            return raw.view(dtype).view(entry.shape)
+        if into is None or into.dtype == dtype:
+            whole = torch.empty(entry.numel, dtype=dtype) if into is None else into[: entry.numel]
+            self._fill(entry, 0, whole.view(torch.uint8))
+            return whole.view(entry.shape)
         place = 0
         for piece in self.pieces(entry):
             into[place : place + len(piece)].copy_(piece)

@@ -145,6 +145,9 @@ def verify(
         float | None,
         typer.Option(min=0.0, help="Largest mean KL divergence allowed, in nats per token. Default: 1e-2."),
     ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="What both models are run in: float32, bfloat16, ..., or auto: the files' own.")
+    ] = "float32",
     record: Annotated[
         bool, typer.Option("--record/--no-record", help="Keep golden logits and the result in the export.")
     ] = True,
@@ -155,7 +158,7 @@ def verify(
 
     adapters = parse_adapters(adapter) if adapter else None
     directory = None if base is None else _local(base)
-    report = run(export, directory, adapters, prompts=prompt or (), max_kl=max_kl, record=record)
+    report = run(export, directory, adapters, prompts=prompt or (), max_kl=max_kl, dtype=dtype, record=record)
     if json_:
         _print_json(report.to_json())
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,14 +86,14 @@ def logits(model: nn.Module, prompts: Sequence[Prompt]) -> list[Tensor]:
     return out
 
 
-def adapted_model(base: Path, adapters: Mapping[str, float], header: AdapterFile) -> nn.Module:
+def adapted_model(base: Path, adapters: Mapping[str, float], header: AdapterFile, dtype: str) -> nn.Module:
     """The base with the adapters attached and active, in evaluation mode.
 
     Raises:
         CheckpointError: an adapter does not fit. ModelError: the base cannot be loaded.
     """
     config = output.read_config(base)
-    model = load_model(base, header.base.architecture, head_labels(header, config))
+    model = load_model(base, header.base.architecture, dtype, head_labels(header, config))
     active = {f"adapter{number}": weight for number, weight in enumerate(adapters.values())}
     for name, directory in zip(active, adapters, strict=True):
         pc.load(model, directory, name=name)
@@ -100,8 +101,8 @@ def adapted_model(base: Path, adapters: Mapping[str, float], header: AdapterFile
     return model
 
 
-def load_model(directory: Path, architecture: str, fields: Mapping[str, Any] | None = None) -> nn.Module:
-    """A transformers model of this class, in the dtype of its files. `fields` replace those of its configuration.
+def load_model(directory: Path, architecture: str, dtype: str, fields: Mapping[str, Any] | None = None) -> nn.Module:
+    """A transformers model of this class, in this dtype or (`auto`) that of its files. `fields` replace its configuration's.
 
     Raises:
         ModelError: transformers has no such class, or cannot load the directory.
@@ -119,7 +120,7 @@ def load_model(directory: Path, architecture: str, fields: Mapping[str, Any] | N
     )
     try:
         with _quiet():
-            model: nn.Module = cls.from_pretrained(directory, dtype="auto", **labels)
+            model: nn.Module = cls.from_pretrained(directory, dtype=dtype, **labels)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
             f"cannot load '{directory}' as {architecture}: {' '.join(str(error).split())[:300]}"
@@ -150,7 +151,7 @@ def with_lora(model: nn.Module, directory: Path) -> nn.Module:
         if path == name:
             _replace(module, name.rpartition(".")[2], A)
         else:
-            escaped = path.replace(".", r"\.")
+            escaped = re.escape(path)
             scale = alphas.get(escaped, default[0]) / ranks.get(escaped, default[1])
             module.register_forward_hook(_add(A, tensors[f"{path}.lora_B.weight"], scale))
     return model

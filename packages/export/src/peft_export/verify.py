@@ -17,9 +17,10 @@ from peft_core.checkpoint import read_header
 from peft_core.files import whole_directory
 
 from . import card, output
-from .checkpoint_files import CODES, Reader, open_checkpoint, read_entries
+from .checkpoint_files import CODES, DTYPES, Reader, open_checkpoint, read_entries
 from .lora import CONFIG
 from .shards import Item, Writer
+from .streaming import dtype_code
 
 FOLDER, GOLDEN, RESULTS = "verification", "golden.safetensors", "results.json"
 MAX_KL: Mapping[str, float] = {"float64": 1e-2, "float32": 1e-2, "bfloat16": 1e-2, "float16": 1e-2}
@@ -44,12 +45,18 @@ class Comparison:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found. `ok`: every prompt's mean KL is within `max_kl`."""
+    """What `verify` found.
+
+    Attributes:
+        dtype: of the export's weights. computed_in: what both models were run in.
+        ok: every prompt's mean KL is within `max_kl`.
+    """
 
     export: str
     kind: str
     against: str
     dtype: str
+    computed_in: str
     max_kl: float
     ok: bool
     prompts: tuple[Comparison, ...]
@@ -72,6 +79,7 @@ def verify(
     *,
     prompts: Sequence[str] = (),
     max_kl: float | None = None,
+    dtype: str = "float32",
     record: bool = True,
 ) -> VerifyReport:
     """Compare an export with the adapted model, or with the golden logits that an earlier comparison left in it.
@@ -80,13 +88,17 @@ def verify(
         export: what `merge` or `export_lora` wrote. base: checkpoint directory; needed with `adapters`, and for a LoRA.
         adapters: what it was made from; None: compare with the golden logits.
         prompts: texts; none: built-in ones. max_kl: see `MAX_KL`.
+        dtype: what both models are run in. float32 shows what the export's rounding does, and nothing else; `auto`, the
+            files' own, takes half the memory for 16-bit models, and adds the rounding of every activation.
         record: with `adapters`, keep golden logits in the export and the result in its model card.
 
     Raises:
         CheckpointError: an input cannot be read. MergeError: something is missing for the comparison.
-        ModelError: a model cannot be loaded or compared.
+        ModelError: a model cannot be loaded or compared. SpecError: a dtype that is none.
     """
     from . import running
+
+    dtype_code(None if dtype == "auto" else dtype)
 
     started = time.perf_counter()
     directory = Path(export)
@@ -99,7 +111,7 @@ def verify(
         assert source is not None
         header = read_header(next(iter(weights)))
         architecture = header.base.architecture
-        reference = running.adapted_model(source, weights, header)
+        reference = running.adapted_model(source, weights, header, dtype)
         config: Any = reference.config
         vocabulary = getattr(config.get_text_config(), "vocab_size", 2)
         inputs = running.make_prompts(prompts, [directory, source], vocabulary)
@@ -116,20 +128,21 @@ def verify(
     if kind == "lora":
         assert source is not None
         fields = output.read_marker(directory)["config"] if (directory / output.MARKER).is_file() else {}
-        model = running.with_lora(running.load_model(source, architecture, fields), directory)
+        model = running.with_lora(running.load_model(source, architecture, dtype, fields), directory)
     else:
-        model = running.load_model(directory, architecture)
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        model = running.load_model(directory, architecture, dtype)
+    precision = _precision(directory if kind == "merged" else source)
     compared = tuple(
         compare(prompt.text, want, found)
         for prompt, want, found in zip(inputs, expected, running.logits(model, inputs), strict=True)
     )
-    limit = MAX_KL.get(dtype, 1e-2) if max_kl is None else max_kl
+    limit = MAX_KL.get(precision, 1e-2) if max_kl is None else max_kl
     report = VerifyReport(
         export=str(export),
         kind=kind,
         against=", ".join(weights) if weights else "golden logits",
-        dtype=dtype,
+        dtype=precision,
+        computed_in=dtype if dtype != "auto" else precision,
         max_kl=limit,
         ok=all(found.mean_kl <= limit for found in compared),
         prompts=compared,
@@ -165,6 +178,11 @@ def _kind(directory: Path) -> str:
         return "merged"
     what = "does not exist" if not directory.exists() else f"is no export: it has neither config.json nor {CONFIG}"
     raise CheckpointError(f"'{directory}' {what}")
+
+
+def _precision(directory: Path | None) -> str:
+    assert directory is not None
+    return str(DTYPES[open_checkpoint(directory).dtype]).removeprefix("torch.")
 
 
 def _weights(adapters: str | Path | Sequence[str | Path] | Mapping[str, float] | None) -> dict[str, float]:
@@ -224,8 +242,9 @@ def _card_lines(report: VerifyReport) -> list[str]:
         figures = f"{found.mean_kl:.1e} | {found.max_kl:.1e} | {found.difference:.1e} | {100 * found.agreement:.0f} %"
         rows.append(f"| {prompt} | {found.positions} | {figures} |")
     verdict = "passed" if report.ok else "FAILED"
+    how = f"{report.dtype} weights, compared with the adapted model in {report.computed_in}"
     return [
-        f"Compared with the adapted model in {report.dtype}: {verdict} (mean KL ≤ {report.max_kl:g} nats).",
+        f"{how}: {verdict} (mean KL ≤ {report.max_kl:g} nats).",
         "",
         "| prompt | positions | mean KL | max KL | max logit difference | same first choice |",
         "|---|---|---|---|---|---|",

@@ -78,7 +78,7 @@ def peft_lowrank(site: Site, tensors: Mapping[str, Tensor], binding: Mapping[str
             "merge it into the weights instead"
         )
     if options.variant == "expand":
-        E = kernels.indicator(site.out_features, options.r, False, options.sizes, D.dtype, str(D.device))
+        E = kernels.indicator(site.out_features, options.r, False, options.sizes, D.dtype, D.device)
         return LowRank(A=D, B=options.scale * E.T)
-    E = kernels.indicator(site.in_features, options.r, options.interleaved, None, D.dtype, str(D.device))
+    E = kernels.indicator(site.in_features, options.r, options.interleaved, None, D.dtype, D.device)
     return LowRank(A=E, B=options.scale * D.repeat(1, site.out_features // D.shape[1]).T)

@@ -8,6 +8,7 @@ x only by `expand`, whose gradient needs it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,19 +18,32 @@ from peft_core import Forward, Tensors
 from . import naive
 
 
-@functools.lru_cache(maxsize=256)
 def indicator(
-    count: int, r: int, interleaved: bool, sizes: tuple[int, ...] | None, dtype: torch.dtype, device: str
+    count: int, r: int, interleaved: bool, sizes: tuple[int, ...] | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """E [r, count]: E[i, j] = 1 where column j belongs to shard i."""
     shards = naive.shard_of(count, r, interleaved, sizes)
     return torch.nn.functional.one_hot(shards, r).T.contiguous().to(device=device, dtype=dtype)
 
 
+def members_of(
+    count: int, r: int, interleaved: bool, sizes: tuple[int, ...] | None = None
+) -> Callable[[Tensor], Tensor]:
+    """E for the dtype and device of a tensor, made once; for a fake tensor (tracing), made each time."""
+    known = functools.cache(functools.partial(indicator, count, r, interleaved, sizes))
+
+    def members(like: Tensor) -> Tensor:
+        make = known if type(like) is Tensor else known.__wrapped__
+        return make(like.dtype, like.device)
+
+    return members
+
+
 @functools.cache
 def efficient(k: int, d: int, r: int, interleaved: bool, scale: float) -> Forward:
     """ΔW = s·Dᵀ·E with D [r, d] and the indicator of the input's shards; `mini`: D [r, m] tiled d/m times."""
     shards = naive.shard_of(k, r, interleaved)
+    members = members_of(k, r, interleaved)
 
     def reference(x: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
         return naive.mini(x, tensors["D"], shards.to(x.device), scale, d)
@@ -39,7 +53,7 @@ def efficient(k: int, d: int, r: int, interleaved: bool, scale: float) -> Forwar
         return D if D.shape[1] == d else D.repeat(1, d // D.shape[1])
 
     def add_(x: Tensor, y: Tensor, tensors: Tensors, binding: Tensors) -> tuple[Tensor, ...]:
-        S = x @ indicator(k, r, interleaved, None, x.dtype, str(x.device)).T  # [tokens, r]
+        S = torch.mm(x, members(x).t())  # [tokens, r]
         y.addmm_(S, tiled(tensors["D"], x.dtype), alpha=scale)
         return (S,)
 
@@ -48,9 +62,9 @@ def efficient(k: int, d: int, r: int, interleaved: bool, scale: float) -> Forwar
     ) -> dict[str, Tensor]:
         D = tensors["D"]
         if dx is not None:
-            dS = dy @ tiled(D, dy.dtype).T  # [tokens, r]
-            dx.addmm_(dS, indicator(k, r, interleaved, None, dy.dtype, str(dy.device)), alpha=scale)
-        dD = saved[0].T @ dy  # [r, d]
+            dS = torch.mm(dy, tiled(D, dy.dtype).t())  # [tokens, r]
+            dx.addmm_(dS, members(dy), alpha=scale)
+        dD = torch.mm(saved[0].t(), dy)  # [r, d]
         if D.shape[1] != d:
             dD = dD.view(r, -1, D.shape[1]).sum(1, dtype=D.dtype)
         return {"D": dD if scale == 1.0 else dD * scale}
@@ -62,22 +76,23 @@ def efficient(k: int, d: int, r: int, interleaved: bool, scale: float) -> Forwar
 def expand(d: int, r: int, sizes: tuple[int, ...] | None, scale: float) -> Forward:
     """ΔW = s·Eᵀ·D with D [r, in] and the indicator of the output's shards."""
     shards = naive.shard_of(d, r, False, sizes)
+    members = members_of(d, r, False, sizes)
 
     def reference(x: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
         return naive.expand(x, tensors["D"], shards.to(x.device), scale)
 
     def add_(x: Tensor, y: Tensor, tensors: Tensors, binding: Tensors) -> tuple[Tensor, ...]:
-        z = x @ tensors["D"].to(x.dtype).T  # [tokens, r]
-        y.addmm_(z, indicator(d, r, False, sizes, x.dtype, str(x.device)), alpha=scale)
+        z = torch.mm(x, tensors["D"].to(x.dtype).t())  # [tokens, r]
+        y.addmm_(z, members(x), alpha=scale)
         return (x,)
 
     def grad_(
         dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: Tensors, binding: Tensors
     ) -> dict[str, Tensor]:
-        dz = dy @ indicator(d, r, False, sizes, dy.dtype, str(dy.device)).T  # [tokens, r]
+        dz = torch.mm(dy, members(dy).t())  # [tokens, r]
         if dx is not None:
             dx.addmm_(dz, tensors["D"].to(dy.dtype), alpha=scale)
-        dD = dz.T @ saved[0]  # [r, in]
+        dD = torch.mm(dz.t(), saved[0])  # [r, in]
         return {"D": dD if scale == 1.0 else dD * scale}
 
     return Forward(reference, add_, grad_)

@@ -11,10 +11,12 @@ def shard_of(count: int, r: int, interleaved: bool, sizes: tuple[int, ...] | Non
 
     Interleaved: j mod r. Otherwise runs of columns, of the given sizes or as equal as possible, longer first.
     """
+    # On the CPU whatever the default device is: the result is kept.
     if interleaved:
-        return torch.arange(count) % r
-    lengths = torch.tensor(sizes) if sizes else count // r + (torch.arange(r) < count % r).long()
-    return torch.repeat_interleave(torch.arange(r), lengths)
+        return torch.arange(count, device="cpu") % r
+    which = torch.arange(r, device="cpu")
+    lengths = torch.tensor(sizes, device="cpu") if sizes else count // r + (which < count % r).long()
+    return torch.repeat_interleave(which, lengths)
 
 
 def shard_sum(x: Tensor, shards: Tensor, r: int) -> Tensor:
