@@ -1,8 +1,9 @@
 """Time and memory of merging checkpoint files: ours, a plain read/write loop (the floor), cp -r, and Hugging Face PEFT.
 
     python benchmarks/merge.py                        # 2, 4 and 8 GB, every installed method: some 45 GB of disk
-    python benchmarks/merge.py --sizes 0.3 --json     # the short form
-    python benchmarks/merge.py --sizes 2 --methods miss --no-peft
+    python benchmarks/merge.py --sizes 0.3 --hidden 1024     # the short form
+    python benchmarks/merge.py --sizes 2 --methods NAME --no-peft
+    python benchmarks/merge.py --lowering             # 8B-shaped adapters to LoRA; the target is 10 s
 
 Checkpoints are LLaMA-shaped (4096, 11008, vocabulary 32 000) with as many layers as the size asks for, in bfloat16; with
 `--hidden` they are smaller. Every run is a process of its own, reports seconds after its imports and peak resident memory
@@ -27,6 +28,20 @@ from typing import Any
 
 RATIO, MEMORY, IMPORTS = 1.5, 1e9, 2.0
 BUFFER = 1 << 24
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+EIGHT_BILLION = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
 
 
 def main() -> None:
@@ -37,13 +52,18 @@ def main() -> None:
     parser.add_argument("--no-peft", action="store_true", help="leave Hugging Face PEFT out")
     parser.add_argument("--directory", type=Path, help="where the temporary files go")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each; the fastest counts")
+    parser.add_argument("--lowering", action="store_true", help="time lowering 8B-shaped adapters to LoRA instead")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)  # in the subprocess: what, and its arguments
     options = parser.parse_args()
     if options.run:
         print(json.dumps(RUNS[options.run[0]](*options.run[1:])))
         return
-    results = []
+    results: list[dict[str, Any]] = []
+    if options.lowering:
+        with tempfile.TemporaryDirectory(prefix="peft-lower-", dir=options.directory) as folder:
+            results.append(lowering(Path(folder), options.methods))
+        options.sizes = []
     for size in options.sizes:
         with tempfile.TemporaryDirectory(prefix="peft-merge-", dir=options.directory) as folder:
             found = measure(Path(folder), size, options)
@@ -95,6 +115,27 @@ def measure(folder: Path, size: float, options: argparse.Namespace) -> dict[str,
     return found
 
 
+def lowering(folder: Path, methods: list[str] | None) -> dict[str, Any]:
+    """Seconds to lower an adapter for a Llama-3-8B, from its files and the base's configuration, for each method."""
+    import peft_core as pc
+
+    base = folder / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({**CONFIG, **EIGHT_BILLION}))
+    found: dict[str, Any] = {}
+    for name in methods or sorted(pc.methods()):
+        if pc.AdapterSpec(method=name).capabilities.lowrank:
+            make_adapter(folder / "adapter", base, name)
+            command = [sys.executable, __file__, "--run", "lower", base, folder / "adapter", folder / "out"]
+            finished = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+            run = found[name] = json.loads(finished.stdout.splitlines()[-1])
+            for written in ("adapter", "out"):
+                shutil.rmtree(folder / written)
+            figures = f"rank {run['rank']}, {run['bytes'] / 1e6:.0f} MB in {run['seconds']:.1f} s"
+            print(f"{name}: {figures}, peak {run['peak'] / 1e6:.0f} MB", file=sys.stderr)
+    return found
+
+
 def make_base(base: Path, size: float, hidden: int) -> int:
     """A LLaMA-shaped bfloat16 checkpoint of about this many GB, in shards of 5 GB. Returns its bytes."""
     import torch
@@ -129,16 +170,13 @@ def make_base(base: Path, size: float, hidden: int) -> int:
             writer.write(key, noise[: shape.numel()].view(shape))
         writer.write_index()
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        **CONFIG,
         "hidden_size": hidden,
         "intermediate_size": inner,
         "num_hidden_layers": layers,
         "num_attention_heads": hidden // 128,
         "num_key_value_heads": hidden // 128,
         "vocab_size": vocabulary,
-        "tie_word_embeddings": False,
-        "dtype": "bfloat16",
     }
     (base / "config.json").write_text(json.dumps(config))
     return sum(item.nbytes for item in items)
@@ -261,6 +299,14 @@ def run_ours(base: str, adapter: str, out: str) -> dict[str, float]:
     return {**found, "imports": imports}
 
 
+def run_lower(base: str, adapter: str, out: str) -> dict[str, float]:
+    import peft_export
+
+    with watched() as found:
+        report = peft_export.export_lora(base, adapter, out)
+    return {**found, "rank": report.rank, "bytes": report.bytes}
+
+
 def run_peft(base: str, adapter: str, out: str) -> dict[str, float]:
     started = time.perf_counter()
     from peft import PeftModel
@@ -285,6 +331,7 @@ RUNS: dict[str, Callable[..., dict[str, float]]] = {
     "loop": run_loop,
     "cp": run_cp,
     "ours": run_ours,
+    "lower": run_lower,
     "peft": run_peft,
 }
 

@@ -1,0 +1,60 @@
+"""Every hook, command and option is documented, and every hook is exercised by an installed method or a test."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import typer
+
+import peft_core as pc
+from peft_core import hookspecs
+from peft_core.cli import program
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+HOOKS = [name for name in vars(hookspecs) if name.startswith("peft_")]
+METHOD_PACKAGES = sorted((ROOT / "packages").glob("method-*"))
+
+
+def commands(group: typer.main.TyperGroup, prefix: str = "") -> list[str]:
+    found = []
+    for name, command in group.commands.items():
+        nested = getattr(command, "commands", None)
+        found += commands(command, f"{prefix}{name} ") if nested else [f"{prefix}{name}"]
+    return found
+
+
+COMMANDS = commands(typer.main.get_command(program()))
+
+
+def test_there_is_something_to_document() -> None:
+    assert len(HOOKS) == 8 and len(COMMANDS) >= 7 and METHOD_PACKAGES
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hook_says_when_it_fires(hook: str) -> None:
+    first = (inspect.getdoc(getattr(hookspecs, hook)) or "").partition("\n")[0]
+    assert first.startswith(("At ", "Around ", "On ")), f"{hook}: {first!r}"
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hook_is_implemented_somewhere(hook: str) -> None:
+    sources = [*(ROOT / "packages").glob("*/src/**/*.py"), *(ROOT / "tests").glob("*.py")]
+    assert any(f"def {hook}(" in path.read_text(encoding="utf-8") for path in sources if path.name != "hookspecs.py")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_stands_in_the_readme(command: str) -> None:
+    assert f"peft-core {command}" in README
+
+
+@pytest.mark.parametrize("package", METHOD_PACKAGES, ids=lambda path: path.name)
+def test_method_stands_in_the_readme_and_explains_its_options(package: Path) -> None:
+    name = package.name.removeprefix("method-")
+    text = (package / "README.md").read_text(encoding="utf-8")
+    assert f"`{name}`" in README
+    assert "arXiv" in text
+    missing = [option for option in pc.methods()[name].options.model_fields if f"`{option}" not in text]
+    assert not missing, f"{package.name}/README.md does not explain {', '.join(missing)}"
