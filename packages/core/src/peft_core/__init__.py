@@ -33,8 +33,8 @@ from .sharing import (
     alike,
     kaiming_uniform,
 )
+from .sites import Site
 from .spec import AdapterSpec
-from .targets import Site
 
 if TYPE_CHECKING:
     from .trainer import AdapterTrainer, AdapterTrainerMixin

@@ -24,8 +24,8 @@ from .errors import CheckpointError, listed
 from .merge import owned_weight
 from .optim import check_stepped
 from .plan import Plan, base_info
+from .sites import Site
 from .spec import AdapterSpec
-from .targets import Site
 
 FORMAT_VERSION = 1
 HEADER, TENSORS, STATE, CARD = "adapter.json", "adapter.safetensors", "state.safetensors", "README.md"

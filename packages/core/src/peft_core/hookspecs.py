@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .method import Forward, LowRank, MethodInfo, OptimizerStep, Tensors
 from .sharing import Layout
-from .targets import Site
+from .sites import Site
 
 PROJECT = "peft_core"
 hookspec = pluggy.HookspecMarker(PROJECT)

@@ -20,7 +20,7 @@ from . import bases, kernels, plugins
 from .errors import AdapterError
 from .gradients import SharedGradient
 from .method import Capabilities, Forward
-from .targets import Site
+from .sites import Site
 
 SLOT = "_peft_site"
 

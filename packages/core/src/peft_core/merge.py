@@ -21,7 +21,7 @@ from .errors import MergeError
 from .layer import SLOT
 from .method import Tensors
 from .plan import ROOT_PREFIX
-from .targets import Site
+from .sites import Site
 
 
 class Contribution(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from .targets import Site
+from .sites import Site
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 """A site's borrowed tensors by name; a binding likewise."""

@@ -31,7 +31,7 @@ from .bank import Bank, registry
 from .errors import OptimizerStepError
 from .merge import owned_weight
 from .method import OptimizerStep, StepMember
-from .targets import Site
+from .sites import Site
 
 WARN_AFTER = 256
 _WRAPPERS = register_optimizer_step_pre_hook.__code__.co_filename  # torch's wrapper around `step` is in there

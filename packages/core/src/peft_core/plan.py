@@ -20,8 +20,9 @@ from . import bases, plugins
 from .bases import ROOT_PREFIX as ROOT_PREFIX
 from .errors import ModelError, PlanError, listed
 from .sharing import FromBase, Layout, SharingGroup, TensorSpec
+from .sites import Site
 from .spec import AdapterSpec
-from .targets import Site, choose, find_modules
+from .targets import choose, find_modules
 
 
 @dataclass(frozen=True)

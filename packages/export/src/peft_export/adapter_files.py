@@ -92,10 +92,6 @@ class AdapterFiles:
         owned = self.tensor(f"base_weight/{path}", reader, into) if self.owns(path) else None
         return Contribution(self.header.method.name, self.sites[path], tensors, binding, self.weight, owned)
 
-    def expect(self, path: str, reader: Reader) -> None:
-        """Let the system read ahead the weight of a site that the adapter owns."""
-        reader.expect(self._entries[f"base_weight/{path}"])
-
     def tensor(self, key: str, reader: Reader, into: Tensor | None = None) -> Tensor:
         """One tensor; see `Reader.read`.
 

@@ -1,11 +1,11 @@
 """Merging checkpoint files: tensor by tensor, in memory that does not grow with the model.
 
-Weights are computed by `peft_core.merge.merged_weight`, as in memory, so that both give the same bytes. One thread reads
-and computes, another writes what is ready and copies what is untouched.
+Weights are computed by `peft_core.merge.merged_weight`, as in memory, so that both give the same bytes.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -181,7 +181,7 @@ class _Verification:
 
 
 class _Pipeline:
-    """Computes the outputs in the order of the files, while another thread writes them."""
+    """Reads and computes the outputs in the order of the files, while another thread writes them."""
 
     def __init__(
         self, writer: Writer, plan: MergePlan, adapters: Sequence[AdapterFiles], progress: Progress | None
@@ -193,13 +193,14 @@ class _Pipeline:
         self._progress = progress
         self._done = 0
         self._converted: dict[str, Tensor] = {}
+        sizes = [math.prod(made.item.shape) for made in plan.outputs if made.change is not None and made.change.path]
+        self._largest = max(sizes, default=0)
         self._scratch: dict[torch.dtype, Tensor] = {}
 
     def run(self) -> None:
         """Write everything."""
         order = [self._outputs[key] for key in self._writer.order]
-        computed = [made for made in order if made.change is not None or made.conversion is not None]
-        following = dict(zip([made.item.key for made in computed], [*computed[1:], None], strict=True))
+        computed = deque(made for made in order if made.change is not None or made.conversion is not None)
         # Of what was computed, one tensor at a time waits to be written; copies take no memory.
         waiting: deque[Future[None]] = deque()
         last: Future[None] | None = None
@@ -210,8 +211,9 @@ class _Pipeline:
                     if made.change is None and made.conversion is None:
                         waiting.append(thread.submit(self._copy, made, there))
                     else:
-                        if (after := following[made.item.key]) is not None:
-                            self._expect(after, here)
+                        computed.popleft()
+                        if computed and (source := computed[0].source) is not None:
+                            here.expect(source)
                         tensor = self._compute(made, here)
                         if last is not None:
                             last.result()
@@ -224,14 +226,6 @@ class _Pipeline:
                     future.result()
             finally:
                 thread.shutdown(cancel_futures=True)
-
-    def _expect(self, made: Output, reader: Reader) -> None:
-        path = made.change.path if made.change is not None else ""
-        owner = next((adapter for adapter in (made.change.adapters if made.change else ()) if adapter.owns(path)), None)
-        if owner is not None:
-            owner.expect(path, reader)
-        elif made.source is not None:
-            reader.expect(made.source)
 
     def _copy(self, made: Output, reader: Reader) -> None:
         assert made.source is not None
@@ -251,44 +245,36 @@ class _Pipeline:
             self._progress(self._done, self._total)
 
     def _compute(self, made: Output, reader: Reader) -> Tensor:
-        """The tensor of an output, before it is rounded to its dtype, in memory that the next one does not touch."""
+        """The tensor of an output, not rounded to its dtype yet, in memory that the next one does not touch."""
         if made.conversion is not None:
             if made.item.key not in self._converted:
                 self._converted.update(self._convert(made.conversion, reader))
             return self._converted.pop(made.item.key)
         assert made.change is not None
         tensor = self._changed(made.change, made.source, reader)
-        scratch = {held.untyped_storage().data_ptr() for held in self._scratch.values()}
-        return tensor.clone() if tensor.untyped_storage().data_ptr() in scratch else tensor
+        place = tensor.untyped_storage().data_ptr()
+        # A method may return the weight that it was given.
+        return tensor.clone() if any(held.data_ptr() == place for held in self._scratch.values()) else tensor
 
     def _changed(self, change: Change, source: Entry | None, reader: Reader, stored: Tensor | None = None) -> Tensor:
-        """A parameter after its change, in the orientation of the files; `stored` is it before, if it was read already."""
+        """A parameter after its change, oriented as in the files; `stored` is it before, if it was read already."""
         if change.trained is not None:
             adapter, key = change.trained
             return adapter.tensor(key, reader)
         site = change.adapters[0].sites[change.path]
         wide = torch.promote_types(site.dtype if source is None else DTYPES[source.dtype], torch.float32)
-        scratch = self._buffer(wide, site.in_features * site.out_features)
+        # One weight after the other is widened into the same memory: fresh memory would cost more than the arithmetic.
+        if wide not in self._scratch:
+            self._scratch[wide] = torch.empty(max(self._largest, site.in_features * site.out_features), dtype=wide)
+        buffer = self._scratch[wide]
         if any(adapter.owns(change.path) for adapter in change.adapters):
             weight = torch.empty(site.out_features, site.in_features, dtype=wide, device="meta")
         else:
-            weight = stored.to(wide) if stored is not None else reader.read(source, scratch)  # type: ignore[arg-type]
+            weight = stored.to(wide) if stored is not None else reader.read(source, buffer)  # type: ignore[arg-type]
             weight = weight.T if site.transposed else weight
-        parts = [adapter.contribution(change.path, reader, scratch) for adapter in change.adapters]
+        parts = [adapter.contribution(change.path, reader, buffer) for adapter in change.adapters]
         merged = merged_weight(weight, parts)
         return merged.T if site.transposed else merged
-
-    def _buffer(self, dtype: torch.dtype, numel: int) -> Tensor:
-        """Memory in which one weight after the other is widened. Fresh memory would cost more than the arithmetic."""
-        held = self._scratch.get(dtype)
-        if held is None or held.numel() < numel:
-            sizes = [
-                made.item.nbytes // DTYPES[made.item.dtype].itemsize
-                for made in self._outputs.values()
-                if made.change and made.change.path
-            ]
-            held = self._scratch[dtype] = torch.empty(max([numel, *sizes]), dtype=dtype)
-        return held
 
     def _convert(self, group: Conversion, reader: Reader) -> dict[str, Tensor]:
         """A group of tensors that the model holds in another form: there and, changed, back again.

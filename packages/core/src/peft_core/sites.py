@@ -1,0 +1,41 @@
+"""A site: one base layer to adapt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Site:
+    """One base layer to adapt: y = W x, with W [out_features, in_features].
+
+    Attributes:
+        path: module path. type: its last component (`q_proj`). layer: the first number in the path, if any.
+        transposed: the base stores its weight in × out. dtype: the base weight's.
+        options: the method's options that hold here (the spec's, with its overrides applied).
+    """
+
+    path: str
+    in_features: int
+    out_features: int
+    transposed: bool
+    dtype: torch.dtype
+    options: Any = field(default=None)
+
+    @property
+    def type(self) -> str:
+        """Last component of the path."""
+        return self.path.rpartition(".")[2]
+
+    @property
+    def layer(self) -> int | None:
+        """First number in the path: the layer's index."""
+        return layer_index(self.path)
+
+
+def layer_index(path: str) -> int | None:
+    """The first component of a module path that is a number."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
