@@ -16,8 +16,6 @@ import yaml
 import peft_core as pc
 from peft_core import cli, models
 
-pytest.importorskip("matplotlib")
-
 
 def call(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object

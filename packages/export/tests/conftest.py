@@ -34,6 +34,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     # One of each method is enough where the method's arithmetic is not the point.
     firsts = list({trial.method: trial for trial in reversed(found)}.values())
     wanted["method"] = firsts
+    wanted["quantizable"] = [t for t in firsts if not t.can.owns_base_weight]
     # And for what knows no method, one method.
     wanted["any_method"] = [next((t for t in found if not t.can.exclusive), found[0])]
     for name, values in wanted.items():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,6 @@ from peft_core.testing.checks import Trial
 from peft_export import svd
 from peft_export.runtimes import RUNTIMES, runtime
 
-peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 import transformers
@@ -146,12 +147,9 @@ def test_everything_else_of_the_base_comes_along(any_method: Trial, make: Callab
     (base / "onnx").rmdir()
 
 
-def test_a_quantized_base(method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_quantized_base(quantizable: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
     """An adapter trained on 4-bit layers, merged into the dequantized weights, as in memory."""
-    bnb = pytest.importorskip("bitsandbytes")
-    if method.can.owns_base_weight:
-        pytest.skip("owns its base weight, which cannot be quantized")
-    made = make(method, dtype=torch.bfloat16)
+    made = make(quantizable, dtype=torch.bfloat16)
     made.handle.detach()
     model = made.model
     for site in made.handle.plan.sites:
@@ -160,7 +158,7 @@ def test_a_quantized_base(method: Trial, make: Callable[..., Any], tmp_path: Pat
         layer = bnb.nn.Linear4bit(site.in_features, site.out_features, bias=False, compute_dtype=torch.bfloat16)
         layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
         setattr(model.get_submodule(parent), child, layer.to("cpu"))
-    handle = pc.attach(model, method.spec(made.family), name="four")
+    handle = pc.attach(model, quantizable.spec(made.family), name="four")
     for parameter in handle.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     handle.save(tmp_path / "four")

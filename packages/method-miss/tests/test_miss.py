@@ -337,3 +337,29 @@ def test_capabilities_depend_on_the_variant() -> None:
     for variant in ({"variant": "efficient"}, {"variant": "expand"}, {"variant": "mini", "mini_r": 2}):
         can = pc.AdapterSpec(method="miss", options=variant).capabilities
         assert can.additive and can.lowrank and can.dropout
+
+
+def test_an_adapters_own_tensors_are_nothing_of_the_base() -> None:
+    model = nn.Sequential(nn.Linear(63, 60))
+    pc.attach(model, pc.AdapterSpec(method="miss", options={"variant": "bat", "r": 3}), name="bat")
+    plan = pc.plan(model, pc.AdapterSpec(method="miss", options={"r": 3}))
+    assert plan.notes == ()  # D of 'bat' is 3-dimensional, as weights of experts are
+    assert plan.base.num_parameters == 63 * 60 + 60
+
+
+@pytest.mark.parametrize("options", [{"r": 7}, {"variant": "expand", "r": 7}], ids=str)
+def test_what_is_kept_between_calls_is_real(options: dict[str, Any]) -> None:
+    """The indicator is made once; neither a default device nor tracing with fake tensors may get into it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    site = site_for(options, 41, 37)
+    functions, D = forward_of(site), tensors_for(site, torch.float32)["D"]
+    assert functions.add_ is not None
+    x = torch.randn(TOKENS, 41)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x), mode.from_tensor(torch.zeros(TOKENS, 37)), mode.from_tensor(D)
+        functions.add_(*fake[:2], {"D": fake[2]}, {})
+    with torch.device("meta"):
+        y = torch.zeros(TOKENS, 37, device="cpu")
+        functions.add_(x, y, {"D": D}, {})
+    torch.testing.assert_close(y, functions.naive(x, {"D": D}, {}), rtol=1e-5, atol=1e-5)

@@ -85,24 +85,38 @@ class AdapterFiles:
         """Shape of a tensor."""
         return self._entries[key].shape
 
-    def contribution(self, path: str, reader: Reader, into: Tensor | None = None) -> Contribution:
-        """What the adapter adds at a site; each site is asked for once. A weight that it owns is read into `into`."""
+    def contribution(self, path: str, reader: Reader, owned: Tensor | None = None) -> Contribution:
+        """What the adapter adds at a site; each site is asked for once. `owned`: its own weight, if it was read already."""
         tensors = {name: self._shared(key, reader) for name, key in self._borrowed[path].items()}
         binding = {name: self.tensor(key, reader) for name, key in self._bindings.get(path, {}).items()}
-        owned = self.tensor(f"base_weight/{path}", reader, into) if self.owns(path) else None
+        if owned is not None:
+            self._check_finite(f"base_weight/{path}", owned)
+        elif self.owns(path):
+            owned = self.owned(path, reader)
         return Contribution(self.header.method.name, self.sites[path], tensors, binding, self.weight, owned)
 
-    def tensor(self, key: str, reader: Reader, into: Tensor | None = None) -> Tensor:
-        """One tensor; see `Reader.read`.
+    def owned_entry(self, path: str) -> Entry:
+        """Where the weight of a site lies that the adapter owns."""
+        return self._entries[f"base_weight/{path}"]
+
+    def owned(self, path: str, reader: Reader) -> Tensor:
+        """The weight (out × in) of a site that the adapter owns."""
+        return self.tensor(f"base_weight/{path}", reader)
+
+    def tensor(self, key: str, reader: Reader) -> Tensor:
+        """One tensor.
 
         Raises:
             CheckpointError: it holds NaN or infinite values.
         """
-        tensor = reader.read(self._entries[key], into)
+        tensor = reader.read(self._entries[key])
+        self._check_finite(key, tensor)
+        return tensor
+
+    def _check_finite(self, key: str, tensor: Tensor) -> None:
         # A sum is finite only if every element is (it may overflow, too): one pass, nothing allocated.
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             raise CheckpointError(f"'{self.path}': '{key}' holds NaN or infinite values; the training run diverged")
-        return tensor
 
     def _shared(self, key: str, reader: Reader) -> Tensor:
         tensor = self._kept.get(key)

@@ -226,27 +226,18 @@ class Reader:
         return self._handles[file]
 
     def read(self, entry: Entry, into: Tensor | None = None) -> Tensor:
-        """The tensor, in memory of its own; or in `into`, one-dimensional, large enough and of a dtype to cast to.
-
-        Fresh memory costs as much as the reading, so whoever reads many large tensors brings some along.
+        """The tensor, in memory of its own or in a buffer of bytes.
 
         Raises:
             CheckpointError: its dtype is unknown here, or the file has shrunk.
         """
-        dtype = DTYPES.get(entry.dtype)
-        if dtype is None:
+        if entry.dtype not in DTYPES:
             raise CheckpointError(
                 f"'{entry.file}': '{entry.key}' has the dtype {entry.dtype}, which this torch does not know"
             )
-        if into is None or into.dtype == dtype:
-            whole = torch.empty(entry.numel, dtype=dtype) if into is None else into[: entry.numel]
-            self._fill(entry, 0, whole.view(torch.uint8))
-            return whole.view(entry.shape)
-        place = 0
-        for piece in self.pieces(entry):
-            into[place : place + len(piece)].copy_(piece)
-            place += len(piece)
-        return into[:place].view(entry.shape)
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8) if into is None else into[: entry.nbytes]
+        self._fill(entry, 0, raw)
+        return raw.view(DTYPES[entry.dtype]).view(entry.shape)
 
     def pieces(self, entry: Entry) -> Iterator[Tensor]:
         """The tensor's elements bit by bit, one-dimensional; each piece lies where the one before it was."""
@@ -257,11 +248,6 @@ class Reader:
             piece = raw[: min(step, entry.nbytes - begin)]
             self._fill(entry, begin, piece)
             yield piece.view(dtype)
-
-    def expect(self, entry: Entry) -> None:
-        """Let the system read this tensor ahead."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.handle(entry.file), entry.start, entry.nbytes, os.POSIX_FADV_WILLNEED)
 
     def same(self, one: Entry, other: Entry) -> bool:
         """Whether two tensors are equal, bit for bit."""

@@ -95,7 +95,13 @@ class Writer:
         """
         item = self._items[key]
         assert tuple(tensor.shape) == item.shape, f"{key}: {tuple(tensor.shape)} for {item.shape}"
-        self._write_pieces(key, tensor.contiguous().reshape(-1).split(PIECE))
+        flat = tensor.contiguous().view(-1)
+        if flat.dtype == DTYPES[item.dtype]:
+            shard = self._places[key]
+            self._put(shard, shard.starts[key], flat)
+            self._done(shard, key)
+        else:
+            self._write_pieces(key, flat.split(PIECE))
 
     def cast(self, key: str, reader: Reader, entry: Entry) -> None:
         """Write a tensor of another file in this item's dtype."""
@@ -150,7 +156,10 @@ class Writer:
         return place + len(view)
 
     def _done(self, shard: _Shard, key: str) -> None:
-        self._handle(shard)  # an empty tensor writes nothing, but its file must exist
+        handle = self._handle(shard)  # an empty tensor writes nothing, but its file must exist
+        if hasattr(os, "posix_fadvise"):
+            # Begin to write it to disk: what is left for the last fsync is waited for.
+            os.posix_fadvise(handle, shard.starts[key], self._items[key].nbytes, os.POSIX_FADV_DONTNEED)
         self._left[shard.name].discard(key)
         if not self._left[shard.name]:
             os.close(self._handles.pop(shard.name))

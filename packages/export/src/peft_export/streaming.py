@@ -5,34 +5,26 @@ Weights are computed by `peft_core.merge.merged_weight`, as in memory, so that b
 
 from __future__ import annotations
 
-import math
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor
-
 from peft_core import MergeError, SpecError
 from peft_core.errors import listed, suggestion
-from peft_core.merge import merged_weight
 from peft_core.spec import DTYPES as DTYPE_NAMES
 
 from . import card, output
 from .adapter_files import AdapterFiles
-from .checkpoint_files import CODES, DTYPES, INDEX, Entry, Reader, open_checkpoint
+from .checkpoint_files import CODES, DTYPES, INDEX, open_checkpoint
 from .mapping import find_names
-from .merge_plan import Change, MergePlan, Output, plan_merge
-from .names import Conversion
+from .merge_plan import MergePlan, plan_merge
+from .pipeline import Pipeline, Progress
 from .shards import Writer, parse_size
 
 Adapters: TypeAlias = str | Path | Sequence[str | Path] | Mapping[str, float]
-Progress: TypeAlias = Callable[[int, int], None]
-"""Called with the bytes written so far and the bytes in all."""
 
 _CHECKED_FIRST = 1 << 30
 
@@ -100,7 +92,7 @@ def merge(
     with output.export_directory(out, inputs, overwrite) as temporary, _Verification(parts) as verification:
         items = [made.item for made in plan.outputs]
         with Writer(temporary, items, checkpoint.metadata, largest) as writer:
-            _Pipeline(writer, plan, parts, progress).run()
+            Pipeline(writer, plan, parts, progress).run()
             files = writer.write_index()
         skip = {output.MARKER, card.NAME, INDEX, *(entry.file.name for entry in checkpoint.entries.values())}
         left_out = output.copy_rest(directory, temporary, skip)
@@ -178,125 +170,6 @@ class _Verification:
         """Wait for the comparisons; raises CheckpointError where one fails."""
         for pending in self._pending:
             pending.result()
-
-
-class _Pipeline:
-    """Reads and computes the outputs in the order of the files, while another thread writes them."""
-
-    def __init__(
-        self, writer: Writer, plan: MergePlan, adapters: Sequence[AdapterFiles], progress: Progress | None
-    ) -> None:
-        self._writer = writer
-        self._outputs = {made.item.key: made for made in plan.outputs}
-        self._changes = plan.changes
-        self._total = sum(made.item.nbytes for made in plan.outputs)
-        self._progress = progress
-        self._done = 0
-        self._converted: dict[str, Tensor] = {}
-        sizes = [math.prod(made.item.shape) for made in plan.outputs if made.change is not None and made.change.path]
-        self._largest = max(sizes, default=0)
-        self._scratch: dict[torch.dtype, Tensor] = {}
-
-    def run(self) -> None:
-        """Write everything."""
-        order = [self._outputs[key] for key in self._writer.order]
-        computed = deque(made for made in order if made.change is not None or made.conversion is not None)
-        # Of what was computed, one tensor at a time waits to be written; copies take no memory.
-        waiting: deque[Future[None]] = deque()
-        last: Future[None] | None = None
-        thread = ThreadPoolExecutor(1)
-        with Reader() as here, Reader() as there, torch.no_grad():
-            try:
-                for made in order:
-                    if made.change is None and made.conversion is None:
-                        waiting.append(thread.submit(self._copy, made, there))
-                    else:
-                        computed.popleft()
-                        if computed and (source := computed[0].source) is not None:
-                            here.expect(source)
-                        tensor = self._compute(made, here)
-                        if last is not None:
-                            last.result()
-                        last = thread.submit(self._write, made, tensor)
-                        del tensor
-                        waiting.append(last)
-                    while waiting and waiting[0].done():
-                        waiting.popleft().result()
-                for future in waiting:
-                    future.result()
-            finally:
-                thread.shutdown(cancel_futures=True)
-
-    def _copy(self, made: Output, reader: Reader) -> None:
-        assert made.source is not None
-        if made.item.dtype == made.source.dtype:
-            self._writer.copy(made.item.key, reader, made.source)
-        else:
-            self._writer.cast(made.item.key, reader, made.source)
-        self._count(made)
-
-    def _write(self, made: Output, tensor: Tensor) -> None:
-        self._writer.write(made.item.key, tensor)
-        self._count(made)
-
-    def _count(self, made: Output) -> None:
-        self._done += made.item.nbytes
-        if self._progress is not None:
-            self._progress(self._done, self._total)
-
-    def _compute(self, made: Output, reader: Reader) -> Tensor:
-        """The tensor of an output, not rounded to its dtype yet, in memory that the next one does not touch."""
-        if made.conversion is not None:
-            if made.item.key not in self._converted:
-                self._converted.update(self._convert(made.conversion, reader))
-            return self._converted.pop(made.item.key)
-        assert made.change is not None
-        tensor = self._changed(made.change, made.source, reader)
-        place = tensor.untyped_storage().data_ptr()
-        # A method may return the weight that it was given.
-        return tensor.clone() if any(held.data_ptr() == place for held in self._scratch.values()) else tensor
-
-    def _changed(self, change: Change, source: Entry | None, reader: Reader, stored: Tensor | None = None) -> Tensor:
-        """A parameter after its change, oriented as in the files; `stored` is it before, if it was read already."""
-        if change.trained is not None:
-            adapter, key = change.trained
-            return adapter.tensor(key, reader)
-        site = change.adapters[0].sites[change.path]
-        wide = torch.promote_types(site.dtype if source is None else DTYPES[source.dtype], torch.float32)
-        # One weight after the other is widened into the same memory: fresh memory would cost more than the arithmetic.
-        if wide not in self._scratch:
-            self._scratch[wide] = torch.empty(max(self._largest, site.in_features * site.out_features), dtype=wide)
-        buffer = self._scratch[wide]
-        if any(adapter.owns(change.path) for adapter in change.adapters):
-            weight = torch.empty(site.out_features, site.in_features, dtype=wide, device="meta")
-        else:
-            weight = stored.to(wide) if stored is not None else reader.read(source, buffer)  # type: ignore[arg-type]
-            weight = weight.T if site.transposed else weight
-        parts = [adapter.contribution(change.path, reader, buffer) for adapter in change.adapters]
-        merged = merged_weight(weight, parts)
-        return merged.T if site.transposed else merged
-
-    def _convert(self, group: Conversion, reader: Reader) -> dict[str, Tensor]:
-        """A group of tensors that the model holds in another form: there and, changed, back again.
-
-        Raises:
-            MergeError: the way back does not restore the tensors as they were.
-        """
-        entries = {key: self._outputs[key].source for key in group.sources}
-        before = {key: reader.read(entry) for key, entry in entries.items() if entry is not None}
-        inside = group.forward(before)
-        again = group.backward(inside)
-        if again.keys() != before.keys() or not all(torch.equal(again[key], before[key]) for key in before):
-            raise MergeError(
-                f"'{group.parameters[0]}' is made of '{group.sources[0]}' and others ({group.operations}), and transformers "
-                "cannot undo that: leave these layers out of the adapter, or merge in memory"
-            )
-        dtype = next(iter(before.values())).dtype
-        del before, again
-        for parameter in group.parameters:
-            if (change := self._changes.get(parameter)) is not None:
-                inside[parameter] = self._changed(change, None, reader, inside[parameter]).to(dtype, copy=True)
-        return group.backward(inside)
 
 
 def _write_config(base: Path, temporary: Path, config: Mapping[str, Any], plan: MergePlan, code: str | None) -> None:

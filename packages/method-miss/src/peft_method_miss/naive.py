@@ -14,9 +14,8 @@ def shard_of(count: int, r: int, interleaved: bool, sizes: tuple[int, ...] | Non
     # On the CPU whatever the default device is: the result is kept.
     if interleaved:
         return torch.arange(count, device="cpu") % r
-    which = torch.arange(r, device="cpu")
-    lengths = torch.tensor(sizes, device="cpu") if sizes else count // r + (which < count % r).long()
-    return torch.repeat_interleave(which, lengths)
+    lengths = sizes or [count // r + (i < count % r) for i in range(r)]
+    return torch.tensor([i for i, length in enumerate(lengths) for _ in range(length)], device="cpu")
 
 
 def shard_sum(x: Tensor, shards: Tensor, r: int) -> Tensor:
