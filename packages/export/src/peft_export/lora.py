@@ -26,9 +26,10 @@ from .checkpoint_files import CODES, DTYPES, INDEX, SINGLE, Checkpoint, Reader, 
 from .mapping import find_names
 from .merge_plan import head_labels
 from .names import Names
+from .pipeline import Progress
 from .runtimes import Request, Runtime, runtime
 from .shards import Item, Writer
-from .streaming import Progress, dtype_code
+from .streaming import dtype_code
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

@@ -1,4 +1,4 @@
-"""The merge at work: one thread reads ahead, one computes, one writes what is ready and copies what is untouched.
+"""The merge at work: one thread reads ahead, one computes, one writes what is ready, one copies what is untouched.
 
 Every layer passes through the same two buffers: as it is stored, and widened to float32. Memory is then those and what the
 method itself takes, whatever the number of layers; and fresh memory, of which the kernel must clear every page, would cost
@@ -7,8 +7,9 @@ more time than the arithmetic.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeAlias
 
@@ -18,7 +19,6 @@ from torch import Tensor
 from peft_core import MergeError
 from peft_core.merge import merged_weight
 
-from .adapter_files import AdapterFiles
 from .checkpoint_files import PIECE, Entry, Reader
 from .merge_plan import Change, MergePlan, Output
 from .names import Conversion
@@ -29,11 +29,9 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 
 class Pipeline:
-    """Writes every output of a plan, in the order of the files."""
+    """Writes every output of a plan."""
 
-    def __init__(
-        self, writer: Writer, plan: MergePlan, adapters: Sequence[AdapterFiles], progress: Progress | None
-    ) -> None:
+    def __init__(self, writer: Writer, plan: MergePlan, progress: Progress | None) -> None:
         self._writer = writer
         self._outputs = {made.item.key: made for made in plan.outputs}
         self._order = [self._outputs[key] for key in writer.order]
@@ -41,6 +39,7 @@ class Pipeline:
         self._total = sum(made.item.nbytes for made in plan.outputs)
         self._progress = progress
         self._done = 0
+        self._lock = threading.Lock()
         self._converted: dict[str, Tensor] = {}
         sites = [made for made in self._order if _is_site(made)]
         entries = [_stored(made) for made in sites]
@@ -53,36 +52,33 @@ class Pipeline:
         Raises:
             CheckpointError, MergeError: an adapter is damaged, or a conversion cannot be undone. OSError: the disk is full.
         """
-        sites = deque(made for made in self._order if _is_site(made))
-        reading, writing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        waiting: deque[Future[None]] = deque()
-        last: Future[None] | None = None
+        changed = [made for made in self._order if not _is_copy(made)]
+        sites = deque(made for made in changed if _is_site(made))
+        reading, writing, copying = threads = [ThreadPoolExecutor(1) for _ in range(3)]
         with Reader() as ahead, Reader() as here, Reader() as there, torch.no_grad():
             try:
+                copies = [copying.submit(self._copy, made, there) for made in self._order if _is_copy(made)]
                 upcoming = self._read_ahead(sites, reading, ahead)
-                for made in self._order:
-                    if made.change is None and made.conversion is None:
-                        waiting.append(writing.submit(self._copy, made, there))
+                last: Future[None] | None = None
+                for made in changed:
+                    if _is_site(made):
+                        assert made.change is not None and upcoming is not None
+                        weight = widened(upcoming.result(), self._wide)
+                        upcoming = self._read_ahead(sites, reading, ahead)
+                        tensor = self._merged(made.change, weight, here)
                     else:
-                        if _is_site(made):
-                            assert made.change is not None and upcoming is not None
-                            weight = widened(upcoming.result(), self._wide)
-                            upcoming = self._read_ahead(sites, reading, ahead)
-                            tensor = self._merged(made.change, weight, here)
-                        else:
-                            tensor = self._other(made, here)
-                        if last is not None:
-                            last.result()  # one result at a time waits to be written; copies take no memory
-                        last = writing.submit(self._write, made, tensor)
-                        del tensor
-                        waiting.append(last)
-                    while waiting and waiting[0].done():
-                        waiting.popleft().result()
-                for future in waiting:
+                        tensor = self._other(made, here)
+                    if last is not None:
+                        last.result()  # one result at a time waits to be written; copies take no memory
+                    last = writing.submit(self._write, made, tensor)
+                    del tensor
+                    while copies and copies[0].done():
+                        copies.pop(0).result()
+                for future in [*copies, *([last] if last is not None else [])]:
                     future.result()
             finally:
-                reading.shutdown(cancel_futures=True)
-                writing.shutdown(cancel_futures=True)
+                for thread in threads:
+                    thread.shutdown(cancel_futures=True)
 
     def _read_ahead(self, sites: deque[Output], thread: ThreadPoolExecutor, reader: Reader) -> Future[Tensor] | None:
         """Begin to read the next site's weight; what the buffer held has been widened."""
@@ -101,9 +97,10 @@ class Pipeline:
         self._count(made)
 
     def _count(self, made: Output) -> None:
-        self._done += made.item.nbytes
-        if self._progress is not None:
-            self._progress(self._done, self._total)
+        with self._lock:
+            self._done += made.item.nbytes
+            if self._progress is not None:
+                self._progress(self._done, self._total)
 
     def _merged(self, change: Change, stored: Tensor, reader: Reader) -> Tensor:
         """A site's merged weight in float32, oriented as in the files. `stored`: its weight, or the one that is owned."""
@@ -168,6 +165,11 @@ def widened(tensor: Tensor, buffer: Tensor) -> Tensor:
     for begin in range(0, len(flat), PIECE):
         wide[begin : begin + PIECE].copy_(flat[begin : begin + PIECE])
     return wide.view(tensor.shape)
+
+
+def _is_copy(made: Output) -> bool:
+    """Whether an output is a tensor of the base as it is, but for its dtype."""
+    return made.change is None and made.conversion is None
 
 
 def _is_site(made: Output) -> bool:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ class _Shard:
 
 
 class Writer:
-    """Writes tensors, in any order, into shards of bounded size whose layout is fixed beforehand.
+    """Writes tensors, in any order and from any thread, into shards of bounded size whose layout is fixed beforehand.
 
     Args:
         directory: where the files go. items: every tensor, in the order that they should have.
@@ -66,6 +67,7 @@ class Writer:
         self._places = {key: shard for shard in self._shards for key in shard.starts}
         self._left = {shard.name: set(shard.starts) for shard in self._shards}
         self._handles: dict[str, int] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Writer:
         return self
@@ -143,11 +145,12 @@ class Writer:
         return [*self.files, INDEX]
 
     def _handle(self, shard: _Shard) -> int:
-        if shard.name not in self._handles:
-            handle = os.open(self.directory / shard.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            self._handles[shard.name] = handle
-            _write_at(handle, 0, memoryview(shard.header))
-        return self._handles[shard.name]
+        with self._lock:
+            if shard.name not in self._handles:
+                handle = os.open(self.directory / shard.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+                self._handles[shard.name] = handle
+                _write_at(handle, 0, memoryview(shard.header))
+            return self._handles[shard.name]
 
     def _put(self, shard: _Shard, place: int, tensor: Tensor) -> int:
         """Write at a position; returns the one after it."""
@@ -160,9 +163,10 @@ class Writer:
         if hasattr(os, "posix_fadvise"):
             # Begin to write it to disk: what is left for the last fsync is waited for.
             os.posix_fadvise(handle, shard.starts[key], self._items[key].nbytes, os.POSIX_FADV_DONTNEED)
-        self._left[shard.name].discard(key)
-        if not self._left[shard.name]:
-            os.close(self._handles.pop(shard.name))
+        with self._lock:
+            self._left[shard.name].discard(key)
+            if not self._left[shard.name]:
+                os.close(self._handles.pop(shard.name))
 
 
 def _lay_out(items: Sequence[Item], metadata: Mapping[str, str], largest: int | None, name: str) -> list[_Shard]:

@@ -92,7 +92,7 @@ def merge(
     with output.export_directory(out, inputs, overwrite) as temporary, _Verification(parts) as verification:
         items = [made.item for made in plan.outputs]
         with Writer(temporary, items, checkpoint.metadata, largest) as writer:
-            Pipeline(writer, plan, parts, progress).run()
+            Pipeline(writer, plan, progress).run()
             files = writer.write_index()
         skip = {output.MARKER, card.NAME, INDEX, *(entry.file.name for entry in checkpoint.entries.values())}
         left_out = output.copy_rest(directory, temporary, skip)
