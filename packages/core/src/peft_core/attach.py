@@ -412,6 +412,8 @@ def _dress(bank: Bank, functions: Mapping[str, Any]) -> None:
 
 def _take_over(bank: Bank, owned: Mapping[str, Tensor], keep: str) -> None:
     """Let the method move weight into the base: as it computes it, or as it was stored."""
+    weights = [(f"{path}.weight", bank.root.get_submodule(path).weight) for path in bank.sites]
+    merge.refuse_ties(bank.root, weights, "exclude the tied layer")
     for site in bank.plan.sites:
         module = bank.root.get_submodule(site.path)
         if bases.is_quantized(module) or module.weight.device.type == "meta":

@@ -94,9 +94,9 @@ def merge(root: nn.Module, registry: Registry, bank: Bank, scale: float, keep: s
                 f"'{path}': the weight is offloaded or on the meta device; load the model without offloading, "
                 "or merge the checkpoint files with peft-export"
             )
-    _refuse_ties(root, [(f"{path}.weight", module.weight) for path, module in sites], "exclude the tied layer")
+    refuse_ties(root, [(f"{path}.weight", module.weight) for path, module in sites], "exclude the tied layer")
     trained = [(f"{path}.{name}", key) for path, named in bank.plan.trained.items() for name, key in named.items()]
-    _refuse_ties(root, [(name, root.get_parameter(name)) for name, _ in trained], "name both in train_modules")
+    refuse_ties(root, [(name, root.get_parameter(name)) for name, _ in trained], "name both in train_modules")
     scales = {**registry.active, bank.name: scale}
     if keep == "none":  # there will be no way back: see first that every site can be merged
         for path, _ in sites:
@@ -290,8 +290,12 @@ def _trained_value(registry: Registry, names: list[str], path: str) -> Tensor | 
     return None
 
 
-def _refuse_ties(root: nn.Module, changed: list[tuple[str, Any]], remedy: str) -> None:
-    """Merging changes a tensor for everybody who holds it; all of them must be part of the adapter."""
+def refuse_ties(root: nn.Module, changed: list[tuple[str, Any]], remedy: str) -> None:
+    """Refuse to change a tensor that somebody outside of the adapter holds, too.
+
+    Raises:
+        MergeError: names both holders and the remedy.
+    """
     names = {name for name, _ in changed}
     holders: dict[int, list[str]] = {}
     for name, parameter in root.named_parameters(remove_duplicate=False):
