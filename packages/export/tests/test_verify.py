@@ -20,9 +20,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def spoil(directory: Path, file: str, amount: float) -> None:
-    """Another model than the one that was exported."""
+    """Another model than the one that was exported: every weight moved by noise of the given standard deviation."""
+    generator = torch.Generator().manual_seed(0)
     stored = load_file(directory / file)
-    save_file({key: tensor * (1 + amount) for key, tensor in stored.items()}, directory / file, {"format": "pt"})
+    noisy = {
+        key: tensor + amount * torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor
+        for key, tensor in stored.items()
+    }
+    save_file(noisy, directory / file, {"format": "pt"})
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
@@ -43,11 +48,12 @@ def test_exports_pass_and_spoilt_ones_fail(
     code, text, _ = peft_core("verify", out, *more, "--json")
     assert code == 0 and json.loads(text)["against"] == "golden logits" and json.loads(text)["ok"]
     if kind == "merged":
-        spoil(out, "model.safetensors", 1.0)
+        spoil(out, "model.safetensors", 0.5)
     else:
-        spoil(out, "adapter_model.safetensors", 9.0)
-    code, text, _ = peft_core("verify", out, *more)
-    assert code == 1 and "FAILED" in text
+        spoil(out, "adapter_model.safetensors", 2.0)
+    # What agrees is below 1e-9 (above); a tiny T5 with tied heads never moves far from uniform, whatever its adapter.
+    code, text, _ = peft_core("verify", out, *more, "--max-kl", "1e-4")
+    assert code == 1 and "FAILED" in text, text
     assert peft_core("verify", out, *more, "--max-kl", "1e9")[0] == 0
 
 
