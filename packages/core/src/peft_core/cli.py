@@ -110,18 +110,24 @@ def plan(
 def train(
     run: Annotated[Path, typer.Argument(help="RUN.yaml: model, data, adapter, training, output_dir.")],
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in output_dir.")] = False,
+    pretrain: Annotated[
+        bool, typer.Option("--pretrain", help="Start from random weights; the file's section `pretrain` says more.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Train an adapter on your data, as a file says."""
     from .runs import RunConfig
 
-    config = RunConfig.from_file(run)
+    config = RunConfig.from_file(run, pretrain)
     from .train import train as train_run
 
     try:
         report = train_run(config, resume, Console(stderr=True) if json_ else _console())
     except KeyboardInterrupt:
-        print(f"peft-core: interrupted; go on with: peft-core train {run} --resume", file=sys.stderr)
+        print(
+            f"peft-core: interrupted; go on with: peft-core train {run}{' --pretrain' * pretrain} --resume",
+            file=sys.stderr,
+        )
         raise typer.Exit(130) from None
     if json_:
         print(report.to_json())

@@ -131,7 +131,7 @@ def prepare_labelled(rows: Sequence[Row], classes: Sequence[str], tokenizer: Any
                 f"{row.place}: the label '{name}' does not occur in the training data; there: {listed(classes, 20)}"
             )
         numbers.append(index[name])
-        text = _text(row, "text")
+        text = text_of(row)
         whole = len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
         ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
         tokens.append(Tokens(list(ids), [], truncated=whole > len(ids)))
@@ -160,6 +160,23 @@ def prepare_causal(rows: Sequence[Row], kind: str, tokenizer: Any, max_length: i
     return Prepared(kept, truncated=sum(tokens.truncated for tokens in kept), dropped=len(made) - len(kept))
 
 
+def prepare_stream(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Prepared:
+    """Texts one after the other, each with its end of sequence, cut into examples of `max_length` tokens: nothing is lost
+    but the rest that fills no example. For pre-training.
+
+    Raises:
+        DataError: a row has no text; together they do not fill one example.
+    """
+    ids = [token for row in rows for token in _ended(row, tokenizer)]
+    if len(ids) < max_length:
+        raise DataError(
+            f"{rows[0].place}: all texts together have {len(ids)} tokens, less than one example of {max_length}; "
+            "lower data.max_length"
+        )
+    cut = (ids[at : at + max_length] for at in range(0, len(ids) - max_length + 1, max_length))
+    return Prepared(tuple(Tokens(part, [IGNORED, *part[1:]]) for part in cut))  # nothing predicts the first
+
+
 def pack(examples: Sequence[Tokens], max_length: int) -> list[list[Tokens]]:
     """Examples in rows of at most `max_length` tokens, the longest first into the fullest row that takes it."""
     rows: list[list[Tokens]] = []
@@ -175,6 +192,19 @@ def pack(examples: Sequence[Tokens], max_length: int) -> list[list[Tokens]]:
             rows[number].append(tokens)
         by_room.setdefault(room - length, []).append(number)
     return rows
+
+
+def text_of(row: Row, column: str = "text") -> str:
+    """A row's text.
+
+    Raises:
+        DataError: it is missing, empty, or no text.
+    """
+    value = row.values.get(column)
+    if not isinstance(value, str) or not value.strip():
+        what = "is missing" if value is None else "is empty" if isinstance(value, str) else f"is {value!r}, not text"
+        raise DataError(f"{row.place}: '{column}' {what}")
+    return value
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
@@ -245,14 +275,6 @@ def _dataset(name: str, subset: str | None, split: str) -> Iterator[Row]:
         yield Row(values, f"{name} ({split}), row {number}")
 
 
-def _text(row: Row, column: str) -> str:
-    value = row.values.get(column)
-    if not isinstance(value, str) or not value.strip():
-        what = "is missing" if value is None else "is empty" if isinstance(value, str) else f"is {value!r}, not text"
-        raise DataError(f"{row.place}: '{column}' {what}")
-    return value
-
-
 def _label(row: Row) -> str:
     value = row.values.get("label")
     if isinstance(value, bool) or (isinstance(value, (int, str)) and str(value).strip()):
@@ -262,18 +284,24 @@ def _label(row: Row) -> str:
 
 
 def _text_tokens(row: Row, tokenizer: Any, max_length: int) -> Tokens:
-    ids = list(tokenizer(_text(row, "text"), verbose=False)["input_ids"])
-    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-        ids.append(tokenizer.eos_token_id)
+    ids = _ended(row, tokenizer)
     kept = ids[:max_length]
     return Tokens(kept, [IGNORED, *kept[1:]], truncated=len(kept) < len(ids))  # nothing predicts the first
+
+
+def _ended(row: Row, tokenizer: Any) -> list[int]:
+    """The text's tokens with an end of sequence, if the tokenizer has one."""
+    ids = list(tokenizer(text_of(row), verbose=False)["input_ids"])
+    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids.append(tokenizer.eos_token_id)
+    return ids
 
 
 def _prompt_tokens(row: Row, tokenizer: Any, max_length: int) -> Tokens:
     prompt = row.values.get("prompt")
     if not isinstance(prompt, str):
         raise DataError(f"{row.place}: 'prompt' {'is missing' if prompt is None else f'is {prompt!r}, not text'}")
-    return tokenise(Example(prompt, _text(row, "completion")), tokenizer, max_length)
+    return tokenise(Example(prompt, text_of(row, "completion")), tokenizer, max_length)
 
 
 def _chat_tokens(row: Row, tokenizer: Any, max_length: int) -> Tokens:

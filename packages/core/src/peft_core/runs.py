@@ -27,7 +27,7 @@ class ModelSection(_Section):
 
     path: str = Field(
         description="Checkpoint directory, a known name (smollm2-135m), package:NAME/FOLDER for one inside an installed "
-        "Python package, or a name on the Hugging Face hub."
+        "Python package, or a name on the Hugging Face hub. With `pretrain` a config.json or a model type (llama) will do."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: the checkpoint's own, but float32 where the machine is slow in 16 bits."
@@ -38,6 +38,28 @@ class ModelSection(_Section):
     @classmethod
     def _short(cls, data: Any) -> Any:
         return {"path": data} if isinstance(data, str) else data
+
+
+class PretrainSection(_Section):
+    """Start from random weights, drawn by `training.seed`, instead of `model.path`'s; they are saved to output_dir/base."""
+
+    config: dict[str, Any] = Field(
+        default={}, description="Fields of the model's configuration that differ from `model.path`'s: hidden_size, ..."
+    )
+    tokenizer: str | None = Field(
+        default=None, description="Directory of the tokenizer; null: the one in `model.path`."
+    )
+    vocab_size: int | None = Field(
+        default=None,
+        ge=260,  # the bytes, the end of a text, and something to learn
+        description="Instead of a tokenizer that exists: train a byte-level BPE of this many tokens on `data.train`.",
+    )
+
+    @model_validator(mode="after")
+    def _one_tokenizer(self) -> PretrainSection:
+        if self.tokenizer is not None and self.vocab_size is not None:
+            raise ValueError("tokenizer names one that exists and vocab_size trains a new one; choose one")
+        return self
 
 
 class DataSection(_Section):
@@ -107,11 +129,16 @@ class TrainingSection(_Section):
 
 
 class RunConfig(_Section):
-    """A whole RUN.yaml. Relative paths in it are relative to the file."""
+    """A whole RUN.yaml. Relative paths in it are relative to the file.
+
+    Attributes:
+        adapter: null, for pre-training only: all of the model's weights are trained, and saved.
+    """
 
     model: ModelSection
+    pretrain: PretrainSection | None = None
     data: DataSection
-    adapter: AdapterSpec
+    adapter: AdapterSpec | None
     training: TrainingSection = TrainingSection()
     output_dir: Path
 
@@ -120,9 +147,20 @@ class RunConfig(_Section):
     def _from_file(cls, data: Any) -> Any:
         return AdapterSpec.from_file(data) if isinstance(data, str) else data
 
+    @model_validator(mode="after")
+    def _something_to_train(self) -> RunConfig:
+        if self.adapter is None and self.pretrain is None:
+            raise ValueError("adapter: null trains all weights, which is for pre-training only; name a method")
+        if self.pretrain is not None and self.data.packing:
+            raise ValueError("pre-training fills its rows without data.packing; leave it out")
+        return self
+
     @classmethod
-    def from_file(cls, path: str | Path) -> RunConfig:
+    def from_file(cls, path: str | Path, pretrain: bool = False) -> RunConfig:
         """Read a RUN.yaml.
+
+        Args:
+            pretrain: whether to start from random weights, also where the file has no section `pretrain`.
 
         Raises:
             RunError, SpecError, PluginError: it cannot be read, or a key or value is not valid.
@@ -136,6 +174,8 @@ class RunConfig(_Section):
             raise RunError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(data, dict):
             raise RunError(f"'{path}': expected the keys {listed(cls.model_fields)}, found {type(data).__name__}")
+        if pretrain and data.get("pretrain") is None:
+            data["pretrain"] = {}
         return cls.from_data(data, path.parent, str(path))
 
     @classmethod
@@ -150,12 +190,16 @@ class RunConfig(_Section):
             found = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
             raise RunError(f"{what}: " + "; ".join(_finding(cls, detail) for detail in found)) from None
         model = config.model.model_copy(update={"path": _if_there(folder, config.model.path)})
+        pretrain = config.pretrain
+        if pretrain is not None and pretrain.tokenizer is not None:
+            pretrain = pretrain.model_copy(update={"tokenizer": _if_there(folder, pretrain.tokenizer)})
         sources = {
             name: _if_there(folder, value) for name in ("train", "evaluation") if (value := getattr(config.data, name))
         }
         return config.model_copy(
             update={
                 "model": model,
+                "pretrain": pretrain,
                 "data": config.data.model_copy(update=sources),
                 "output_dir": _within(folder, config.output_dir),
             }

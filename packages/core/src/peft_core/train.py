@@ -1,7 +1,8 @@
 """`peft-core train`: one run from its configuration to the saved adapter, on `AdapterTrainer`.
 
 In `output_dir`: the adapter with its model card, `metrics.json`, `loss.png`, `run.yaml` (the configuration with its
-defaults), and `checkpoints/`, from which an interrupted run is resumed.
+defaults), and `checkpoints/`, from which an interrupted run is resumed. Pre-training leaves the model that it started
+from in `base/`; without an adapter, `output_dir` itself is the trained model's checkpoint.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 from transformers.trainer_callback import PrinterCallback
 
-from . import models, records, training
+from . import models, pretrain, records, training
 from .attach import attach
 from .checkpoint import HEADER
 from .data import IGNORED, Tokens, collate
@@ -44,7 +46,8 @@ from .runs import RunConfig, RunError, difference
 from .spec import DTYPES, AdapterSpec
 from .trainer import AdapterTrainer
 
-_CHECKPOINTS, _CONFIG = "checkpoints", "run.yaml"
+_CHECKPOINTS, _CONFIG, _METRICS = "checkpoints", "run.yaml", "metrics.json"
+_FULL = "full rank"
 _OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor", "sgd": "sgd"}
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 _Batch = dict[str, Any]
@@ -101,7 +104,7 @@ class TrainReport:
             "labels": ", ".join(self.labels),
             "trained in full": ", ".join(self.trained_modules),
             "trainable parameters": f"{self.trainable_parameters:,} ({share:.2f} % of the base)",
-            "adapter file": f"{self.adapter_bytes / 1e6:.1f} MB",
+            "saved weights": f"{self.adapter_bytes / 1e6:.1f} MB",
             "steps": f"{self.steps:,} of {self.optimizer}, {self.seconds:.0f} s",
             "peak memory": "unknown" if self.peak_memory_bytes is None else f"{self.peak_memory_bytes / 1e9:.2f} GB",
             "training loss": f"{self.losses[0]:.3f} → {self.losses[-1]:.3f}" if self.losses else "",
@@ -113,7 +116,7 @@ class TrainReport:
         for label, value in rows.items():
             if value:
                 table.add_row(label, escape(value))
-        return Group(table, f"adapter, metrics.json and loss.png: {escape(self.output_dir)}")
+        return Group(table, f"weights, metrics.json and loss.png: {escape(self.output_dir)}")
 
 
 def train(config: RunConfig, resume: bool = False, console: Console | None = None) -> TrainReport:
@@ -138,8 +141,11 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
         rows, held = records.hold_out(rows, config.data.hold_out, config.training.seed)
     if config.training.best and not held:
         raise RunError("training.best needs held-out data: set data.evaluation or data.hold_out")
+    if config.pretrain and kind != "text":
+        raise RunError(f"pre-training reads texts, and these rows are {kind}s; give a column text alone")
     with models._quiet_transformers():
-        job = _classifier(config, rows, held) if kind == "label" else _causal(config, kind, rows, held)
+        based = _on_fresh_base(config, rows, checkpoint)
+        job = _classifier(based, rows, held) if kind == "label" else _causal(based, kind, rows, held)
         return _run(config, kind, job, checkpoint, console, start)
 
 
@@ -148,13 +154,14 @@ class _Job:
     """A model and its examples, whatever the task.
 
     Attributes:
+        spec: of the adapter; None: all of the model is trained.
         examples: what the trainer draws from; `lengths` of each in tokens. batch: makes a batch of some of them.
         evaluate: the model's figures on the held-out examples; None without any. loss: instead of the model's own.
     """
 
     model: Any
     tokenizer: Any
-    spec: AdapterSpec
+    spec: AdapterSpec | None
     prepared: Prepared
     held_out: Prepared
     examples: Sequence[Any]
@@ -167,11 +174,26 @@ class _Job:
     packed: bool = False
 
 
+def _on_fresh_base(config: RunConfig, rows: list[records.Row], checkpoint: str | None) -> RunConfig:
+    """The run on the base that pre-training starts from, which is made unless the run has got beyond it."""
+    if config.pretrain is None:
+        return config
+    path = config.output_dir / pretrain.BASE
+    if checkpoint is None:
+        path = pretrain.make_base(config, map(records.text_of, rows))
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(path)})})
+
+
 def _causal(config: RunConfig, kind: str, rows: list[records.Row], held: list[records.Row]) -> _Job:
     model, tokenizer = models.load_base(config.model.path, _dtype(config), "cpu")
     length = _max_length(config, model, tokenizer)
-    prepared = records.prepare_causal(rows, kind, tokenizer, length)
-    held_out = records.prepare_causal(held, kind, tokenizer, length) if held else Prepared(())
+
+    def prepare(some: list[records.Row]) -> Prepared:
+        if config.pretrain:
+            return records.prepare_stream(some, tokenizer, length)
+        return records.prepare_causal(some, kind, tokenizer, length)
+
+    prepared, held_out = prepare(rows), prepare(held) if held else Prepared(())
     pad = int(tokenizer.pad_token_id)
     examples: Sequence[Any] = prepared.tokens
     batch: Callable[[Sequence[Any]], _Batch] = _CausalBatch(model, pad)
@@ -262,9 +284,9 @@ def _run(
 ) -> TrainReport:
     out, model = config.output_dir, job.model
     dtype = str(model.dtype).removeprefix("torch.")
-    adapter = attach(model, job.spec, seed=config.training.seed)
+    adapter = None if job.spec is None else attach(model, job.spec, seed=config.training.seed)
     with training.progress_bar(console) as progress:
-        trainer = _RunTrainer(
+        trainer = (_FullTrainer if adapter is None else _AdapterTrainer)(
             model=model,
             args=_arguments(config, job.evaluate is not None),
             train_dataset=_Examples(job.examples),
@@ -294,10 +316,15 @@ def _run(
             step = float(state.best_global_step if config.training.best else state.global_step)
             measured = [entry for entry in evaluations if entry["step"] == step]
             result = measured[-1] if measured else {"step": step, **trainer.measure()}
-    adapter.save(out)
+    if adapter is not None:
+        adapter.save(out)
+    elif trainer.is_world_process_zero():
+        model.save_pretrained(out)
+        job.tokenizer.save_pretrained(out)
+    size = model.num_parameters() if adapter is None else adapter.plan.base.num_parameters
     report = TrainReport(
-        method=adapter.plan.spec.method,
-        options=dict(adapter.plan.spec.options),
+        method=_FULL if adapter is None else adapter.plan.spec.method,
+        options={} if adapter is None else dict(adapter.plan.spec.options),
         model=config.model.path,
         dtype=dtype,
         format=kind,
@@ -307,9 +334,9 @@ def _run(
         truncated=job.prepared.truncated + job.held_out.truncated,
         dropped=job.prepared.dropped + job.held_out.dropped,
         packed_rows=len(job.examples) if job.packed else None,
-        trained_modules=list(adapter.plan.trained),
-        trainable_parameters=adapter.num_trainable,
-        base_parameters=adapter.plan.base.num_parameters,
+        trained_modules=[] if adapter is None else list(adapter.plan.trained),
+        trainable_parameters=size if adapter is None else adapter.num_trainable,
+        base_parameters=size,
         optimizer=type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__,
         steps=state.global_step,
         seconds=time.perf_counter() - start,
@@ -321,21 +348,25 @@ def _run(
         output_dir=str(out),
     )
     if trainer.is_world_process_zero():
-        (out / "metrics.json").write_text(report.to_json() + "\n", encoding="utf-8")
+        (out / _METRICS).write_text(report.to_json() + "\n", encoding="utf-8")
         curve = [(int(entry["step"]), entry["loss"]) for entry in evaluations]
         title = f"{report.method} on {report.model}"
         training.plot_losses(report.losses, out / "loss.png", title, evaluations=curve, unit=job.unit)
     return report
 
 
-class _RunTrainer(AdapterTrainer):
-    """Draws examples of like length together, and measures what the job measures.
+class _Measuring:
+    """Before a trainer: draws examples of like length together, and measures what the job measures.
 
     Attributes:
         lengths: of the training examples. figures: see `_Job.evaluate`.
     """
 
+    args: Any
+    state: Any
     control: Any
+    callback_handler: Any
+    log: Callable[[dict[str, float]], None]
     lengths: Sequence[int] = ()
     figures: Callable[[], dict[str, float]] | None = None
 
@@ -356,6 +387,14 @@ class _RunTrainer(AdapterTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return _LikeLengths(self.lengths, self.args.train_batch_size, self.args.seed)
+
+
+class _AdapterTrainer(_Measuring, AdapterTrainer):
+    """Trains an adapter."""
+
+
+class _FullTrainer(_Measuring, Trainer):  # type: ignore[misc]
+    """Trains all of a model."""
 
 
 class _LikeLengths(Sampler[int]):
@@ -562,7 +601,7 @@ def _start_or_resume(config: RunConfig, resume: bool) -> str | None:
     out = config.output_dir
     last = _last_checkpoint(out / _CHECKPOINTS)
     if not resume:
-        if last or (out / HEADER).exists():
+        if last or any((out / name).exists() for name in (HEADER, _METRICS)):
             raise RunError(f"'{out}' holds a run already; go on with --resume, or choose another output_dir")
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -592,9 +631,13 @@ def _last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _spec(config: RunConfig, fresh: Sequence[str]) -> AdapterSpec:
-    """The adapter's spec. Modules that the checkpoint has no weights for are trained in full, or they would stay random."""
+def _spec(config: RunConfig, fresh: Sequence[str]) -> AdapterSpec | None:
+    """The adapter's spec, if there is one. Modules that the checkpoint has no weights for are trained in full, or they
+    would stay random.
+    """
     spec = config.adapter
+    if spec is None:
+        return None
     named = [name for name in fresh if not any(f".{there}." in f".{name}." for there in spec.train_modules)]
     fields = {**spec.model_dump(), "train_modules": (*spec.train_modules, *named)}
     return AdapterSpec(**{**fields, "base_model": spec.base_model or config.model.path})

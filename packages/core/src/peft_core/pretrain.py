@@ -1,0 +1,119 @@
+"""A base model to pre-train: random weights of a configuration, and a tokenizer, as a checkpoint directory.
+
+From there on a run is like any other, and so are loading and merging what it made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from . import models
+from .errors import ModelError, suggestion
+from .files import whole_directory
+from .runs import RunConfig
+
+BASE = "base"
+_END = "<|endoftext|>"
+# What transformers raises for a configuration that does not fit together.
+_WRONG = (OSError, ValueError, KeyError, TypeError, ArithmeticError, AssertionError, RuntimeError)
+
+
+def make_base(run: RunConfig, texts: Iterable[str]) -> Path:
+    """Draw the weights of the run's model and make its tokenizer, in `output_dir`/base; the same for the same run.
+
+    Args:
+        texts: what a new tokenizer is trained on.
+
+    Raises:
+        ModelError: the configuration or the tokenizer cannot be read, or they do not fit each other.
+    """
+    asked = run.pretrain
+    assert asked is not None
+    config = _configuration(run.model.path, asked.config)
+    tokenizer = (
+        _existing_tokenizer(asked.tokenizer or run.model.path)
+        if asked.vocab_size is None
+        else train_tokenizer(texts, asked.vocab_size)
+    )
+    text_config = config.get_text_config()
+    if "vocab_size" not in asked.config:
+        text_config.vocab_size = len(tokenizer)
+    if text_config.vocab_size < len(tokenizer):
+        raise ModelError(
+            f"pretrain.config: vocab_size {text_config.vocab_size} is less than the tokenizer's {len(tokenizer)}; leave it out"
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text_config, name, getattr(tokenizer, name))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.training.seed)
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except _WRONG as error:
+            line = models._first_line(error)
+            raise ModelError(f"no causal language model can be made of {run.model.path}: {line}") from error
+    target = run.output_dir / BASE
+    with whole_directory(target, ours=()) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return target
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
+    """A byte-level BPE tokenizer of `vocab_size` tokens or, where the texts are too few, fewer; the same for the same texts."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+
+    bpe = Tokenizer(BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[_END], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=_END, pad_token=_END)
+
+
+def _configuration(source: str, changed: dict[str, Any]) -> Any:
+    """The configuration at a path, or the defaults of a model type, with some fields changed."""
+    try:
+        if source in CONFIG_MAPPING:
+            known = CONFIG_MAPPING[source]().to_dict()
+        else:
+            known = AutoConfig.from_pretrained(_configured(source)).to_dict()
+        model_type = known.pop("model_type")
+        if unknown := sorted(changed.keys() - known.keys()):
+            raise ModelError(
+                f"pretrain.config: a {model_type} has no field '{unknown[0]}'{suggestion(unknown[0], known)}"
+            )
+        return AutoConfig.for_model(model_type, **{**known, **changed})
+    except _WRONG as error:
+        raise ModelError(f"cannot make a configuration of {source}: {models._first_line(error)}") from error
+
+
+def _configured(source: str) -> str:
+    if Path(source).is_file():
+        return source
+    try:
+        return models.base_path(source)
+    except ModelError as error:
+        near = suggestion(source, CONFIG_MAPPING)
+        raise ModelError(f"{error}, a config.json, or a model type{near}") from None
+
+
+def _existing_tokenizer(source: str) -> Any:
+    remedy = "name a directory in pretrain.tokenizer, or train one with pretrain.vocab_size"
+    if source in CONFIG_MAPPING or Path(source).is_file():
+        raise ModelError(f"{source} comes with no tokenizer: {remedy}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source if Path(source).is_dir() else models.base_path(source))
+    except _WRONG as error:
+        raise ModelError(f"no tokenizer in {source} ({models._first_line(error)}): {remedy}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
