@@ -11,7 +11,7 @@ import torch
 import peft_core as pc
 import peft_method_switchlora as switchlora
 from peft_core.sharing import draw
-from peft_method_switchlora import Options, RowAdamW, kernels, naive
+from peft_method_switchlora import Options, RowAdamW, kernels, naive, switching
 from peft_method_switchlora.layout import layout
 from peft_method_switchlora.switching import decide, exchange_
 
@@ -489,6 +489,17 @@ def test_candidates_on_the_device(bench):
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
     (note,) = layout([site.site]).notes
     assert "offload_candidates" in note
+
+
+def test_candidates_are_on_the_device_before_anything_switches(bench, monkeypatch):
+    """Memory is taken at the first step, not bit by bit as sites come to switch."""
+    moved = []
+    monkeypatch.setattr(switching, "to_device", moved.append)
+    for offload in (True, False):
+        site = bench(offload_candidates=offload, interval=1e12)
+        with site.around(0, RowAdamW(site.parameters())):
+            pass
+    assert [member.site.options.offload_candidates for member in moved] == [False]
 
 
 def test_the_exchange_reads_its_candidates_in_the_parameters_dtype(bench):

@@ -72,7 +72,7 @@ def _notes(sites: Sequence[pc.Site]) -> list[str]:
         nbytes = 4 * sum(site.out_features * site.in_features for site in masters)
         notes.append(f"training keeps float32 masters of {len(masters)} base weights: {size(nbytes)}")
     if any(not site.options.offload_candidates for site in sites):
-        notes.append("candidates move to the accelerator with the first switch (offload_candidates: false)")
+        notes.append("candidates move to the accelerator at the first step (offload_candidates: false)")
     if idle := [site for site in sites if not switches(site)]:
         why = "r = 1" if idle[0].options.r == 1 else f"r = {idle[0].options.r} leaves no candidate over"
         notes.append(f"{len(idle)} sites never switch, '{idle[0].path}' the first of them: {why}")

@@ -56,6 +56,8 @@ def switching(step: OptimizerStep) -> Iterator[None]:
         optimizers.check(step.optimizer, [tensor for member in members for tensor in member.tensors.values()])
     for member in members:
         _length(step, member.site.options)
+        if not member.site.options.offload_candidates:
+            to_device(member)
     with torch.no_grad():
         send_home([leaving for member in members for leaving in switch_(step, member)])
         still = [vectors for member in members for vectors in hold_still(member, step.index)]
@@ -75,8 +77,6 @@ def switch_(step: OptimizerStep, member: StepMember) -> list[Leaving]:
     exchanges = decide(options, member.state, step.index, _length(step, options), draws)
     if not exchanges[A].places:
         return []
-    if not options.offload_candidates:
-        _to_device(member)
     assert member.weight is not None  # the method owns it
     leaving = exchange_(member.tensors, member.state, member.weight, options.scale, exchanges)
     member.weight_changed = True
@@ -176,6 +176,16 @@ def hold_still(member: StepMember, step: int) -> Iterator[Still]:
         yield Still(parameter, dim, places, parameter.index_select(dim, places))
 
 
+def to_device(member: StepMember) -> None:
+    """Move a site's candidates to where its parameters are: at the first step, since a model may move until then; and once,
+    since the tensors stay the same objects.
+    """
+    for name in ("A", "B"):
+        candidates = member.state[f"candidates_{name}"]
+        if candidates.device != member.tensors[name].device:
+            candidates.data = candidates.to(member.tensors[name].device)
+
+
 def _length(step: OptimizerStep, options: Options) -> int:
     """Steps in the whole run."""
     total_steps = options.total_steps or step.total_steps
@@ -185,14 +195,6 @@ def _length(step: OptimizerStep, options: Options) -> int:
             "set the option total_steps, or adapter.total_steps (a trainer does)"
         )
     return total_steps
-
-
-def _to_device(member: StepMember) -> None:
-    """Move a site's candidates to where its parameters are; once, since the tensors stay the same objects."""
-    for name in ("A", "B"):
-        candidates = member.state[f"candidates_{name}"]
-        if candidates.device != member.tensors[name].device:
-            candidates.data = candidates.to(member.tensors[name].device)
 
 
 def _run(blocked: Sequence[bool], start: int) -> int:
