@@ -243,5 +243,5 @@ def parse_size(text: str | int) -> int:
         number, unit, binary = found.groups()
         size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
     if size <= 0:
-        raise SpecError(f"'{text}' is no size of a shard; write it like 5GB, 500MB or 2GiB")
+        raise SpecError(f"'{text}' is no size; write it like 5GB, 500MB or 2GiB")
     return size
