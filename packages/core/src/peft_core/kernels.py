@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from .errors import PeftCoreError, suggestion
 
 CHOICES = ("auto", "triton", "torch", "naive")
+OLDEST = (8, 0)
+"""Compute capability of the oldest GPU that `auto` takes Triton on: what the kernels are compiled for in the tests."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Choice:
@@ -37,9 +44,52 @@ def kernels(name: str) -> Iterator[None]:
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether a method should take its Triton kernel for this input."""
+    """Whether a method should take its Triton kernel for this input.
+
+    Raises:
+        PeftCoreError: the choice is `triton`, and it cannot run where the input is.
+    """
     name = chosen()
-    return name == "triton" or (name == "auto" and x.is_cuda)
+    if name == "auto":
+        return x.is_cuda and not obstacle(str(x.device), x.dtype)
+    if name != "triton":
+        return False
+    if found := obstacle(str(x.device), x.dtype):
+        raise PeftCoreError(f"kernels 'triton': {found}; 'auto' and 'torch' run everywhere")
+    return True
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def obstacle(device: str, dtype: torch.dtype) -> str:
+    """Why Triton kernels cannot compute in this dtype on a device, in words; nothing where they can."""
+    return _obstacle(device, dtype)
+
+
+@functools.cache
+def _obstacle(device: str, dtype: torch.dtype) -> str:
+    if dtype not in DTYPES:
+        return f"they compute in float32, the input is {str(dtype).removeprefix('torch.')}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if not device.startswith("cuda"):
+        return _obstacle_to_interpreting(device)
+    if torch.version.cuda is None:
+        return "they are written for CUDA, this build of torch is not"
+    found = torch.cuda.get_device_capability(device)
+    if found < OLDEST:
+        return f"they need compute capability {OLDEST[0]}.{OLDEST[1]}, {device} has {found[0]}.{found[1]}"
+    return ""
+
+
+def _obstacle_to_interpreting(device: str) -> str:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return f"they need a CUDA GPU, the input is on '{device}' (TRITON_INTERPRET=1 interprets them there, slowly)"
+    import triton.language as tl
+
+    # Triton decides this for its own functions when it is imported.
+    if type(tl.zeros).__name__ == "JITFunction":
+        return "Triton was imported before TRITON_INTERPRET=1 was set: set it before Python starts"
+    return ""
 
 
 def _checked(name: str, what: str) -> str:

@@ -444,12 +444,15 @@ class FusedDelta(torch.autograd.Function):
 def _add_all(ctx: Any, uses: list[Use], x: Tensor, y: Tensor, dropout: bool, *more: Tensor) -> None:
     """Let every adapter add to y [tokens, out] in place; save what their gradients need, after `more`."""
     saved: list[Tensor] = [*more]
-    layout: list[tuple[int, bool]] = []  # per use: number of saved tensors, whether a dropout mask follows
+    layout: list[tuple[Any, int, bool]] = []  # per use: grad_, number of saved tensors, whether a dropout mask follows
     for use in uses:
-        add_ = use.functions.add_
+        add_, grad_ = use.functions.add_, use.functions.grad_
         assert add_ is not None
         inner, mask = x, None
-        if dropout and use.dropout:
+        if dropout and use.dropout and use.functions.dropped is not None and kernels.use_triton(x):
+            # The seed comes from the CPU's generator: no wait for the device, and checkpointing restores it.
+            add_, grad_ = use.functions.dropped(use.dropout, int(torch.randint(2**32, 2**62, ())))
+        elif dropout and use.dropout:
             mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - use.dropout)
             inner = x * mask / (1 - use.dropout)
         if use.scale == 1.0:
@@ -458,7 +461,7 @@ def _add_all(ctx: Any, uses: list[Use], x: Tensor, y: Tensor, dropout: bool, *mo
             delta = torch.zeros_like(y)
             kept = add_(inner, delta, use.tensors, use.binding)
             y.add_(delta, alpha=use.scale)
-        layout.append((len(kept), mask is not None))
+        layout.append((grad_, len(kept), mask is not None))
         saved += kept
         if mask is not None:
             saved.append(mask)
@@ -473,14 +476,14 @@ def _grad_all(
 ) -> list[Tensor | None]:
     """Let every adapter add to dx [tokens, in] in place, and collect the gradients of their edges."""
     gradients: list[Tensor | None] = []
-    at, value_at = 0, sum(count + masked for count, masked in ctx.layout)
-    for use, (count, masked) in zip(ctx.uses, ctx.layout, strict=True):
+    at, value_at = 0, sum(count + masked for _, count, masked in ctx.layout)
+    for use, (grad_, count, masked) in zip(ctx.uses, ctx.layout, strict=True):
         own = tuple(saved[at : at + count])
         mask = saved[at + count] if masked else None
         at += count + masked
         tensors = dict(zip(use.tensors, saved[value_at:], strict=False))
         value_at += len(tensors)
-        found = _backward_of(use, dy, dx, own, mask, tensors)
+        found = _backward_of(use, grad_, dy, dx, own, mask, tensors)
         for name in tensors:
             needed = len(gradients) < len(needs) and needs[len(gradients)]
             gradients.append(_deliver(use, name, found[name], tensors[name]) if needed else None)
@@ -489,19 +492,19 @@ def _grad_all(
 
 def _backward_of(
     use: Use,
+    grad_: Any,
     dy: Tensor,
     dx: Tensor | None,
     saved: tuple[Tensor, ...],
     mask: Tensor | None,
     tensors: dict[str, Tensor],
 ) -> Any:
-    assert use.functions.grad_ is not None
     if use.scale != 1.0:
         dy = dy * use.scale
     if mask is None or dx is None:
-        return use.functions.grad_(dy, dx, saved, tensors, use.binding)
+        return grad_(dy, dx, saved, tensors, use.binding)
     inner = torch.zeros_like(dx)
-    found = use.functions.grad_(dy, inner, saved, tensors, use.binding)
+    found = grad_(dy, inner, saved, tensors, use.binding)
     dx.add_(inner.mul_(mask), alpha=1 / (1 - use.dropout))
     return found
 

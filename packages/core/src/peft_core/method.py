@@ -105,11 +105,15 @@ class Forward:
             `grad_` needs, nothing more.
         grad_: `(dy, dx, saved, tensors, binding) -> gradients`: adds this adapter's part of the input gradient to dx
             in place (unless dx is None) and returns the gradients by tensor name.
+        dropped: `(p, seed) -> (add_, grad_)`: the pair with dropout of x built in, for kernels that draw what they drop
+            while they read it; asked in their stead at every forward in which Triton is to be used. Without it, or
+            elsewhere, core drops, and keeps a mask of x's size.
     """
 
     naive: Naive
     add_: AddInPlace | None = None
     grad_: GradInPlace | None = None
+    dropped: Callable[[float, int], tuple[AddInPlace, GradInPlace]] | None = None
 
 
 @dataclass

@@ -1,21 +1,28 @@
-"""The accumulating pair of MiSS as torch products.
+"""The accumulating pair of MiSS, as torch products and in Triton.
 
-Summing over shards and repeating over shards are products with the shard indicator E (0/1, [r, columns]): on
-a matrix unit they cost less than the strided additions that they replace. What is saved is S [tokens, r], and
-x only by `expand`, whose gradient needs it.
+Both are made of two passes, the sum over shards S = x·Eᵀ and the repetition y += S·E with the shard indicator E (0/1). As
+torch products on a matrix unit they cost less than the strided additions that they replace; in Triton they are
+just the bytes of x, or of y twice. What is saved is S [tokens, r], and x only by `expand`, whose gradient needs it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from peft_core import Forward, Tensors
+from peft_core.kernels import use_triton
+from peft_core.method import AddInPlace, GradInPlace
 
 from . import naive
+
+Drop: TypeAlias = tuple[float, int]
+"""Probability of an element of x to be dropped, and the seed that decides which."""
+KEEP_ALL: Drop = (0.0, 0)
 
 
 def indicator(
@@ -26,70 +33,109 @@ def indicator(
     return torch.nn.functional.one_hot(shards, r).T.contiguous().to(device=device, dtype=dtype)
 
 
-def members_of(
-    count: int, r: int, interleaved: bool, sizes: tuple[int, ...] | None = None
-) -> Callable[[Tensor], Tensor]:
-    """E for the dtype and device of a tensor, made once; for a fake tensor (tracing), made each time."""
-    known = functools.cache(functools.partial(indicator, count, r, interleaved, sizes))
+def starts(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where runs of these lengths begin, and where the last one ends: int32 [r + 1]."""
+    return torch.tensor([0, *sizes]).cumsum(0, dtype=torch.int32).to(device)
 
-    def members(like: Tensor) -> Tensor:
-        make = known if type(like) is Tensor else known.__wrapped__
-        return make(like.dtype, like.device)
 
-    return members
+@dataclass(frozen=True)
+class Shards:
+    """`count` columns in r shards: which belong together, summing over them, repeating over them."""
+
+    count: int
+    r: int
+    interleaved: bool
+    sizes: tuple[int, ...] | None = None
+
+    def sum(self, x: Tensor, drop: Drop = KEEP_ALL) -> Tensor:
+        """S_i = Σ x_j over shard i: x [tokens, count] → S [tokens, r]. Only Triton drops."""
+        if use_triton(x):
+            from . import triton_kernels
+
+            return triton_kernels.shard_sum(x, self.r, self.interleaved, *self._runs(x), *drop)
+        return torch.mm(x, self._members(x).t())
+
+    def expand_add_(self, S: Tensor, y: Tensor, scale: float, drop: Drop = KEEP_ALL) -> None:
+        """y_j += scale·S_i for every column j of shard i, but for what `sum` dropped: S [tokens, r], y [tokens, count]."""
+        if use_triton(y):
+            from . import triton_kernels
+
+            triton_kernels.shard_expand_add_(y, S, self.interleaved, *self._runs(y), scale, *drop)
+        else:
+            y.addmm_(S, self._members(y), alpha=scale)
+
+    def _members(self, like: Tensor) -> Tensor:
+        make = _indicator if type(like) is Tensor else indicator  # a fake tensor (tracing) must not be kept
+        return make(self.count, self.r, self.interleaved, self.sizes, like.dtype, like.device)
+
+    def _runs(self, like: Tensor) -> tuple[Tensor | None, int]:
+        """Where shards begin, if that is not a formula, and the length of the longest."""
+        if self.sizes is None:
+            return None, -(-self.count // self.r)
+        make = _starts if type(like) is Tensor else starts
+        return make(self.sizes, like.device), max(self.sizes)
+
+
+_indicator, _starts = functools.cache(indicator), functools.cache(starts)
 
 
 @functools.cache
 def efficient(k: int, d: int, r: int, interleaved: bool, scale: float) -> Forward:
     """ΔW = s·Dᵀ·E with D [r, d] and the indicator of the input's shards; `mini`: D [r, m] tiled d/m times."""
-    shards = naive.shard_of(k, r, interleaved)
-    members = members_of(k, r, interleaved)
+    shard_of = naive.shard_of(k, r, interleaved)
+    shards = Shards(k, r, interleaved)
 
     def reference(x: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
-        return naive.mini(x, tensors["D"], shards.to(x.device), scale, d)
+        if torch.compiler.is_compiling() and use_triton(x):  # an operator, in place of atomic additions
+            S = shards.sum(x.reshape(-1, k))
+            return (S @ tiled(tensors["D"], x.dtype) * scale).view(*x.shape[:-1], d)
+        return naive.mini(x, tensors["D"], shard_of.to(x.device), scale, d)
 
     def tiled(D: Tensor, dtype: torch.dtype) -> Tensor:
         D = D.to(dtype)
         return D if D.shape[1] == d else D.repeat(1, d // D.shape[1])
 
-    def add_(x: Tensor, y: Tensor, tensors: Tensors, binding: Tensors) -> tuple[Tensor, ...]:
-        S = torch.mm(x, members(x).t())  # [tokens, r]
-        y.addmm_(S, tiled(tensors["D"], x.dtype), alpha=scale)
-        return (S,)
+    def pair(drop: Drop) -> tuple[AddInPlace, GradInPlace]:
+        def add_(x: Tensor, y: Tensor, tensors: Tensors, binding: Tensors) -> tuple[Tensor, ...]:
+            S = shards.sum(x, drop)  # [tokens, r]
+            y.addmm_(S, tiled(tensors["D"], x.dtype), alpha=scale)
+            return (S,)
 
-    def grad_(
-        dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: Tensors, binding: Tensors
-    ) -> dict[str, Tensor]:
-        D = tensors["D"]
-        if dx is not None:
-            dS = torch.mm(dy, tiled(D, dy.dtype).t())  # [tokens, r]
-            dx.addmm_(dS, members(dy), alpha=scale)
-        dD = torch.mm(saved[0].t(), dy)  # [r, d]
-        if D.shape[1] != d:
-            dD = dD.view(r, -1, D.shape[1]).sum(1, dtype=D.dtype)
-        return {"D": dD if scale == 1.0 else dD * scale}
+        def grad_(
+            dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: Tensors, binding: Tensors
+        ) -> dict[str, Tensor]:
+            D = tensors["D"]
+            if dx is not None:
+                dS = torch.mm(dy, tiled(D, dy.dtype).t())  # [tokens, r]
+                shards.expand_add_(dS, dx, scale, drop)
+            dD = torch.mm(saved[0].t(), dy)  # [r, d]
+            if D.shape[1] != d:
+                dD = dD.view(r, -1, D.shape[1]).sum(1, dtype=D.dtype)
+            return {"D": dD if scale == 1.0 else dD * scale}
 
-    return Forward(reference, add_, grad_)
+        return add_, grad_
+
+    return Forward(reference, *pair(KEEP_ALL), dropped=lambda p, seed: pair((p, seed)))
 
 
 @functools.cache
 def expand(d: int, r: int, sizes: tuple[int, ...] | None, scale: float) -> Forward:
     """ΔW = s·Eᵀ·D with D [r, in] and the indicator of the output's shards."""
-    shards = naive.shard_of(d, r, False, sizes)
-    members = members_of(d, r, False, sizes)
+    shard_of = naive.shard_of(d, r, False, sizes)
+    shards = Shards(d, r, False, sizes)
 
     def reference(x: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
-        return naive.expand(x, tensors["D"], shards.to(x.device), scale)
+        return naive.expand(x, tensors["D"], shard_of.to(x.device), scale)
 
     def add_(x: Tensor, y: Tensor, tensors: Tensors, binding: Tensors) -> tuple[Tensor, ...]:
         z = torch.mm(x, tensors["D"].to(x.dtype).t())  # [tokens, r]
-        y.addmm_(z, members(x), alpha=scale)
+        shards.expand_add_(z, y, scale)
         return (x,)
 
     def grad_(
         dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: Tensors, binding: Tensors
     ) -> dict[str, Tensor]:
-        dz = torch.mm(dy, members(dy).t())  # [tokens, r]
+        dz = shards.sum(dy)  # [tokens, r]
         if dx is not None:
             dx.addmm_(dz, tensors["D"].to(dy.dtype), alpha=scale)
         dD = torch.mm(dz.t(), saved[0])  # [r, in]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,6 +135,30 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float, what: str) ->
     """Relative root mean square within `tolerance`; non-finite values never are."""
     distance = relative(found, expected)
     assert distance <= tolerance, f"{what}: off by {distance:.2e} relative, allowed {tolerance:.0e}"
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """`torch.empty` gives NaN, so that reading what nobody wrote is seen."""
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]
+
+
+def far_apart(values: Tensor) -> Tensor:
+    """The matrix with more than 2³¹ elements from one row to the next: address space is reserved, memory hardly used."""
+    rows, columns = values.shape
+    stride = 2**31 + 64
+    there = torch.empty((rows - 1) * stride + columns, dtype=values.dtype, device=values.device)
+    far = there.as_strided((rows, columns), (stride, 1))
+    far.copy_(values)
+    return far
 
 
 @dataclass

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 
+from . import checks
 from .checks import Trial, trials
 from .families import CORE, FAMILIES
 
@@ -56,10 +56,5 @@ def partner(trial: Trial, pytestconfig: pytest.Config) -> Trial:
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """`torch.empty` gives NaN, so that reading what nobody wrote is seen."""
-    settings: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    settings.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    settings.fill_uninitialized_memory = before[1]
+    with checks.poisoned_memory():
+        yield

@@ -1,0 +1,217 @@
+"""Which kernels run, and what the kernels of all methods share."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+import peft_core as pc
+from peft_core import launching
+from peft_core.kernels import _obstacle, obstacle, use_triton
+from peft_core.launching import launch, operator, recorded
+
+ROOT = Path(__file__).resolve().parent.parent
+X = torch.zeros(2, 3)
+
+
+def python(program: str, **environment: str) -> str:
+    """What a program prints in a process of its own, without Triton's interpreter."""
+    own = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PEFT_CORE_KERNELS")}
+    done = subprocess.run([sys.executable, "-c", program], env=own | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def forgotten():
+    """What is known of devices is looked up anew, here and afterwards."""
+    _obstacle.cache_clear()
+    yield
+    _obstacle.cache_clear()
+
+
+def test_auto_takes_torch_on_a_cpu_and_triton_where_it_is_asked_for() -> None:
+    assert not use_triton(X)
+    for name, expected in [("triton", True), ("torch", False), ("naive", False), ("auto", False)]:
+        with pc.kernels(name):
+            assert use_triton(X) is expected
+
+
+def test_the_environment_chooses_and_a_context_overrules_it(monkeypatch) -> None:
+    monkeypatch.setenv("PEFT_CORE_KERNELS", "triton")
+    assert use_triton(X)
+    with pc.kernels("torch"):
+        assert not use_triton(X)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_other_dtypes_are_refused(dtype, refused) -> None:
+    with pc.kernels("triton"), refused(pc.PeftCoreError, "triton", str(dtype)[6:], "float32"):
+        use_triton(X.to(dtype))
+
+
+def test_triton_that_is_not_installed_says_so(monkeypatch, refused, forgotten) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pc.kernels("triton"), refused(pc.PeftCoreError, "pip install triton"):
+        use_triton(X)
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch, refused, forgotten) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pc.kernels("triton"), refused(pc.PeftCoreError, "CUDA", "cpu", "TRITON_INTERPRET=1"):
+        use_triton(X)
+
+
+def test_an_interpreter_that_is_asked_for_too_late_is_refused() -> None:
+    program = (
+        "import os, triton.language, torch; os.environ['TRITON_INTERPRET'] = '1'; from peft_core.kernels import obstacle; "
+        "print(obstacle('cpu', torch.float32))"
+    )
+    assert "before" in python(program)
+
+
+def test_a_gpu_must_be_one_of_cuda_s_and_not_too_old(monkeypatch, forgotten) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "CUDA" in obstacle("cuda:0", torch.float32)
+    _obstacle.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "7.5" in obstacle("cuda:0", torch.float32)
+    _obstacle.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert obstacle("cuda:0", torch.float32) == ""
+
+
+def test_no_kernel_is_imported_unless_it_is_chosen() -> None:
+    program = """
+import sys, peft_core as pc
+from peft_core.testing.families import FAMILIES
+for method, info in pc.methods().items():
+    model = FAMILIES["odd"].build()
+    pc.attach(model, pc.AdapterSpec(method=method, options=dict(info.trials[0])))
+    FAMILIES["odd"].forward(model, FAMILIES["odd"].inputs()).sum().backward()
+print([name for name in sys.modules if name.endswith("triton_kernels")])
+"""
+    assert python(program) == "[]"
+
+
+@triton.jit
+def _add_one(x, count, BLOCK: tl.constexpr):
+    where = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x + where, tl.load(x + where, mask=where < count) + 1, mask=where < count)
+
+
+@operator("peft_core_tests::add_one_", mutates=("x",))
+def add_one_(x: Tensor) -> None:
+    launch(_add_one, (launching.blocks(x.numel(), 16),), x, x.numel(), BLOCK=16)
+
+
+@operator("peft_core_tests::plus_one", lambda x: torch.empty_like(x))
+def plus_one(x: Tensor) -> Tensor:
+    y = x.clone()
+    add_one_(y)
+    return y
+
+
+def test_an_operator_is_traced_and_a_plain_call_goes_straight_through() -> None:
+    seen = []
+    compiled = torch.compile(
+        lambda x: plus_one(x) * 2,
+        fullgraph=True,
+        backend=lambda graph, inputs: seen.extend(str(node.target) for node in graph.graph.nodes) or graph,
+    )
+    torch.testing.assert_close(compiled(X), 2 * (X + 1))
+    assert "peft_core_tests.plus_one.default" in seen
+    with torch.profiler.profile() as profiler, torch.no_grad():
+        assert torch.equal(plus_one(X), X + 1)
+    assert not any("peft_core_tests" in event.key for event in profiler.key_averages())
+    with torch.profiler.profile() as profiler:
+        plus_one(X)
+    assert any("peft_core_tests::plus_one" in event.key for event in profiler.key_averages())
+
+
+def test_a_change_in_place_is_seen_by_autograd() -> None:
+    for gradients in (torch.enable_grad(), torch.no_grad()):
+        x = X.clone()
+        with gradients:
+            before = x._version
+            add_one_(x)
+        assert x._version > before and torch.equal(x, X + 1)
+
+
+def test_fake_tensors_are_not_launched_on() -> None:
+    with torch._subclasses.FakeTensorMode(), torch.no_grad():
+        assert plus_one(torch.empty(5, 4)).shape == (5, 4)
+
+
+def test_launches_can_be_recorded_instead_of_made() -> None:
+    with recorded() as launches:
+        add_one_(torch.empty(100, device="meta"))
+        add_one_(torch.empty(0, device="meta"))
+    assert [(one.grid, one.constants) for one in launches] == [((7,), {"BLOCK": 16}), ((0,), {"BLOCK": 16})]
+    x = torch.empty(0)
+    add_one_(x)  # an empty grid, which a GPU would refuse
+
+
+@pytest.mark.parametrize(("least", "expected"), [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
+def test_power_of_two(least, expected) -> None:
+    assert launching.power_of_two(least) == expected
+
+
+PROGRAM = """
+import runpy, sys, torch, triton, triton.language as tl
+from peft_core.launching import launch
+
+@triton.jit
+def sound(x, i, j, scale, nothing, N: tl.constexpr):
+    tl.store(x + tl.arange(0, N) + i + j, scale)
+
+@triton.jit
+def broken(x, N: tl.constexpr):
+    tl.store(x + tl.arange(0, N), nowhere)
+
+def examples():
+    x = torch.empty(64, device="meta")
+    for _ in range(2):
+        launch(sound, (1,), x, 3, 2**40, 1.5, None, N=64)
+    launch(broken, (1,), x, N=64)
+
+tool = runpy.run_path("tools/compile_kernels.py")
+tool["main"].__globals__["modules"] = lambda: ["kernels_of_a_test"]
+sys.modules["kernels_of_a_test"] = sys.modules["__main__"]
+sys.argv[1:] = ["--target", "sm_90"]
+try:
+    tool["main"]()
+except SystemExit as stop:
+    print("exit", stop.code)
+"""
+
+
+def test_compiling_ahead_of_time_reports_registers_and_fails_where_a_kernel_does(tmp_path) -> None:
+    path = tmp_path / "program.py"  # Triton reads a kernel's source from its file
+    path.write_text(PROGRAM)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    of_sound, of_broken, stop = done.stdout.splitlines()[-3:]
+    assert re.search(r"sm_90 +\d+ / 0 +sound \(float32, n 64\)", of_sound)
+    assert "fails" in of_broken and "broken" in of_broken
+    assert stop == "exit 1" and "1 kernels do not compile" in done.stderr
+
+
+def test_compiling_ahead_of_time_refuses_the_interpreter(monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys, "argv", ["compile_kernels.py"])
+    with pytest.raises(SystemExit, match="TRITON_INTERPRET"):
+        runpy.run_path(str(ROOT / "tools" / "compile_kernels.py"), run_name="__main__")
