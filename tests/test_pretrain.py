@@ -176,6 +176,27 @@ def test_a_configuration_without_weights_and_a_tokenizer_from_elsewhere(
     assert model.config.eos_token_id == tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("adapter", [{"method": "sound", "train_modules": IN_FULL}, None], ids=["adapter", "full"])
+def test_modules_with_a_learning_rate_of_their_own(adapter: Any, run_file: Run) -> None:
+    """With next to none, they stay where they started, and only they."""
+    asked = {"module_lr": {"embed_tokens": 1e-30, "input_layernorm": 1e-30}, "optimizer": "adamw"}
+    path = run_file(adapter=adapter, training=asked)
+    started(path)
+    out = path.parent / "out"
+    base = AutoModelForCausalLM.from_pretrained(out / "base")
+    before = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    trained = AutoModelForCausalLM.from_pretrained(out) if adapter is None else pc.load(base, out).merge_and_detach()
+    still = {name for name, parameter in trained.named_parameters() if torch.equal(parameter, before[name])}
+    expected = {name for name in before if "embed_tokens" in name or "input_layernorm" in name}
+    assert still == expected and len(expected) == 3
+
+
+def test_a_learning_rate_for_what_is_not_trained_in_full(run_file: Run, refused: Any) -> None:
+    path = run_file(training={"module_lr": {"embed_token": 0.1}})
+    with refused(RunError, "training.module_lr", "did you mean 'embed_tokens'", "lm_head"):
+        started(path)
+
+
 def test_the_tokenizer_is_trained_on_the_texts_and_loses_nothing() -> None:
     tokenizer = pretrain.train_tokenizer(TEXTS, 320)
     assert len(tokenizer) == 320

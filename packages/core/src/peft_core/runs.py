@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -102,6 +102,10 @@ class TrainingSection(_Section):
     )
     accumulate: int = Field(default=1, ge=1, description="Forward passes for one optimizer step.")
     lr: float = Field(default=1e-3, gt=0, description="Highest learning rate.")
+    module_lr: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={},
+        description="Learning rates of single modules that are trained in full, by name: {embed_tokens: 0.01}.",
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field(default="linear", description="After the warm-up.")
     warmup: float = Field(default=0.1, ge=0, lt=1, description="Part of the run over which the learning rate rises.")
     weight_decay: float = Field(default=0.0, ge=0, description="Of the optimizer.")

@@ -11,7 +11,7 @@ import inspect
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,14 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from . import models, pretrain, records, training
-from .attach import attach
+from .attach import Adapter, attach
 from .checkpoint import HEADER
 from .data import IGNORED, Tokens, collate
-from .errors import ModelError
+from .errors import ModelError, listed, suggestion
 from .records import Prepared
 from .runs import RunConfig, RunError, difference
 from .spec import DTYPES, AdapterSpec
+from .targets import named
 from .trainer import AdapterTrainer
 
 _CHECKPOINTS, _CONFIG, _METRICS = "checkpoints", "run.yaml", "metrics.json"
@@ -297,6 +298,7 @@ def _run(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.lengths, trainer.figures = job.lengths, job.evaluate
+        trainer.rates = _rates(config.training.module_lr, _in_full(model, adapter))
         evaluations = [{"step": 0.0, **trainer.measure()}] if job.evaluate else []
         if trainer.is_world_process_zero():
             (out / _CONFIG).write_text(config.to_yaml(), encoding="utf-8")
@@ -360,6 +362,7 @@ class _Measuring:
 
     Attributes:
         lengths: of the training examples. figures: see `_Job.evaluate`.
+        rates: id of a parameter → its learning rate, where that is not the run's.
     """
 
     args: Any
@@ -369,6 +372,19 @@ class _Measuring:
     log: Callable[[dict[str, float]], None]
     lengths: Sequence[int] = ()
     figures: Callable[[], dict[str, float]] | None = None
+    rates: Mapping[int, float] = {}
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The trainer's own, with groups of their own for other learning rates."""
+        optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        for group in list(optimizer.param_groups):
+            by_rate: dict[float, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                by_rate.setdefault(self.rates.get(id(parameter), group["lr"]), []).append(parameter)
+            group["params"] = by_rate.pop(group["lr"], [])
+            for rate, parameters in by_rate.items():
+                optimizer.add_param_group({**group, "params": parameters, "lr": rate})
+        return optimizer
 
     def measure(self) -> dict[str, float]:
         """The figures of the model as it is."""
@@ -395,6 +411,34 @@ class _AdapterTrainer(_Measuring, AdapterTrainer):
 
 class _FullTrainer(_Measuring, Trainer):  # type: ignore[misc]
     """Trains all of a model."""
+
+
+def _in_full(model: nn.Module, adapter: Adapter | None) -> dict[str, list[nn.Parameter]]:
+    """Paths of the modules that are trained in full, and what is trained of them."""
+    if adapter is None:
+        found = {path: list(module.parameters(recurse=False)) for path, module in model.named_modules()}
+        return {path: parameters for path, parameters in found.items() if parameters}
+    parameters = dict(adapter.named_parameters())
+    return {path: [parameters[key] for key in keys.values()] for path, keys in adapter.plan.trained.items()}
+
+
+def _rates(asked: Mapping[str, float], modules: Mapping[str, Sequence[nn.Parameter]]) -> dict[int, float]:
+    """Id of a parameter → its learning rate.
+
+    Raises:
+        RunError: no module that is trained in full has one of the names.
+    """
+    rates: dict[int, float] = {}
+    for name, rate in asked.items():
+        paths = [path for path in modules if named(name, path)]
+        if not paths:
+            known = sorted({path.rpartition(".")[2] for path in modules})
+            raise RunError(
+                f"training.module_lr: no module that is trained in full is named '{name}'{suggestion(name, known)}; "
+                f"there are {listed(known) or 'none: name it in adapter.train_modules'}"
+            )
+        rates.update((id(parameter), rate) for path in paths for parameter in modules[path])
+    return rates
 
 
 class _LikeLengths(Sampler[int]):
@@ -638,8 +682,8 @@ def _spec(config: RunConfig, fresh: Sequence[str]) -> AdapterSpec | None:
     spec = config.adapter
     if spec is None:
         return None
-    named = [name for name in fresh if not any(f".{there}." in f".{name}." for there in spec.train_modules)]
-    fields = {**spec.model_dump(), "train_modules": (*spec.train_modules, *named)}
+    more = [name for name in fresh if not any(f".{there}." in f".{name}." for there in spec.train_modules)]
+    fields = {**spec.model_dump(), "train_modules": (*spec.train_modules, *more)}
     return AdapterSpec(**{**fields, "base_model": spec.base_model or config.model.path})
 
 
