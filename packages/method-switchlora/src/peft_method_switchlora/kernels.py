@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_core.kernels import chosen
+from peft_core.kernels import chosen, use_triton
 
 from . import naive
 
@@ -21,6 +21,11 @@ def switch_update_(weight: Tensor, columns: Tensor, rows: Tensor, scale: float) 
     """
     if chosen() == "naive":
         naive.switch_update_(weight, columns, rows, scale)
+        return
+    if use_triton(weight):
+        from . import triton_kernels
+
+        triton_kernels.switch_update_(weight, columns, rows, scale)
         return
     with _full_float32():
         if weight.dtype == columns.dtype:
