@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -17,6 +18,11 @@ import peft_core as pc
 from peft_core import hookimpl, lowrank, plugins
 from peft_core.testing.families import FAMILIES
 from peft_core.testing.methods import register_sound
+
+PHASES = [phase for phase in Phase if phase is not Phase.explain]
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=200, phases=PHASES)
+settings.register_profile("fuzz", deadline=None, max_examples=10_000, phases=PHASES)
+settings.load_profile("suite")
 
 
 class Options(BaseModel):

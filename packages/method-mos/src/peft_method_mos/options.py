@@ -12,13 +12,13 @@ class RandomScaling(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mean: float = Field(default=1.0, allow_inf_nan=False, description="Mean of the normal distribution; not 0.")
+    mean: float = Field(default=1.0, allow_inf_nan=False, description="Mean of the normal distribution, at least 0.001 in size.")
     std: float = Field(default=0.5, ge=0, allow_inf_nan=False, description="Its standard deviation.")
 
     @model_validator(mode="after")
     def _divisible(self) -> RandomScaling:
-        if self.mean == 0:
-            raise ValueError("mean must not be 0, since the factors are divided by it")
+        if abs(self.mean) < 1e-3:
+            raise ValueError(f"mean {self.mean:g} is too near 0, since the factors are divided by it; 0.001 or more")
         return self
 
 
