@@ -1,25 +1,49 @@
 """The accumulating pair: gather the site's factors, then core's low-rank product.
 
-Backward gathers them again, so that no layer's factors outlive their use (the README has the measurement).
+Backward gathers them again, so that no layer's factors outlive their use (the README has the measurement). In Triton a gather
+is one launch, for one site or for all of a group.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from peft_core import Forward, Rows, lowrank
+from peft_core.kernels import use_triton
 from peft_core.method import Gradient, Tensors
 
 from . import naive
 
 
 def gather_factors(tensors: Tensors, binding: Tensors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A [r, in] and B [out, r] in `dtype`. Casts what is gathered, never a pool."""
+    """A [r, in] and B [out, r] of a site in `dtype`. Casts what is gathered, never a pool."""
+    if "index" in binding and use_triton(tensors["pool_A"]):
+        A, B = gather_group(tensors, [binding], dtype)
+        return A[0], B[0]
     A, Bt = _gather(tensors["pool_A"], binding, 0, dtype), _gather(tensors["pool_B"], binding, -1, dtype)
     return _scaled(A, binding), Bt.T
+
+
+def gather_group(tensors: Tensors, bindings: Sequence[Tensors], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A [sites, r, in] and B [sites, out, r] of sites that share pools and options, differentiable.
+
+    In Triton one launch, whatever the number of sites, and one for the gradients: sums over the pieces that a shard fills,
+    in a fixed order and without atomics.
+    """
+    if "index" not in bindings[0] or not use_triton(tensors["pool_A"]):
+        factors = [gather_factors(tensors, binding, dtype) for binding in bindings]
+        A, B = zip(*factors, strict=True)
+        return torch.stack(A), torch.stack(B)
+    from . import triton_kernels
+
+    index = _stacked([binding["index"] for binding in bindings])  # [sites, 2 or 1, r, l]
+    scaling = _stacked([binding["scaling"] for binding in bindings]) if "scaling" in bindings[0] else None
+    A, Bt = triton_kernels.gather_factors(tensors["pool_A"], tensors["pool_B"], index, scaling, dtype)
+    return A, Bt.transpose(1, 2)
 
 
 @cache
@@ -27,6 +51,9 @@ def forward(alpha: float) -> Forward:
     """Δ(x) for an alpha; r and l are read from the index, so that all sites run the same code."""
 
     def reference(x: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
+        if torch.compiler.is_compiling() and "index" in binding and use_triton(x):  # an operator, without atomics
+            A, B = gather_factors(tensors, binding, x.dtype)
+            return lowrank.naive(x, A, B, alpha / len(A))
         return naive.delta(x, tensors, binding, alpha)
 
     def add_(x: Tensor, y: Tensor, tensors: Tensors, binding: Tensors) -> tuple[Tensor, ...]:
@@ -43,6 +70,10 @@ def forward(alpha: float) -> Forward:
         return {"pool_A": _scattered(dA, binding, 0), "pool_B": _scattered(dB.T, binding, -1)}
 
     return Forward(reference, add_, grad_)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)  # a view: no launch
 
 
 def _gather(pool: Tensor, binding: Tensors, which: int, dtype: torch.dtype) -> Tensor:
