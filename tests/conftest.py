@@ -81,7 +81,7 @@ class Stepper:
 
     @hookimpl
     def peft_merge(self, site: pc.Site, weight: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:
-        return weight + lowrank.delta(tensors["A"], tensors["B"], 1.0, weight.dtype)
+        return lowrank.merged(weight, tensors["A"], tensors["B"], 1.0)
 
     @hookimpl
     def peft_optimizer_step(self, step: pc.OptimizerStep) -> Any:

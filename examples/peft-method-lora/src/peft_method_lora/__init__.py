@@ -88,7 +88,7 @@ def _forward(scale: float) -> pc.Forward:
 @pc.hookimpl
 def peft_merge(site: pc.Site, weight: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:
     """The weight (out × in) that does in one product what base and adapter do together."""
-    return weight + pc.lowrank.delta(tensors["A"], tensors["B"], site.options.scale, weight.dtype)
+    return pc.lowrank.merged(weight, tensors["A"], tensors["B"], site.options.scale)
 
 
 @pc.hookimpl

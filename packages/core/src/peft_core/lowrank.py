@@ -34,6 +34,11 @@ def grad_(
     return dA, dB
 
 
+def merged(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """weight + s·B·A [out, in], computed in the weight's dtype without a ΔW between."""
+    return torch.addmm(weight, B.to(weight.dtype), A.to(weight.dtype), alpha=scale)
+
+
 def delta(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """ΔW = s·B·A [out, in], computed in `dtype`."""
     return scale * (B.to(dtype) @ A.to(dtype))

@@ -155,11 +155,11 @@ _local = _Local()
 
 @functools.cache
 def _install() -> None:
-    register_optimizer_step_pre_hook(_before)
-    register_optimizer_step_post_hook(_after)
+    # Here and not as decorators: the compiler takes seconds to import, and only who trains may need it.
+    register_optimizer_step_pre_hook(torch.compiler.disable(_before))
+    register_optimizer_step_post_hook(torch.compiler.disable(_after))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not _watches or _skipped(optimizer):
         return
@@ -192,7 +192,6 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
         _local.running.append(_Running(optimizer, stack[0], served, contexts.pop_all()))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     mine = [step for step in _local.running if step.optimizer is optimizer]
     if not mine:

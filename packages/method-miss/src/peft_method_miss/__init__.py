@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from peft_core import Capabilities, Forward, Layout, LowRank, MergeError, MethodInfo, Site, hookimpl
+from peft_core import Capabilities, Forward, Layout, LowRank, MergeError, MethodInfo, Site, hookimpl, lowrank
 
 from . import kernels, layout, naive
 from .exchange import from_hf_peft, to_hf_peft
@@ -64,7 +64,7 @@ def peft_merge(site: Site, weight: Tensor, tensors: Mapping[str, Tensor], bindin
     if site.options.variant == "bat":
         return weight + naive.bat_delta(weight, D, site.options.scale)
     A, B = peft_lowrank(site, {"D": D}, binding)
-    return weight + B @ A
+    return lowrank.merged(weight, A, B, 1.0)
 
 
 @hookimpl

@@ -49,7 +49,7 @@ def peft_forward(site: Site) -> Forward:
 @hookimpl
 def peft_merge(site: Site, weight: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
     A, B = factors(tensors, binding, weight.dtype)
-    return weight + lowrank.delta(A, B, site.options.alpha / len(A), weight.dtype)
+    return lowrank.merged(weight, A, B, site.options.alpha / len(A))
 
 
 @hookimpl

@@ -48,7 +48,7 @@ def peft_forward(site: Site) -> Forward:
 
 @hookimpl
 def peft_merge(site: Site, weight: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
-    return weight + lowrank.delta(tensors["A"], tensors["B"], _scale(site), weight.dtype)
+    return lowrank.merged(weight, tensors["A"], tensors["B"], _scale(site))
 
 
 @hookimpl

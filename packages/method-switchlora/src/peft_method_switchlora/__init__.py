@@ -63,7 +63,7 @@ def peft_optimizer_step(step: pc.OptimizerStep) -> AbstractContextManager[Any]:
 
 @hookimpl
 def peft_merge(site: pc.Site, weight: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
-    return naive.merged(weight, tensors["A"], tensors["B"], site.options.scale)
+    return lowrank.merged(weight, tensors["A"], tensors["B"], site.options.scale)
 
 
 @hookimpl

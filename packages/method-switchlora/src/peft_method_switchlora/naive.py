@@ -10,12 +10,7 @@ from peft_core import lowrank
 
 def split_off(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """W₀' = W₀ − s·B·A: what is left in the base, so that W₀'x + s·B·A·x is W₀x."""
-    return weight - lowrank.delta(A, B, scale, weight.dtype)
-
-
-def merged(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """W₀' + s·B·A."""
-    return weight + lowrank.delta(A, B, scale, weight.dtype)
+    return lowrank.merged(weight, A, B, -scale)
 
 
 def switch_column(weight: Tensor, A: Tensor, B: Tensor, i: int, candidate: Tensor, scale: float) -> None:
