@@ -16,6 +16,7 @@ from peft_core.plan import size
 if TYPE_CHECKING:
     from .adapter_files import AdapterFiles
     from .lora import LoraReport
+    from .onnx import OnnxReport
     from .streaming import MergeReport
 
 NAME = "README.md"
@@ -71,6 +72,37 @@ def lora(base: Path, header: AdapterFile, report: LoraReport) -> str:
         *_shell(report.command, auto),
     ]
     return _card(base, [header], "peft", "lora", f"{header.method.name} as LoRA", lines)
+
+
+def onnx(base: Path, headers: Sequence[AdapterFile], report: OnnxReport) -> str:
+    """The card of an ONNX model."""
+    what = " and ".join(f"`{header.method.name}`" for header in headers)
+    files = ", ".join(f"`{file}`" for file in report.files)
+    lines = [
+        f"{_base_text(base, headers[0])} with {what} merged in, as ONNX, by `peft-export`.",
+        "",
+        f"- Precision: {report.precision}"
+        + (
+            f", {100 * report.quantized:.1f} % of the weights in blocks of {report.block_size}"
+            if report.block_size
+            else ""
+        ),
+        f"- Files: {files}, {size(report.bytes)}",
+        *(f"- `{name}.onnx` takes {', '.join(_brief(names))}" for name, names in report.inputs.items()),
+        *(f"- {note}" for note in report.notes),
+        "",
+        "```python",
+        "import onnxruntime",
+        "",
+        *(f"{name} = onnxruntime.InferenceSession('path/to/this/directory/{name}.onnx')" for name in report.inputs),
+        "```",
+    ]
+    return _card(base, headers, "onnx", "onnx", f"{what} as ONNX".replace("`", ""), lines)
+
+
+def _brief(names: Sequence[str]) -> list[str]:
+    """Names, the layers' caches as one."""
+    return list(dict.fromkeys(f"`{re.sub(r'[.][0-9]+[.]', '.N.', name)}`" for name in names))
 
 
 def with_verification(text: str, lines: Iterable[str]) -> str:

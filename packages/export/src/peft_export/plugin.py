@@ -26,6 +26,7 @@ from peft_core import MergeError, ModelError, hookimpl
 
 if TYPE_CHECKING:
     from .lora import LoraReport
+    from .onnx import OnnxReport
     from .streaming import MergeReport
     from .verify import VerifyReport
 
@@ -47,6 +48,7 @@ def peft_cli(app: typer.Typer) -> None:
     app.command()(verify)
     export = typer.Typer(help="Write an adapter in the form that a serving runtime loads.", no_args_is_help=True)
     export.command()(lora)
+    export.command()(onnx)
     app.add_typer(export, name="export")
 
 
@@ -133,6 +135,43 @@ def lora(
         raise typer.Exit(_FAILED)
 
 
+def onnx(
+    base: Base,
+    adapter: Annotated[
+        list[str],
+        typer.Option(metavar="DIR[=WEIGHT]", help="An adapter directory, with a weight; may be repeated."),
+    ],
+    out: Out,
+    precision: Annotated[str, typer.Option(help="Of the weights: fp32, fp16, int8, int4.")] = "fp32",
+    block_size: Annotated[int, typer.Option(help="How many int8 or int4 weights share a scale: 16, 32, 64, 128.")] = 32,
+    untie: Annotated[
+        bool,
+        typer.Option("--untie", help="Part tied embeddings where only one of the two layers was trained."),
+    ] = False,
+    overwrite: Overwrite = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Run it, compare it, and keep golden logits in it.")
+    ] = True,
+    json_: Json = False,
+) -> None:
+    """Write the merged model as ONNX, with a cache of keys and values where it generates, and compare it."""
+    from .onnx import export_onnx
+
+    directory, adapters = _local(base), parse_adapters(adapter)
+    with _status(json_) as status:
+        report = export_onnx(
+            directory,
+            adapters,
+            out,
+            precision=precision,
+            block_size=block_size,
+            untie=untie,
+            overwrite=overwrite,
+            status=status,
+        )
+    _finish(report.to_json(), _onnx_table(report), out, directory, adapters, verify, json_)
+
+
 def verify(
     export: Annotated[Path, typer.Argument(help="What `merge` or `export` wrote.")],
     base: Annotated[str | None, typer.Option(help="The base model; needed with --adapter, and for a LoRA.")] = None,
@@ -143,7 +182,9 @@ def verify(
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated. Default: built-in ones.")] = None,
     max_kl: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Largest mean KL divergence allowed, in nats per token. Default: 1e-2."),
+        typer.Option(
+            min=0.0, help="Largest mean KL divergence allowed, in nats per token. Default: 1e-2; by precision for ONNX."
+        ),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="What both models are run in: float32, bfloat16, ..., or auto: the files' own.")
@@ -235,6 +276,14 @@ def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def _status(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A line on standard error that says what is being done."""
+    console = Console(stderr=True, quiet=quiet)
+    with console.status("") as line:
+        yield line.update
+
+
 def _merge_table(report: MergeReport) -> Table:
     from peft_core.plan import size
 
@@ -275,15 +324,34 @@ def _lora_table(report: LoraReport) -> Table:
     return table
 
 
+def _onnx_table(report: OnnxReport) -> Table:
+    from peft_core.plan import size
+
+    memory = "" if report.peak_memory is None else f", {size(report.peak_memory)} of memory at most"
+    rows = {
+        "output": report.out,
+        "files": f"{', '.join(report.files)}: {size(report.bytes)}",
+        "weights": f"{report.weights:,}, {report.precision}"
+        + (f": {100 * report.quantized:.1f} % in blocks of {report.block_size}" if report.block_size else ""),
+        "time": f"{report.seconds:.1f} s{memory}",
+    }
+    return _table("Exported to ONNX", rows, report.notes)
+
+
 def _verify_table(report: VerifyReport) -> Table:
+    from .verify import greedy_line, limits
+
     verdict = "passed" if report.ok else "FAILED"
-    title = f"{report.export} against {report.against}, {report.dtype}: {verdict} (mean KL ≤ {report.max_kl:g})"
-    table = Table(title=escape(title), title_justify="left")
-    for heading in ("prompt", "positions", "mean KL", "max KL", "max logit difference", "same first choice"):
-        table.add_column(heading, justify="left" if heading == "prompt" else "right")
+    title = f"{report.export} against {report.against}, {report.dtype}: {verdict} ({limits(report)})"
+    caption = greedy_line(report) if report.generated else None
+    table = Table(title=escape(title), title_justify="left", caption=caption, caption_justify="left")
+    ways = ("computed",) if report.kind == "onnx" else ()
+    for heading in ("prompt", *ways, "positions", "mean KL", "max KL", "max logit difference", "same first choice"):
+        table.add_column(heading, justify="left" if heading in ("prompt", *ways) else "right")
     for found in report.prompts:
         table.add_row(
             escape(" ".join(found.prompt.split())[:40]),
+            *([found.way] if ways else []),
             str(found.positions),
             f"{found.mean_kl:.1e}",
             f"{found.max_kl:.1e}",

@@ -75,8 +75,8 @@ def logits(model: nn.Module, prompts: Sequence[Prompt]) -> list[Tensor]:
         ids = prompt.ids[None]
         inputs = {"input_ids": ids}
         if getattr(config, "is_encoder_decoder", False):
-            start = getattr(config, "decoder_start_token_id", None) or 0
-            inputs["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+            start = torch.full_like(ids[:, :1], decoder_start(config))
+            inputs["decoder_input_ids"] = torch.cat([start, ids[:, :-1]], dim=1)
         with torch.no_grad():
             answer = model(**inputs)
         if getattr(answer, "logits", None) is None:
@@ -84,6 +84,27 @@ def logits(model: nn.Module, prompts: Sequence[Prompt]) -> list[Tensor]:
         found = answer.logits.float()
         out.append(found.reshape(-1, found.shape[-1]).cpu())
     return out
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, ids: Tensor, count: int) -> Tensor:
+    """The likeliest continuation [count] of a prompt [tokens], whatever the model's settings for generation say."""
+    config: Any = model.config
+    inputs: dict[str, Any] = {"input_ids": ids[None]}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids.new_full((1, 1), decoder_start(config))
+    next_ids = "decoder_input_ids" if len(inputs) == 2 else "input_ids"
+    written = []
+    for _ in range(count):
+        answer = model(**inputs, use_cache=True)
+        written.append(answer.logits[0, -1:].argmax(-1))
+        inputs |= {next_ids: written[-1][None], "past_key_values": answer.past_key_values}
+    return torch.cat([ids[:0], *written])
+
+
+def decoder_start(config: Any) -> int:
+    """The token that a decoder of its own begins with."""
+    return getattr(config, "decoder_start_token_id", None) or 0
 
 
 def adapted_model(base: Path, adapters: Mapping[str, float], header: AdapterFile, dtype: str) -> nn.Module:

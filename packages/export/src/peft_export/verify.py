@@ -6,11 +6,11 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_core import CheckpointError, MergeError
 from peft_core.checkpoint import read_header
@@ -22,9 +22,19 @@ from .lora import CONFIG
 from .shards import Item, Writer
 from .streaming import dtype_code
 
+if TYPE_CHECKING:
+    from .running import Prompt
+
 FOLDER, GOLDEN, RESULTS = "verification", "golden.safetensors", "results.json"
-MAX_KL: Mapping[str, float] = {"float64": 1e-2, "float32": 1e-2, "bfloat16": 1e-2, "float16": 1e-2}
-"""By precision of the export: the mean KL divergence, in nats per token, beyond which it fails."""
+MAX_KL: Mapping[str, float] = {
+    **dict.fromkeys(("float64", "float32", "bfloat16", "float16"), 1e-2),
+    **{"fp32": 1e-6, "fp16": 1e-3, "int8": 1e-2, "int4": 0.3},
+}
+"""By precision of the export: the mean KL divergence, in nats per token, beyond which it fails. The latter are ONNX's."""
+MAX_DIFFERENCE: Mapping[str, float] = {"fp32": 1e-3}
+"""By precision, where nothing is rounded: the difference of two logits beyond which it fails. Greedy tokens are equal, too."""
+GREEDY = 64
+"""How many tokens a model that generates is let write, where its context has room for them."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,8 @@ class Comparison:
     """One prompt: KL(adapted ‖ export) of the next-token distributions, in nats, over its positions.
 
     Attributes:
-        difference: largest absolute difference of two logits. agreement: share of positions with the same first choice.
+        way: how the export computed them, where it has several ways. difference: largest absolute difference of two logits.
+        agreement: share of positions with the same first choice.
     """
 
     prompt: str
@@ -41,6 +52,7 @@ class Comparison:
     max_kl: float
     difference: float
     agreement: float
+    way: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,9 @@ class VerifyReport:
 
     Attributes:
         dtype: of the export's weights. computed_in: what both models were run in.
-        ok: every prompt's mean KL is within `max_kl`.
+        max_difference: see `MAX_DIFFERENCE`; None where a limit was given. generated: how many tokens were written greedily
+            after the first prompt. generated_equal: how many of them, from the first on, the adapted model writes, too.
+        ok: all limits are kept.
     """
 
     export: str
@@ -61,6 +75,9 @@ class VerifyReport:
     ok: bool
     prompts: tuple[Comparison, ...]
     seconds: float
+    max_difference: float | None = None
+    generated: int = 0
+    generated_equal: int = 0
 
     @property
     def mean_kl(self) -> float:
@@ -87,7 +104,7 @@ def verify(
     Args:
         export: what `merge` or `export_lora` wrote. base: checkpoint directory; needed with `adapters`, and for a LoRA.
         adapters: what it was made from; None: compare with the golden logits.
-        prompts: texts; none: built-in ones. max_kl: see `MAX_KL`.
+        prompts: texts; none: built-in ones. max_kl: the only limit, in place of `MAX_KL` and `MAX_DIFFERENCE`.
         dtype: what both models are run in. float32 shows what the export's rounding does, and nothing else; `auto`, the
             files' own, takes half the memory for 16-bit models, and adds the rounding of every activation.
         record: with `adapters`, keep golden logits in the export and the result in its model card.
@@ -116,6 +133,7 @@ def verify(
         vocabulary = getattr(config.get_text_config(), "vocab_size", 2)
         inputs = running.make_prompts(prompts, [directory, source], vocabulary)
         expected = running.logits(reference, inputs)
+        written = _greedy(reference, inputs[0].ids) if kind == "onnx" else None
         del reference
     else:
         if prompts:
@@ -123,20 +141,24 @@ def verify(
                 "golden logits are those of the prompts that they were made with; for others give --base and --adapter"
             )
         architecture = output.read_marker(directory)["architecture"]
-        inputs, expected = _read_golden(directory)
-    fields: dict[str, Any] = {}
-    if kind == "lora":
-        assert source is not None
-        fields = output.read_marker(directory)["config"] if (directory / output.MARKER).is_file() else {}
-        model = running.with_lora(running.load_model(source, architecture, dtype, fields), directory)
+        inputs, expected, written = _read_golden(directory)
+    compared, equal = [], 0
+    if kind == "onnx":
+        from .onnx.runtime import OnnxModel
+
+        export_model = OnnxModel(directory)
+        for way, found in export_model.logits([prompt.ids for prompt in inputs]).items():
+            compared += _compared(inputs, expected, found, way)
+        if written is not None:
+            same = export_model.greedy(inputs[0].ids, len(written)) == written
+            equal = int(same.cumprod(0).sum())
     else:
-        model = running.load_model(directory, architecture, dtype)
-    precision = _precision(directory if kind == "merged" else source)
-    compared = tuple(
-        compare(prompt.text, want, found)
-        for prompt, want, found in zip(inputs, expected, running.logits(model, inputs), strict=True)
-    )
+        model = _load(kind, directory, source, architecture, dtype)
+        compared = _compared(inputs, expected, running.logits(model, inputs))
+    precision = _precision(kind, directory, source)
     limit = MAX_KL.get(precision, 1e-2) if max_kl is None else max_kl
+    nearness = MAX_DIFFERENCE.get(precision) if max_kl is None else None
+    generated = 0 if written is None else len(written)
     report = VerifyReport(
         export=str(export),
         kind=kind,
@@ -144,13 +166,46 @@ def verify(
         dtype=precision,
         computed_in=dtype if dtype != "auto" else precision,
         max_kl=limit,
-        ok=all(found.mean_kl <= limit for found in compared),
-        prompts=compared,
+        ok=all(found.mean_kl <= limit for found in compared)
+        and (nearness is None or (all(found.difference <= nearness for found in compared) and equal == generated)),
+        prompts=tuple(compared),
         seconds=round(time.perf_counter() - started, 3),
+        max_difference=nearness,
+        generated=generated,
+        generated_equal=equal,
     )
     if weights and record:
-        _record(directory, inputs, expected, report)
+        _record(directory, inputs, expected, written, report)
     return report
+
+
+def _compared(
+    inputs: Sequence[Prompt], expected: Sequence[Tensor], found: Sequence[Tensor], way: str = ""
+) -> list[Comparison]:
+    triples = zip(inputs, expected, found, strict=True)
+    return [replace(compare(prompt.text, want, answer), way=way) for prompt, want, answer in triples]
+
+
+def _load(kind: str, directory: Path, source: Path | None, architecture: str, dtype: str) -> nn.Module:
+    """A merged checkpoint, or the base with a LoRA applied."""
+    from . import running
+
+    if kind == "merged":
+        return running.load_model(directory, architecture, dtype)
+    assert source is not None
+    fields = output.read_marker(directory)["config"] if (directory / output.MARKER).is_file() else {}
+    return running.with_lora(running.load_model(source, architecture, dtype, fields), directory)
+
+
+def _greedy(model: nn.Module, ids: Tensor) -> Tensor | None:
+    """What the adapted model writes after the first prompt; None if it writes nothing."""
+    from . import running
+
+    config: Any = model.config
+    if not getattr(model, "can_generate", lambda: False)():
+        return None
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return running.greedy(model, ids, GREEDY if length is None else max(0, min(GREEDY, length - len(ids))))
 
 
 def compare(prompt: str, expected: Tensor, found: Tensor) -> Comparison:
@@ -171,6 +226,8 @@ def compare(prompt: str, expected: Tensor, found: Tensor) -> Comparison:
 
 
 def _kind(directory: Path) -> str:
+    if (directory / output.MARKER).is_file() and output.read_marker(directory)["kind"] == "onnx":
+        return "onnx"
     if (directory / CONFIG).is_file():
         return "lora"
     if (directory / "config.json").is_file():
@@ -180,8 +237,10 @@ def _kind(directory: Path) -> str:
     raise CheckpointError(f"'{directory}' {what}")
 
 
-def _precision(directory: Path | None) -> str:
-    assert directory is not None
+def _precision(kind: str, directory: Path, source: Path | None) -> str:
+    if kind == "onnx":
+        return str(output.read_marker(directory)["report"]["precision"])
+    directory = directory if kind == "merged" or source is None else source
     return str(DTYPES[open_checkpoint(directory).dtype]).removeprefix("torch.")
 
 
@@ -193,8 +252,8 @@ def _weights(adapters: str | Path | Sequence[str | Path] | Mapping[str, float] |
     return dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(map(str, adapters), 1.0)
 
 
-def _read_golden(directory: Path) -> tuple[list[Any], list[Tensor]]:
-    """The prompts and logits that a verified export carries."""
+def _read_golden(directory: Path) -> tuple[list[Prompt], list[Tensor], Tensor | None]:
+    """The prompts, logits and greedy tokens that a verified export carries."""
     from .running import Prompt
 
     path = directory / FOLDER / GOLDEN
@@ -204,23 +263,34 @@ def _read_golden(directory: Path) -> tuple[list[Any], list[Tensor]]:
         )
     try:
         results = json.loads((directory / FOLDER / RESULTS).read_text(encoding="utf-8"))
-        texts = [found["prompt"] for found in results["prompts"]]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        rows = results["prompts"]
+        texts = [found["prompt"] for found in rows if found.get("way") == rows[0].get("way")]
+    except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
         raise CheckpointError(f"'{directory / FOLDER / RESULTS}' is damaged: {error!r}") from None
     entries, _ = read_entries(path)
     try:
         with Reader() as reader:
             stored = [(entries[f"{number}.input_ids"], entries[f"{number}.logits"]) for number in range(len(texts))]
             found = [(reader.read(ids), reader.read(logits)) for ids, logits in stored]
+            written = reader.read(entries["0.greedy"]) if "0.greedy" in entries else None
     except KeyError as error:
         raise CheckpointError(f"'{path}' is damaged: {error} is missing") from None
-    return [Prompt(text, ids) for text, (ids, _) in zip(texts, found, strict=True)], [logits for _, logits in found]
+    prompts = [Prompt(text, ids) for text, (ids, _) in zip(texts, found, strict=True)]
+    return prompts, [logits for _, logits in found], written
 
 
-def _record(directory: Path, inputs: Sequence[Any], expected: Sequence[Tensor], report: VerifyReport) -> None:
+def _record(
+    directory: Path,
+    inputs: Sequence[Prompt],
+    expected: Sequence[Tensor],
+    written: Tensor | None,
+    report: VerifyReport,
+) -> None:
     """Keep golden logits in the export, and the result in its card."""
     tensors = {f"{number}.input_ids": prompt.ids for number, prompt in enumerate(inputs)}
     tensors |= {f"{number}.logits": found for number, found in enumerate(expected)}
+    if written is not None:
+        tensors["0.greedy"] = written
     items = [Item(key, CODES[t.dtype], tuple(t.shape), t.numel() * t.element_size()) for key, t in tensors.items()]
     with whole_directory(directory / FOLDER, (GOLDEN, RESULTS)) as temporary:
         with Writer(temporary, items, {}, name=GOLDEN) as writer:
@@ -240,15 +310,27 @@ def _card_lines(report: VerifyReport) -> list[str]:
     for found in report.prompts:
         prompt = " ".join(found.prompt.split())[:40].replace("|", "/")
         figures = f"{found.mean_kl:.1e} | {found.max_kl:.1e} | {found.difference:.1e} | {100 * found.agreement:.0f} %"
-        rows.append(f"| {prompt} | {found.positions} | {figures} |")
+        rows.append(f"| {prompt}{f', {found.way}' if found.way else ''} | {found.positions} | {figures} |")
     verdict = "passed" if report.ok else "FAILED"
     how = f"{report.dtype} weights, compared with the adapted model in {report.computed_in}"
     return [
-        f"{how}: {verdict} (mean KL ≤ {report.max_kl:g} nats).",
+        f"{how}: {verdict} ({limits(report)}).",
         "",
         "| prompt | positions | mean KL | max KL | max logit difference | same first choice |",
         "|---|---|---|---|---|---|",
         *rows,
         "",
+        *([greedy_line(report), ""] if report.generated else []),
         "The logits of the adapted model are in `verification/`: `peft-core verify THIS` compares with them elsewhere.",
     ]
+
+
+def limits(report: VerifyReport) -> str:
+    """What an export had to keep to."""
+    near = "" if report.max_difference is None else f", logits within {report.max_difference:g}, greedy tokens equal"
+    return f"mean KL ≤ {report.max_kl:g} nats{near if report.generated else near.removesuffix(', greedy tokens equal')}"
+
+
+def greedy_line(report: VerifyReport) -> str:
+    """How long the greedy continuation of the first prompt is the adapted model's."""
+    return f"Greedy tokens after the first prompt: {report.generated_equal} of {report.generated} equal."

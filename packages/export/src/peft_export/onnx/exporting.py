@@ -1,0 +1,181 @@
+"""An adapter and its base as an ONNX model: merged, traced, quantized if need be, written with what runtimes ask for."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peft_core import ModelError, SpecError
+from peft_core.errors import listed, suggestion
+
+from .. import card, output, running
+from ..streaming import Adapters, merge, open_adapters
+from . import genai
+from .graphs import MODEL, Graph, graphs
+from .quantizing import BLOCK_SIZES, Share, quantize, turn_weights
+from .tracing import trace
+from .writing import write_graphs
+
+PRECISIONS: Mapping[str, int] = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
+"""Bits of a weight. int8 and int4 are of the weights alone; what is computed with them stays float32."""
+
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What `export_onnx` did.
+
+    Attributes:
+        files: the graphs and their weights. quantized: share of the weights that is quantized, counted in elements.
+        peak_memory: of the whole process so far, in bytes; None where the system does not tell.
+    """
+
+    out: str
+    base: str
+    adapters: Mapping[str, float]
+    architecture: str
+    precision: str
+    block_size: int | None
+    inputs: Mapping[str, tuple[str, ...]]
+    outputs: Mapping[str, tuple[str, ...]]
+    weights: int
+    quantized: float
+    files: tuple[str, ...]
+    bytes: int
+    seconds: float
+    peak_memory: int | None
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def export_onnx(
+    base: str | Path,
+    adapters: Adapters,
+    out: str | Path,
+    *,
+    precision: str = "fp32",
+    block_size: int = 32,
+    untie: bool = False,
+    overwrite: bool = False,
+    status: Callable[[str], None] = lambda text: None,
+) -> OnnxReport:
+    """Write the merged model as ONNX: `model.onnx`, or `encoder.onnx` and `decoder.onnx`, and `model.onnx.data`.
+
+    Args:
+        base, adapters, out, untie, overwrite: as for `merge`.
+        precision: `fp32`, `fp16`, `int8` or `int4`. block_size: how many quantized weights share a scale.
+        status: is told what is being done.
+
+    Raises:
+        ModelError: a package is missing, or the model cannot be written as ONNX. SpecError: no such precision.
+        CheckpointError, MergeError: see `merge`.
+    """
+    require_packages()
+    if precision not in PRECISIONS:
+        near = suggestion(precision, PRECISIONS)
+        raise SpecError(f"no precision '{precision}'{near}; there are {listed(PRECISIONS)}")
+    if block_size not in BLOCK_SIZES:
+        raise SpecError(f"block_size is {block_size}; it is one of {listed(map(str, BLOCK_SIZES))}")
+    from peft_core.training import peak_memory
+
+    started = time.perf_counter()
+    source = Path(base)
+    parts = open_adapters(adapters)
+    headers = [part.header for part in parts]
+    weights = {str(part.directory): part.weight for part in parts}
+    with output.export_directory(out, [source, *weights], overwrite) as temporary:
+        status("merging")
+        merged = temporary / ".merged"
+        merge(source, weights, merged, dtype="float32", untie=untie)
+        architecture = headers[0].base.architecture
+        model = running.load_model(merged, architecture, "float16" if precision == "fp16" else "float32")
+        found = graphs(model)
+        models = {}
+        for graph in found:
+            status(f"tracing {graph.name}")
+            models[graph.name] = trace(graph)
+        shares = []
+        for name, traced in models.items():
+            bits = PRECISIONS[precision]
+            if bits <= 8:
+                status(f"quantizing {name}")
+                shares.append(quantize(traced, bits, block_size))
+            turn_weights(traced)
+        status("writing")
+        files = write_graphs(models, temporary)
+        output.copy_rest(merged, temporary, {output.MARKER, card.NAME})
+        notes = _notes(model)
+        notes += _write_genai(temporary, found, model)
+        shutil.rmtree(merged)
+        report = OnnxReport(
+            out=str(out),
+            base=str(base),
+            adapters=weights,
+            architecture=architecture,
+            precision=precision,
+            block_size=block_size if shares else None,
+            inputs={graph.name: tuple(graph.inputs) for graph in found},
+            outputs={graph.name: graph.outputs for graph in found},
+            weights=sum(parameter.numel() for parameter in model.parameters()),
+            quantized=_fraction(shares),
+            files=tuple(files),
+            bytes=sum((temporary / file).stat().st_size for file in files),
+            seconds=round(time.perf_counter() - started, 3),
+            peak_memory=peak_memory(),
+            notes=tuple(notes),
+        )
+        output.write_json(temporary / output.MARKER, output.marker("onnx", headers, {}, report.to_json()))
+        (temporary / card.NAME).write_text(card.onnx(source, headers, report), encoding="utf-8")
+    del model, models, found, traced
+    gc.collect()  # a traced model is full of cycles, and holds all weights
+    return report
+
+
+def require_packages() -> None:
+    """See that what ONNX takes is installed.
+
+    Raises:
+        ModelError: it is not.
+    """
+    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ModelError(f'ONNX needs {listed(missing)}: python -m pip install "peft-export[onnx]"')
+
+
+def _fraction(shares: list[Share]) -> float:
+    total = sum(share.total for share in shares)
+    return sum(share.quantized for share in shares) / total if total else 0.0
+
+
+def _notes(model: nn.Module) -> list[str]:
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if embedding is not None and head is not None and embedding.weight is head.weight:
+        return ["the embedding and the output head are one matrix, stored once"]
+    return []
+
+
+def _write_genai(directory: Path, found: list[Graph], model: nn.Module) -> list[str]:
+    """`genai_config.json` for a model that generates by itself; otherwise a remark."""
+    graph = found[0]
+    if graph.name != MODEL or "logits" not in graph.outputs or len(graph.outputs) == 1:
+        return []
+    path = directory / "generation_config.json"
+    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config, why_not = genai.genai_config(graph, model.config, generation)
+    if why_not:
+        return [why_not]
+    output.write_json(directory / genai.CONFIG, config)
+    return []

@@ -1,0 +1,126 @@
+"""From a module to an ONNX graph that still names its weights, through torch's exporter."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from peft_core import ModelError
+
+from .graphs import Graph
+
+# Every runtime of the last years knows it, and what torch's exporter writes needs no newer one.
+OPSET = 18
+
+
+def trace(graph: Graph) -> Any:
+    """The graph as an `onnxscript.ir.Model`; its weights are the module's own tensors, under their names.
+
+    Weights stay as torch has them, [out, in], behind a Transpose, so that it can be seen which are shared.
+
+    Raises:
+        ModelError: an operator of the model has no ONNX form, or the model cannot be traced.
+    """
+    from onnxscript import optimizer
+
+    shapes = {"inputs": {name: dict(axes) for name, axes in graph.axes.items()}}
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                graph.module.eval(),
+                (),
+                kwargs={"inputs": graph.inputs},
+                dynamic_shapes=shapes,
+                input_names=list(graph.inputs),
+                output_names=list(graph.outputs),
+                opset_version=OPSET,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+            assert program is not None
+            model: Any = program.model
+            optimizer.optimize_ir(model, should_fold=_should_fold)
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ModelError(_explained(graph, error)) from error
+    _tidy(model)
+    return model
+
+
+def weight_transposes(model: Any) -> list[Any]:
+    """The Transpose nodes that turn a weight [out, in] around."""
+    return [node for node in model.graph if _turns_weight(node)]
+
+
+def _should_fold(node: Any) -> bool | None:
+    return False if _turns_weight(node) else None
+
+
+def _turns_weight(node: Any) -> bool:
+    if node.op_type != "Transpose":
+        return False
+    weight = node.inputs[0]
+    return weight.is_initializer() and weight.const_value.shape.rank() == 2
+
+
+def _tidy(model: Any) -> None:
+    """Leave out what says where and how it was traced: paths of this machine, among others. Names as in the checkpoint."""
+    from onnxscript import ir
+
+    model.producer_name, model.producer_version = "peft-export", ""
+    model.metadata_props.clear()
+    for graph in model.graphs():
+        graph.metadata_props.clear()
+        for node in graph:
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+        for value in (*graph.inputs, *graph.initializers.values()):
+            value.metadata_props.clear()
+    for value in model.graph.outputs:  # torch says "past + sequence"
+        value.shape = ir.Shape(["total" if "+" in str(size) else size for size in value.shape])
+    for value in list(model.graph.initializers.values()):
+        name = value.name.removeprefix("model.")
+        if name != value.name and name not in model.graph.initializers:
+            value.name = value.const_value.name = name
+
+
+def _explained(graph: Graph, error: BaseException) -> str:
+    """One line: the operators without an ONNX form, or the first reason that torch gives."""
+    what = type(getattr(graph.module, "model", graph.module)).__name__
+    reasons = []
+    cause: BaseException | None = error
+    while cause is not None:
+        reasons.append(str(cause))
+        cause = cause.__cause__
+    text = "\n".join(reasons)
+    operators = dict.fromkeys(re.findall(r"No ONNX function found for <OpOverload\(op='([\w.:]+)'", text))
+    operators |= dict.fromkeys(re.findall(r"No decompositions registered for ([\w.:]+)", text))
+    if operators:
+        return f"{what} cannot be written as ONNX: there is no ONNX form of {', '.join(operators)}"
+    last = next((line.strip() for line in reasons[-1].splitlines() if line.strip()), type(error).__name__)
+    return f"{what} cannot be traced for ONNX: {last[:300]}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's remarks on how it traces."""
+    logger = logging.getLogger("torch.onnx")
+    others = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.export")]
+    levels = [found.level for found in (logger, *others)]
+    for found in (logger, *others):
+        found.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for found, level in zip((logger, *others), levels, strict=True):
+            found.setLevel(level)
