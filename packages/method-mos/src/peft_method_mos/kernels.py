@@ -35,9 +35,8 @@ def gather_group(tensors: Tensors, bindings: Sequence[Tensors], dtype: torch.dty
     in a fixed order and without atomics.
     """
     if "index" not in bindings[0] or not use_triton(tensors["pool_A"]):
-        factors = [gather_factors(tensors, binding, dtype) for binding in bindings]
-        A, B = zip(*factors, strict=True)
-        return torch.stack(A), torch.stack(B)
+        every_A, every_B = zip(*(gather_factors(tensors, binding, dtype) for binding in bindings), strict=True)
+        return torch.stack(every_A), torch.stack(every_B)
     from . import triton_kernels
 
     index = _stacked([binding["index"] for binding in bindings])  # [sites, 2 or 1, r, l]
