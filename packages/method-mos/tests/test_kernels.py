@@ -191,14 +191,12 @@ def test_compiled_model_calls_the_operators() -> None:
 
 
 def test_operators_keep_torch_s_rules() -> None:
-    _, pools, bindings = group(OPTIONS[2])
-    index = torch.stack([binding["index"] for binding in bindings])
-    scaling = torch.stack([binding["scaling"] for binding in bindings])
+    pool_A, pool_B = torch.randn(3, 4, device=DEVICE), torch.randn(3, 2, device=DEVICE)
+    index = torch.tensor([[[[2, 0]], [[1, 1]]]], dtype=torch.int32, device=DEVICE)
+    scaling = torch.tensor([[1.5]], device=DEVICE)
+    dA, dBt = torch.randn(1, 1, 8, device=DEVICE), torch.randn(1, 1, 4, device=DEVICE)
+    gather, sums = triton_kernels.gather_factors.operator, triton_kernels.sum_factors.operator
     with torch.enable_grad():
-        pool_A, pool_B = (pools[name].requires_grad_() for name in ("pool_A", "pool_B"))
-        torch.library.opcheck(triton_kernels.gather_factors.operator, (pool_A, pool_B, index, scaling, torch.float32))
-        A, Bt = torch.randn(LAYERS, 5, IN, device=DEVICE), torch.randn(LAYERS, 5, OUT, device=DEVICE)
-        torch.library.opcheck(
-            triton_kernels.sum_factors.operator,
-            (A, Bt, index, scaling, len(pool_A), len(pool_B), torch.float32),
-        )
+        pools = pool_A.requires_grad_(), pool_B.requires_grad_()
+        torch.library.opcheck(gather, (*pools, index, scaling, torch.float32))
+        torch.library.opcheck(sums, (dA, dBt, index, scaling, 3, 3, torch.float32))

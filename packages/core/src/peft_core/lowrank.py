@@ -1,10 +1,10 @@
 """The low-rank product Δ(x) = s·B·A·x that several methods share: A [r, in], B [out, r].
 
 On a GPU as on a CPU these are the vendor's products. Each accumulates in its epilogue (`addmm_`), so that in 16 bits the down
-projection moves 2·tokens·in bytes and the up projection 4·tokens·out, y once in and once out: what any kernel of their own
-must move. One that joined the two would save h, a write and a read of 2·tokens·r bytes: for r = 16 and 4096 features less than 1 % of
-the whole. One that joined them to the base product would save the pass over y, but would have to be as fast as the vendor's at
-the base product, which is hundreds of times the arithmetic.
+projection moves 2·tokens·in bytes and the up projection 4·tokens·out, y once in and once out: what any kernel of their
+own must move. One that joined the two would save a write and a read of h, for r = 16 and 4096 features less than 1 % of that.
+One that joined them to the base product would save the pass over y, but would have to do the base product as fast as the
+vendor does, and that is more than a hundred times the arithmetic.
 """
 
 from __future__ import annotations
