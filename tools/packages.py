@@ -8,6 +8,7 @@ python tools/packages.py wheels OUT [DIRECTORY ...]                     # all, a
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,17 +23,10 @@ def packages() -> dict[str, Path]:
 
 
 def pip(*arguments: str) -> None:
-    """Run this interpreter's pip under the repository's constraints."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        *arguments,
-        "--quiet",
-        "--constraint",
-        str(ROOT / "constraints.txt"),
-    ]
-    status = subprocess.run(command, check=False).returncode
+    """Run this interpreter's pip under the constraints that it is given, else the repository's."""
+    environment = {"PIP_CONSTRAINT": str(ROOT / "constraints.txt"), **os.environ}
+    command = [sys.executable, "-m", "pip", *arguments, "--quiet"]
+    status = subprocess.run(command, check=False, env=environment).returncode
     if status:
         raise SystemExit(status)  # pip has said why
 

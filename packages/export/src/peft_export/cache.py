@@ -87,7 +87,7 @@ class Cache:
         header = read_header(adapter)
         parts = (
             (adapter / HEADER).read_bytes(),
-            header.checksums.get(TENSORS) or files.checksum(adapter / TENSORS),
+            files.checksum(adapter / TENSORS),
             (base / "config.json").read_bytes(),
             self.fit,
             version("peft-export"),
