@@ -20,9 +20,6 @@ from transformers.pytorch_utils import Conv1D
 
 import peft_core as pc
 from peft_core.testing.checks import randomise
-from peft_core.testing.methods import register_sound
-
-register_sound()
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.2}
 """Relative root mean square between two orders of the same sums, through up to twelve layers that may amplify it: for

@@ -295,13 +295,11 @@ def activate(model: nn.Module, names: str | Sequence[str] | Mapping[str, float])
         AdapterError: no such adapter, a merged one, or two that one site cannot carry together.
     """
     model = unwrap(model)
-    wanted = (
-        {names: 1.0}
-        if isinstance(names, str)
-        else dict(names)
-        if isinstance(names, Mapping)
-        else dict.fromkeys(names, 1.0)
-    )
+    names = [names] if isinstance(names, str) else names
+    for name in names:
+        if not isinstance(name, str):
+            raise AdapterError(f"activate: {name!r} is no name of an adapter; the choice is one for the whole batch")
+    wanted = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
     found = registry(model)
     known = found.banks if found else {}
     for name in wanted:

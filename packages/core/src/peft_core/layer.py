@@ -241,10 +241,32 @@ class AdaptedRoot:
         return _rebuild, (undressed(type(self)), AdaptedRoot), self.__dict__
 
 
+class AdaptedGenerator(AdaptedRoot):
+    """For a root that generates: says what is not possible, where transformers would only say that it does not know a word."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """See the model's own `generate`.
+
+        Raises:
+            AdapterError: `adapter_names`, an adapter for each row of the batch, is asked for.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise AdapterError(
+                "generate(adapter_names=...): all rows of a batch go through the same adapters; activate one with "
+                "pc.activate(model, name) and generate for its rows, or serve them with a runtime that batches LoRA"
+            )
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (undressed(type(self)), AdaptedGenerator), self.__dict__
+
+
 def wear(module: nn.Module, garment: type) -> None:
     """Give the module a subclass of its own class."""
     if garment is AdaptedLinear and "forward" in module.__dict__:
         garment = HookedLinear
+    if garment is AdaptedRoot and hasattr(module, "generate"):
+        garment = AdaptedGenerator
     module.__class__ = dressed(type(module), garment)  # type: ignore[arg-type]
 
 
@@ -285,7 +307,7 @@ def _rebuild(base: type, garment: type) -> Any:
     return cls.__new__(cls)  # type: ignore[call-overload]
 
 
-garments = {AdaptedLinear, HookedLinear, Trained, AdaptedRoot}
+garments = {AdaptedLinear, HookedLinear, Trained, AdaptedRoot, AdaptedGenerator}
 
 
 def add_to(module: Any, slot: Slot, uses: list[Use], x: Tensor, y: Tensor) -> Tensor:
@@ -312,7 +334,14 @@ def _paired(slot: Slot) -> bool:
 
 
 def _base_weight(module: Any, slot: Slot) -> Tensor:
-    return slot.dense if slot.dense is not None else bases.dense_weight(module)
+    weight = slot.dense if slot.dense is not None else bases.dense_weight(module)
+    if weight.device.type == "meta":
+        member = slot.active[0][0]
+        raise AdapterError(
+            f"'{member.site.path}': the weight is offloaded, and method '{member.method}' reads it at every forward; "
+            "load the model without offloading this layer, or exclude it"
+        )
+    return weight
 
 
 def _dense(module: Any, slot: Slot, x: Tensor) -> Tensor:

@@ -6,10 +6,13 @@ imports torch), imports nothing and acts only on the suite.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import pytest
+
+BEGIN, END = "<!-- support: written by pytest --support -->", "<!-- /support -->"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +25,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME",
         help="run the conformance suite on this method (repeatable; default: every installed one)",
     )
+    group.addoption(
+        "--support",
+        type=Path,
+        metavar="FILE",
+        help=f"write what passed, by model, topic and method, into FILE between '{BEGIN}' and '{END}'",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,3 +38,48 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "families(*names): model families that a conformance test runs on, instead of the core ones",
     )
+    path = config.getoption("--support")
+    if path is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Support(path))
+
+
+class Support:
+    """Collects what passed and failed, and writes it as tables.
+
+    Attributes:
+        path: the file with the two marks. seen: (kind of row, row, method) → whether all of its tests passed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if BEGIN not in text or END not in text:
+            import pytest
+
+            raise pytest.UsageError(
+                f"--support: '{path}' needs the lines {BEGIN} and {END}, between which the tables go"
+            )
+        self.path = path
+        self.seen: dict[tuple[str, str, str], bool] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, shown in report.user_properties:
+            if name == "peft-core" and isinstance(shown, dict) and (report.when == "call" or report.failed):
+                for kind in ("model", "topic"):
+                    key = (kind, shown[kind], shown["method"])
+                    self.seen[key] = self.seen.get(key, True) and report.passed
+
+    def pytest_sessionfinish(self) -> None:
+        before, _, rest = self.path.read_text(encoding="utf-8").partition(BEGIN)
+        tables = f"{self._table('model', 'model')}\n\n{self._table('topic', 'what the suite shows')}"
+        after = rest.partition(END)[2]
+        self.path.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}", encoding="utf-8")
+
+    def _table(self, kind: str, title: str) -> str:
+        methods = sorted({method for _, _, method in self.seen})
+        rows = sorted({row for of, row, _ in self.seen if of == kind and row})
+        mark = {True: "✓", False: "✗", None: "–"}
+        lines = [f"| {title} | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+        for row in rows:
+            cells = (mark[self.seen.get((kind, row, method))] for method in methods)
+            lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)

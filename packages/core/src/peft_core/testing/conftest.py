@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -26,6 +27,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         marker = metafunc.definition.get_closest_marker("families")
         names = marker.args if marker else CORE
         metafunc.parametrize("family", [FAMILIES[name] for name in names], ids=names)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Say of each test what it shows, for the table of `--support`."""
+    about = getattr(item, "callspec", None)
+    if about is None or "trial" not in about.params:
+        return
+    family, module = about.params.get("family"), item.getparent(pytest.Module)
+    shown = {
+        "method": about.params["trial"].method,
+        "model": _class_name(family.name) if family else "",
+        "topic": (getattr(module, "obj", None).__doc__ or "").partition("\n")[0],
+    }
+    item.user_properties.append(("peft-core", shown))
+
+
+@functools.cache
+def _class_name(family: str) -> str:
+    return type(FAMILIES[family].build_meta()).__name__
 
 
 @pytest.fixture(autouse=True, scope="session")
