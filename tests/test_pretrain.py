@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from peft_core.data import IGNORED
 from peft_core.errors import DataError, ModelError
 from peft_core.runs import RunConfig, RunError
 
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "pretrain"
 Run = Callable[..., Path]
 TINY = {
     "hidden_size": 32,
@@ -252,3 +254,49 @@ def test_only_texts_are_read(run_file: Run, refused: Any) -> None:
     (path.parent / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 9)
     with refused(RunError, "pre-training reads texts", "prompts"):
         started(path)
+
+
+# The example
+
+
+@pytest.fixture
+def example() -> Any:
+    """examples/pretrain/pretrain.py as a module."""
+    spec = importlib.util.spec_from_file_location("pretrain_example", EXAMPLE / "pretrain.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_run_of_the_example_can_be_planned(example: Any, lora_method: None) -> None:
+    config = RunConfig.from_file(EXAMPLE / "RUN.yaml")
+    assert config.pretrain is not None and config.data.max_length is not None
+    with torch.device("meta"):
+        made = AutoConfig.for_model(config.model.path, **config.pretrain.config, vocab_size=config.pretrain.vocab_size)
+        model = AutoModelForCausalLM.from_config(made)
+    adapters = {name: adapter for name, (adapter, _) in example.RUNS.items() if adapter}
+    plans = {name: pc.plan(model, pc.AdapterSpec(**adapter)) for name, adapter in adapters.items()}
+    assert len({plan.num_trainable for plan in plans.values()}) == 1 and len(plans) == len(example.RUNS) - 1
+    assert all(len(plan.sites) == 7 * 4 for plan in plans.values())
+    trained = [path for plan in plans.values() for path in plan.trained]
+    assert all(any(path.endswith(name) for path in trained) for name in config.training.module_lr)
+
+
+def test_the_examples_parts_have_no_package_in_common(example: Any, tmp_path: Path) -> None:
+    for number in range(60):
+        folder = tmp_path / "library" / (f"package{number // 3}" if number < 30 else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"module{number}.py").write_text(f"number = {number}\n" * 20)
+    (tmp_path / "library" / "test").mkdir()
+    (tmp_path / "library" / "test" / "left_out.py").write_text("left = out\n")
+    example.write_text(tmp_path / "text", tmp_path / "library")
+    parts = {
+        part: [json.loads(line)["text"] for line in (tmp_path / "text" / f"{part}.jsonl").read_text().splitlines()]
+        for part in ("train", "validation", "test")
+    }
+    found = [int(text.split()[2]) for texts in parts.values() for text in texts]
+    assert sorted(found) == list(range(60))
+    packages = [{number // 3 for text in texts if (number := int(text.split()[2])) < 30} for texts in parts.values()]
+    assert sum(map(len, packages)) == len(set().union(*packages)) == 10
+    assert all(1 <= len(parts[part]) <= 3 for part in ("validation", "test"))

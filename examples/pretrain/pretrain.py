@@ -73,7 +73,7 @@ def main() -> None:
     given = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    write_text(given.out / "text")
+    write_text(given.out / "text", Path(sysconfig.get_paths()["stdlib"]))
     if given.text:
         return
     if given.grid is not None:
@@ -109,9 +109,9 @@ def main() -> None:
 # The text
 
 
-def write_text(out: Path) -> None:
+def write_text(out: Path, library: Path) -> None:
     """The standard library's modules: 90 % to train, 5 % to choose learning rates on, 5 % to test; whole packages each."""
-    files = dict(modules(Path(sysconfig.get_paths()["stdlib"])))
+    files = dict(modules(library))
     sizes: Counter[str] = Counter()
     for path, text in files.items():
         sizes[top(path)] += len(text)
