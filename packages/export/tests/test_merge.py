@@ -169,7 +169,8 @@ def test_a_quantized_base(quantizable: Trial, make: Callable[..., Any], tmp_path
         plain[f"{site.path}.weight"] = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).contiguous()
     dequantized.mkdir()
     save_file(plain, dequantized / "model.safetensors")
-    peft_export.merge(dequantized, tmp_path / "four", tmp_path / "out")
+    report = peft_export.merge(dequantized, tmp_path / "four", tmp_path / "out")
+    assert any("4-bit (nf4)" in note and str(dequantized) in note for note in report.notes), report.notes
     handle.merge_and_detach()
     merged = load_file(tmp_path / "out/model.safetensors")
     for site in handle.plan.sites:

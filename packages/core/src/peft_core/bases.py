@@ -83,6 +83,12 @@ def is_quantized(module: nn.Module) -> bool:
     return any(cls.__name__ in ("Linear4bit", "Linear8bitLt") for cls in type(module).__mro__)
 
 
+def packing(module: Any) -> str:
+    """How a quantized layer is packed, in words."""
+    kind = getattr(module.weight, "quant_type", None)
+    return f"4-bit ({kind})" if kind else "8-bit"
+
+
 def _dequantized_dtype(module: Any) -> torch.dtype:
     state = getattr(module.weight, "quant_state", None)
     if state is not None:

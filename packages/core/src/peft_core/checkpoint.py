@@ -62,7 +62,7 @@ class StoredGroup(_Stored):
 
 
 class StoredBase(_Stored):
-    """The base model that the adapter was trained on."""
+    """The base model that the adapter was trained on. `quantization`: see `plan.BaseInfo`."""
 
     name: str
     architecture: str
@@ -70,6 +70,7 @@ class StoredBase(_Stored):
     num_parameters: int
     fingerprint: str
     shapes: dict[str, tuple[int, ...]]
+    quantization: str = ""
 
 
 class StoredMethod(_Stored):
@@ -177,6 +178,7 @@ def describe(bank: Bank, tensors: Mapping[str, Tensor], checksums: dict[str, str
             num_parameters=base.num_parameters,
             fingerprint=base.fingerprint,
             shapes=dict(base.shapes),
+            quantization=base.quantization,
         ),
         seed=bank.seed,
         steps=bank.steps,

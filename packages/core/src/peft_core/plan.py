@@ -33,6 +33,7 @@ class BaseInfo:
         name: as recorded by the spec or the model's configuration. model_type, architecture: as transformers has them.
         num_parameters: of the base, embeddings and heads included, shared ones once.
         shapes: layer or parameter path → logical shape. fingerprint: a hash of them.
+        quantization: in what its layers were packed, as "4-bit (nf4)"; nothing for a dense base.
     """
 
     name: str
@@ -40,6 +41,7 @@ class BaseInfo:
     model_type: str
     num_parameters: int
     shapes: Mapping[str, tuple[int, ...]]
+    quantization: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -203,8 +205,11 @@ def base_info(model: nn.Module, name: str | None = None) -> BaseInfo:
     shapes: dict[str, tuple[int, ...]] = {}
     count = 0
     seen: set[int] = set()
+    packed: set[str] = set()
     for path, module in model.named_modules():
         base = bases.describe(module)
+        if bases.is_quantized(module):
+            packed.add(bases.packing(module))
         if base:
             shapes[path] = (base.out_features, base.in_features)
         for local, parameter in bases.own_parameters(module):
@@ -216,7 +221,14 @@ def base_info(model: nn.Module, name: str | None = None) -> BaseInfo:
                 count += logical
     config = getattr(model, "config", None)
     recorded = name or getattr(config, "_name_or_path", "") or ""
-    return BaseInfo(recorded, type(model).__name__, getattr(config, "model_type", ""), count, shapes)
+    return BaseInfo(
+        recorded,
+        type(model).__name__,
+        getattr(config, "model_type", ""),
+        count,
+        shapes,
+        ", ".join(sorted(packed)),
+    )
 
 
 def _trained_modules(

@@ -251,9 +251,7 @@ def _remarks(
     stored = {entry.dtype for p, key in names.keys.items() if p in changes and (entry := checkpoint.entries[key])}
     for adapter in adapters:
         trained_on = {CODES[site.dtype] for site in adapter.sites.values()}
-        # Recorded by core for bases that were quantized in training.
-        packed = getattr(adapter.header.base, "quantization", None)
-        if packed:
+        if packed := adapter.header.base.quantization:
             notes.append(
                 f"'{adapter.directory}' was trained on {packed} layers; it is merged into the weights of "
                 f"'{checkpoint.directory}' ({', '.join(sorted(stored))}), which differ from those by the quantization's error "
