@@ -43,11 +43,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--held-out", type=int, default=96)
+    parser.add_argument("--held-out", type=int, default=64)
+    parser.add_argument("--max-length", type=int, default=128, help="tokens of an example")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "quality.json")
     parser.add_argument("--table", action="store_true", help="print what there is, run nothing")
     arguments = parser.parse_args()
-    setting = {"steps": arguments.steps, "batch_size": arguments.batch_size, "held_out": arguments.held_out}
+    setting = {name: getattr(arguments, name) for name in ("steps", "batch_size", "held_out", "max_length")}
     results = read(arguments.results, setting)
     if not arguments.table:
         run_all(results, arguments.results)
@@ -74,8 +75,10 @@ def run_all(results: dict[str, Any], path: Path) -> None:
     base, tokenizer = models.load_base("smollm2-135m", torch.bfloat16)
     examples, unseen = data.split_by_module(data.docstring_pairs())
     step = max(1, len(unseen) // setting["held_out"])
-    train = [data.tokenise(example, tokenizer, 192) for example in examples]
-    held_out = [data.tokenise(example, tokenizer, 192) for example in unseen[::step][: setting["held_out"]]]
+    train, held_out = (
+        [data.tokenise(example, tokenizer, setting["max_length"]) for example in chosen]
+        for chosen in (examples, unseen[::step][: setting["held_out"]])
+    )
     if "base" not in results:
         results["base"] = training.evaluate(base, held_out, tokenizer.pad_token_id)
         results["versions"] = {"torch": torch.__version__, "peft-core": pc.__version__}
