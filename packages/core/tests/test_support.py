@@ -13,7 +13,7 @@ from peft_core_pytest import BEGIN, END, Support
 
 
 def report(method: str, model: str, passed: bool, when: str = "call") -> Any:
-    shown = {"method": method, "model": model, "topic": "Merging."}
+    shown = {"method": method, "model": model, "topic": "Merging.", "can": {"factors": method == "a" or not passed}}
     return SimpleNamespace(user_properties=[("peft-core", shown)], when=when, passed=passed, failed=not passed)
 
 
@@ -35,6 +35,7 @@ def test_one_failure_spoils_a_cell(tmp_path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"{END}\nafter\n") and "old" not in text
     assert "| Llama | ✗ | ✓ |\n| T5 | ✓ | – |" in text and "| Merging. | ✗ | ✗ |" in text
+    assert "| what a method declares | a | b |\n|---|---|---|\n| factors | ✓ | some options |" in text
 
 
 def test_a_run_of_the_suite_writes_the_tables(tmp_path: Path) -> None:
@@ -63,6 +64,6 @@ def test_a_run_of_the_suite_writes_the_tables(tmp_path: Path) -> None:
 def test_the_readme_has_every_method() -> None:
     text = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     header = text.partition(BEGIN)[2].partition("\n\n")[2].partition("\n")[0]
-    shown = {cell.strip() for cell in header.strip("|").split("|")} - {"model"}
+    shown = {cell.strip() for cell in header.strip("|").split("|")} - {"what a method declares"}
     packages = {path.name.removeprefix("method-") for path in (Path(__file__).parents[2]).glob("method-*")}
     assert packages <= shown

@@ -48,6 +48,7 @@ class Support:
 
     Attributes:
         path: the file with the two marks. seen: (kind of row, row, method) → whether all of its tests passed.
+        declared: (capability, method) → what its trials declare.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,26 +61,40 @@ class Support:
             )
         self.path = path
         self.seen: dict[tuple[str, str, str], bool] = {}
+        self.declared: dict[tuple[str, str], set[bool]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         for name, shown in report.user_properties:
             if name == "peft-core" and isinstance(shown, dict) and (report.when == "call" or report.failed):
+                method = shown["method"]
                 for kind in ("model", "topic"):
-                    key = (kind, shown[kind], shown["method"])
+                    key = (kind, shown[kind], method)
                     self.seen[key] = self.seen.get(key, True) and report.passed
+                for capability, declared in shown["can"].items():
+                    self.declared.setdefault((capability, method), set()).add(declared)
 
     def pytest_sessionfinish(self) -> None:
         before, _, rest = self.path.read_text(encoding="utf-8").partition(BEGIN)
-        tables = f"{self._table('model', 'model')}\n\n{self._table('topic', 'what the suite shows')}"
+        mark = {True: "✓", False: "✗"}
+        passed = {key: mark[value] for key, value in self.seen.items()}
+        can = {key: "some options" if len(of) > 1 else "✓" if True in of else "–" for key, of in self.declared.items()}
+        tables = (
+            _table("what a method declares", can),
+            _table("model", {(row, method): cell for (kind, row, method), cell in passed.items() if kind == "model"}),
+            _table(
+                "what the suite shows",
+                {(row, method): cell for (kind, row, method), cell in passed.items() if kind == "topic"},
+            ),
+        )
         after = rest.partition(END)[2]
-        self.path.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}", encoding="utf-8")
+        text = "\n\n".join((BEGIN, *tables, END))
+        self.path.write_text(f"{before}{text}{after}", encoding="utf-8")
 
-    def _table(self, kind: str, title: str) -> str:
-        methods = sorted({method for _, _, method in self.seen})
-        rows = sorted({row for of, row, _ in self.seen if of == kind and row})
-        mark = {True: "✓", False: "✗", None: "–"}
-        lines = [f"| {title} | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
-        for row in rows:
-            cells = (mark[self.seen.get((kind, row, method))] for method in methods)
-            lines.append(f"| {row} | " + " | ".join(cells) + " |")
-        return "\n".join(lines)
+
+def _table(title: str, cells: dict[tuple[str, str], str]) -> str:
+    """Markdown: (row, method) → cell; a test that concerns no model has no row."""
+    methods = sorted({method for _, method in cells})
+    lines = [f"| {title} | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    for row in sorted({row for row, _ in cells if row}):
+        lines.append(f"| {row} | " + " | ".join(cells.get((row, method), "–") for method in methods) + " |")
+    return "\n".join(lines)

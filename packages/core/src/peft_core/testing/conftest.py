@@ -35,8 +35,16 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     if about is None or "trial" not in about.params:
         return
     family, module = about.params.get("family"), item.getparent(pytest.Module)
+    trial = about.params["trial"]
     shown = {
-        "method": about.params["trial"].method,
+        "method": trial.method,
+        "can": {
+            "several adapters on one layer": not trial.can.exclusive,
+            "exact low-rank factors": trial.can.lowrank,
+            "dropout": trial.can.dropout,
+            "acts on optimizer steps": trial.can.optimizer_step,
+            "moves weight into the base": trial.can.owns_base_weight,
+        },
         "model": _class_name(family.name) if family else "",
         "topic": (getattr(module, "obj", None).__doc__ or "").partition("\n")[0],
     }
