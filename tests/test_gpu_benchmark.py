@@ -1,0 +1,97 @@
+"""benchmarks/gpu.py on toy sizes: that it runs, what it writes, and how it judges. Its figures mean nothing here."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu.py"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    own = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PEFT_CORE_KERNELS")}
+    return subprocess.run([sys.executable, str(SCRIPT), *arguments], env=own, capture_output=True, text=True)
+
+
+def test_every_part_runs_and_is_written_down(tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    parts = ("kernels", "steps", "switchlora", "adapters")
+    arguments = [
+        "--device",
+        "cpu",
+        "--tiny",
+        "--rounds",
+        "1",
+        "--adapters",
+        "2",
+        "--backend",
+        "eager",
+        "--minutes",
+        "60",
+    ]
+    done = run(*arguments, "--parts", ",".join(parts), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["left_out"] == []
+    assert {"device", "torch", "triton", "cuda", "peft"} <= set(found["environment"])
+    assert all(found[part] for part in parts)
+    labels = set(found["steps"]["tiny sequence 16"])
+    assert labels == {f"{name} r 2" for name in ("peft Lora", "peft Miss", "miss", "mos", "sharelora", "switchlora")}
+    assert len(found["steps"]) == 3  # plain, checkpointing, compiled
+    assert found["adapters"]["resident"] == 2
+    assert "copy" in done.stdout and "µs" in done.stdout and "floor" in done.stdout
+
+
+def test_what_there_is_no_time_for_is_listed(tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    done = run("--device", "cpu", "--tiny", "--parts", "steps,adapters", "--minutes", "0", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["steps"] == {} and found["adapters"] == {}
+    assert [what.split(":")[0] for what in found["left_out"]] == [
+        "steps tiny sequence 16",
+        "steps tiny sequence 16 checkpointing",
+        "steps tiny sequence 16 compiled",
+        "adapters",
+    ]
+    assert "not measured" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "cuda"], "needs a CUDA GPU"),
+        (["--device", "cpu"], "--tiny"),
+        (["--parts", "kernel"], "no part kernel"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], words: str, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert words in f"{stop.value} {capsys.readouterr().err}"
+
+
+def test_targets_are_judged_on_the_8b_shapes() -> None:
+    gpu = runpy.run_path(str(SCRIPT))
+    case = {"seconds": 1.0, "fraction_of_copy": 0.85}
+    runs = {
+        "peft Lora r 16": {"ratio": 1.20, "peak_above_floor": 1000},
+        "miss r 16": {"ratio": 1.02, "peak_above_floor": 100},
+        "mos r 16": {"ratio": 1.15, "peak_above_floor": 400},
+    }
+    found = {
+        "kernels": {"cases": {"miss shard_sum": case, "mos gather": case | {"fraction_of_copy": 0.79}}},
+        "steps": {"8B sequence 1024": runs, "3B sequence 1024": {"miss r 16": {"ratio": 9.0, "peak_above_floor": 0}}},
+    }
+    lines = gpu["verdicts"](found)
+    judged = [[word for word in line.replace(",", "").split() if word in ("met", "MISSED")] for line in lines]
+    assert judged == [["met"], ["MISSED"], ["met"], ["met", "met"], ["MISSED"], ["MISSED", "MISSED"]]
