@@ -163,6 +163,28 @@ def test_what_cannot_come_back(adapters: tuple[Path, list[Path]], tmp_path: Path
         raise AssertionError("not reached")
 
 
+def test_replaced_while_it_is_lowered(
+    adapters: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new values must not be kept under the old ones' key."""
+    base, (first, second, _) = adapters
+    adapter = tmp_path / "served"
+    shutil.copytree(first, adapter)
+    cache = Cache(tmp_path / "cache", 10**9, "vllm")
+
+    def replacing(*arguments: Any, **options: Any) -> Any:
+        shutil.rmtree(adapter)
+        shutil.copytree(second, adapter)
+        return peft_export.export_lora(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, "export_lora", replacing)
+        with pytest.raises(pc.CheckpointError, match="has changed since it was asked for"):
+            cache.lower(base, adapter)
+    assert entries(cache) == set()
+    assert cache.lower(base, adapter) == cache.lower(base, second)
+
+
 def test_larger_than_the_cache(adapters: tuple[Path, list[Path]], tmp_path: Path) -> None:
     base, (first, _, _) = adapters
     cache = Cache(tmp_path / "cache", 1000, "vllm")

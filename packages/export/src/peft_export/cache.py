@@ -110,6 +110,7 @@ class Cache:
         shutil.rmtree(making, ignore_errors=True)  # of a process that was killed
         try:
             report = export_lora(base, adapter, making, fit=self.fit)
+            self._check_unchanged(entry.name, base, adapter)
             if report.problems:
                 raise MergeError("; ".join(report.problems))
             size = _size(making)
@@ -130,12 +131,13 @@ class Cache:
                 return
             try:
                 base = Path((source / _BASE).read_text(encoding="utf-8"))
-                unchanged = self.key(base, source) == entry.name
             except OSError as error:
                 raise CheckpointError(f"'{entry}' was removed, and what it was made from is gone: {error}") from None
-            if not unchanged:
-                raise CheckpointError(f"'{entry}' was removed, and what it was made from has changed since")
             self._make(entry, base, source)
+
+    def _check_unchanged(self, key: str, base: Path, adapter: Path) -> None:
+        if self.key(base, adapter) != key:
+            raise CheckpointError(f"'{adapter}' has changed since it was asked for; ask again")
 
     def _keep_source(self, key: str, base: Path, adapter: Path) -> None:
         """Link what the entry was made from, and lock the links for the rest of this process's life."""
@@ -147,6 +149,7 @@ class Cache:
                 for name in (HEADER, TENSORS):
                     _link(adapter / name, temporary / name)
                 (temporary / _BASE).write_text(str(base.absolute()), encoding="utf-8")
+                self._check_unchanged(key, base, temporary)
         handle = _shared(source)
         assert handle is not None  # nobody removes it meanwhile: this process is alone
         self._sources[key] = handle
