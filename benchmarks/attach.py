@@ -1,6 +1,6 @@
 """How long plan, attach, save and load take on the shapes of large models, and what a hundred adapters cost.
 
-    python benchmarks/attach.py [--json FILE] [--adapters 100]
+    tox run -e bench -- attach.py [--json FILE] [--adapters 100]
 
 The models are real configurations on the meta device, so that no weights are needed; the adapters of the hundredfold
 part stand on a small model in memory. Everything runs once to warm up (imports, plugins) and the best of three counts.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import Figure
 from torch import nn
 
 import peft_core as pc
@@ -129,6 +130,22 @@ def many(count: int, method: str, options: dict[str, Any], rounds: int = 5) -> d
     held = sum(p.nbytes for key, p in model._parameters.items() if p is not None and key.startswith("peft_core/"))
     found["bytes held / their own"] = held / trainable
     return found
+
+
+def short() -> list[Figure]:
+    """Llama-3.1-8B's shapes, and thirty adapters of the first method."""
+    out = []
+    installed = [(method, options) for method, options in METHODS if method in pc.methods()]
+    for method, options in installed:
+        found = large("llama-3.1-8b", method, options)
+        for what, limit in LIMITS["llama-3.1-8b"].items():
+            out.append(Figure(f"{what} on Llama-3.1-8B, {method}", found[what], limit, "s"))
+    method, options = installed[0]
+    found = many(30, method, options, rounds=2)
+    for what in ("attach", "switch", "forward"):
+        ratio = found[f"{what} last"] / found[f"{what} first"]
+        out.append(Figure(f"{what}, the last of 30 adapters, {method}", ratio, LIMIT_LAST, "× the first"))
+    return out
 
 
 def main() -> int:

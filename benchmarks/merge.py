@@ -1,9 +1,9 @@
 """Time and memory of merging checkpoint files: ours, a plain read/write loop (the floor), cp -r, and Hugging Face PEFT.
 
-    python benchmarks/merge.py                        # 2, 4 and 8 GB, every installed method: some 45 GB of disk
-    python benchmarks/merge.py --sizes 0.3 --hidden 1024     # the short form
-    python benchmarks/merge.py --sizes 2 --methods NAME --no-peft
-    python benchmarks/merge.py --lowering             # 8B-shaped adapters to LoRA; the target is 10 s
+    tox run -e bench -- merge.py                        # 2, 4 and 8 GB, every installed method: some 45 GB of disk
+    tox run -e bench -- merge.py --sizes 0.3 --hidden 1024     # the short form
+    tox run -e bench -- merge.py --sizes 2 --methods NAME --no-peft
+    tox run -e bench -- merge.py --lowering             # 8B-shaped adapters to LoRA; the target is 10 s
 
 Checkpoints are LLaMA-shaped (4096, 11008, vocabulary 32 000) with as many layers as the size asks for, in bfloat16; with
 `--hidden` they are smaller. Every run is a process of its own, reports seconds after its imports and peak resident memory
@@ -25,6 +25,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from figures import Figure
 
 RATIO, MEMORY, IMPORTS = 1.5, 1e9, 2.0
 BUFFER = 1 << 24
@@ -72,6 +74,22 @@ def main() -> None:
                 show(found)
     if options.json:
         print(json.dumps(results, indent=2))
+
+
+def short() -> list[Figure]:
+    """A checkpoint of 0.3 GB, every installed method."""
+    options = argparse.Namespace(hidden=1024, methods=None, no_peft=False, repeat=3)
+    with tempfile.TemporaryDirectory(prefix="peft-merge-") as folder:
+        found = measure(Path(folder), 0.3, options)
+    out = []
+    for name, run in found["methods"].items():
+        out.append(Figure(f"merging 0.3 GB, {name}", run["seconds"] / run["floor"], RATIO))
+        out.append(Figure(f"its peak memory, {name}", run["peak"] / 1e6, MEMORY / 1e6, "MB"))
+        out.append(Figure(f"its imports, {name}", run["imports"], IMPORTS, "s"))
+    if peft := found.get("peft"):
+        out.append(Figure("merging 0.3 GB, peft", peft["seconds"] / found["floor"]["seconds"]))
+        out.append(Figure("its peak memory, peft", peft["peak"] / 1e6, unit="MB"))
+    return out
 
 
 def measure(folder: Path, size: float, options: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What switching costs: a training step with the optimizer-step hook beside the same step without it.
 
-    python benchmarks/optimizer_step.py [--hidden 768 --layers 2 --tokens 1024 --rank 128 --steps 20]
+    tox run -e bench -- optimizer_step.py [--hidden 768 --layers 2 --tokens 1024 --rank 128 --steps 20]
 
 Steps with and without alternate in one process; the figures are medians of the ratios of neighbours. Also:
 RowAdamW beside torch's AdamW, and the update of W beside one plain pass over it.
@@ -15,16 +15,20 @@ import time
 from collections.abc import Callable
 
 import torch
+from figures import Figure
 
 import peft_core as pc
 from peft_core import optim
 from peft_method_switchlora import RowAdamW, kernels
 from peft_method_switchlora.optimizer import restart
 
+DEFAULTS = {"hidden": 768, "layers": 2, "tokens": 1024, "rank": 128, "steps": 20}
+HOOK_LIMIT = 1.05
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in {"hidden": 768, "layers": 2, "tokens": 1024, "rank": 128, "steps": 20}.items():
+    for name, value in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,14 +39,26 @@ def main() -> None:
     report("switch_update_ of 8 vectors / one pass over W", *updates(given, device), 10 * given.steps)
 
 
-def report(title: str, first: Callable[[], object], second: Callable[[], object], rounds: int) -> None:
-    """Print the median ratio of the two, measured in turn."""
+def short() -> list[Figure]:
+    """The hook in a training step, and the optimizer beside torch's."""
+    given = argparse.Namespace(**{**DEFAULTS, "steps": 9})
+    hook = report("training step, with / without the hook", *training_steps(given, "cpu"), given.steps)
+    rows = report("RowAdamW after resets / torch's AdamW, foreach", *optimizers(given, "cpu", True), given.steps)
+    return [
+        Figure("SwitchLoRA's hook in a training step", hook, HOOK_LIMIT, "× without"),
+        Figure("RowAdamW", rows, 1.1, "× torch's foreach AdamW"),
+    ]
+
+
+def report(title: str, first: Callable[[], object], second: Callable[[], object], rounds: int) -> float:
+    """Print, and return, the median ratio of the two, measured in turn."""
     for _ in range(3):
         first(), second()
     pairs = [(timed(first), timed(second)) for _ in range(rounds)]
     ratio = statistics.median(a / b for a, b in pairs)
     one, other = (statistics.median(times) for times in zip(*pairs, strict=True))
     print(f"{title}: {ratio:.3f} ({one * 1e3:.2f} / {other * 1e3:.2f} ms)")
+    return ratio
 
 
 def timed(call: Callable[[], object]) -> float:

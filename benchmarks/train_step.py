@@ -1,6 +1,6 @@
 """A training step of every installed method and of the field's PEFT library, against the floor, on SmolLM2-135M.
 
-    tox run -e bench -- [--rounds 14] [--json FILE] [--short] [--only miss,lora] [--cpu-time]
+    tox run -e bench -- train_step.py [--rounds 14] [--json FILE] [--short] [--only miss,lora] [--cpu-time]
 
 The floor is the frozen base with gradients of its inputs only: what no adapter can go below. All runs share one
 process and one copy of the base's weights (bf16). The runs take turns, each once a round, in an order that rotates.
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import Figure
 from torch import nn
 
 import peft_core as pc
@@ -60,6 +61,8 @@ TYPES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 TARGETS: dict[str, tuple[float, float, str]] = {
     "miss": (1.10, 0.20, "peft MiSS"),
     "lora": (1.15, 0.35, "peft LoRA"),
+    "mos": (1.15, 0.35, "peft LoRA"),
+    "sharelora": (1.15, 0.35, "peft LoRA"),
 }
 FLOOR = "floor"
 MEMORY = ("saved", "peak", "RSS")
@@ -178,6 +181,63 @@ def makers(base: nn.Module) -> dict[str, Callable[[], Run]]:
     return made
 
 
+def measure(
+    runs: dict[str, Run], ids: torch.Tensor, rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, dict[str, float]]:
+    """Label → figure → value; the seconds of each round are left in the runs."""
+    figures: dict[str, dict[str, float]] = {}
+    for label, run in runs.items():
+        run.backward(ids)  # caches
+        run.step()  # optimizer states
+        gc.collect()
+        figures[label] = {"saved": saved_bytes(run, ids), "peak": peak_bytes(run, ids)}
+        figures[label]["parameters"] = sum(parameter.numel() for parameter in run.parameters)
+        run.backward(ids)
+        run.step()
+    labels = list(runs)
+    for index in range(rounds):
+        for label in labels[index % len(labels) :] + labels[: index % len(labels)]:
+            start = clock()
+            runs[label].backward(ids)
+            middle = clock()
+            runs[label].step()
+            runs[label].seconds.append(middle - start)
+            runs[label].stepping.append(clock() - middle)
+    floor = runs[FLOOR].seconds
+    for label, run in runs.items():
+        found = figures[label]
+        both = [a + b for a, b in zip(run.seconds, run.stepping, strict=True)]
+        found["median ratio"] = statistics.median(a / b for a, b in zip(run.seconds, floor, strict=True))
+        found["ratio of minima"] = min(run.seconds) / min(floor)
+        found["with AdamW"] = statistics.median(a / b for a, b in zip(both, floor, strict=True))
+    return figures
+
+
+def token_ids(base: nn.Module, batch: int, length: int) -> torch.Tensor:
+    """Random tokens [batch, length]."""
+    vocabulary = base.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    return torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def short() -> list[Figure]:
+    """Five rounds of what has a target, and of what it is compared with."""
+    warnings.filterwarnings("ignore")
+    base = base_model()
+    ids = token_ids(base, 4, 256)
+    judged = {FLOOR, *TARGETS, *(against for _, _, against in TARGETS.values())}
+    found = measure({label: make() for label, make in makers(base).items() if label in judged}, ids, rounds=5)
+    out = []
+    for label, run in found.items():
+        if label == FLOOR:
+            continue
+        limit, share, against = TARGETS.get(label, (None, None, ""))
+        out.append(Figure(f"training step, {label}", run["median ratio"], limit))
+        if against in found:
+            above = (figures["saved"] - found[FLOOR]["saved"] for figures in (run, found[against]))
+            out.append(Figure(f"memory above the floor, {label}", next(above) / next(above), share, f"× {against}"))
+    return out
+
+
 def main() -> None:
     """Print the table; the figures go to --json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -204,9 +264,7 @@ def main() -> None:
         clock = time.process_time
 
     base = base_model()
-    vocabulary = base.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (arguments.batch, arguments.length), generator=generator)
+    ids = token_ids(base, arguments.batch, arguments.length)
     if arguments.rss_of:
         import peft  # noqa: F401  so that every run has loaded it
 
@@ -217,37 +275,15 @@ def main() -> None:
         return
     wanted = [label for label in arguments.only.split(",") if label]
     runs = {label: make() for label, make in makers(base).items() if not wanted or label in [FLOOR, *wanted]}
-
-    figures: dict[str, dict[str, float]] = {}
-    for label, run in runs.items():
-        run.backward(ids)  # caches
-        run.step()  # optimizer states
-        gc.collect()
-        figures[label] = {"saved": saved_bytes(run, ids), "peak": peak_bytes(run, ids)}
-        figures[label]["parameters"] = sum(parameter.numel() for parameter in run.parameters)
-        run.backward(ids)
-        run.step()
     labels = list(runs)
-    for index in range(arguments.rounds):
-        for label in labels[index % len(labels) :] + labels[: index % len(labels)]:
-            start = clock()
-            runs[label].backward(ids)
-            middle = clock()
-            runs[label].step()
-            runs[label].seconds.append(middle - start)
-            runs[label].stepping.append(clock() - middle)
+    figures = measure(runs, ids, arguments.rounds, clock)
     if arguments.rss:
         judged = {FLOOR, *TARGETS, *(against for _, _, against in TARGETS.values())}
         for label in [label for label in labels if label in judged]:
             figures[label]["RSS"] = resident_bytes(label, arguments)
 
     floor = runs[FLOOR].seconds
-    for label, run in runs.items():
-        found = figures[label]
-        both = [a + b for a, b in zip(run.seconds, run.stepping, strict=True)]
-        found["median ratio"] = statistics.median(a / b for a, b in zip(run.seconds, floor, strict=True))
-        found["ratio of minima"] = min(run.seconds) / min(floor)
-        found["with AdamW"] = statistics.median(a / b for a, b in zip(both, floor, strict=True))
+    for found in figures.values():
         for what in MEMORY:
             if what in found:
                 found[f"{what} above floor"] = found[what] - figures[FLOOR][what]
