@@ -92,6 +92,25 @@ def test_a_gpu_must_be_one_of_cuda_s_and_not_too_old(monkeypatch, forgotten) -> 
     assert obstacle("cuda:0", torch.float32) == ""
 
 
+class OnGPU:
+    """What is asked of a tensor on a GPU."""
+
+    is_cuda, device, dtype = True, torch.device("cuda:0"), torch.bfloat16
+
+
+def test_auto_takes_triton_on_a_gpu_that_it_knows(monkeypatch, forgotten, refused) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert use_triton(OnGPU())
+    with pc.kernels("torch"):
+        assert not use_triton(OnGPU())
+    _obstacle.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert not use_triton(OnGPU())
+    with pc.kernels("triton"), refused(pc.PeftCoreError, "cuda:0", "8.0", "7.0"):
+        use_triton(OnGPU())
+
+
 def test_no_kernel_is_imported_unless_it_is_chosen() -> None:
     program = """
 import sys, peft_core as pc
@@ -147,6 +166,13 @@ def test_a_change_in_place_is_seen_by_autograd() -> None:
             before = x._version
             add_one_(x)
         assert x._version > before and torch.equal(x, X + 1)
+
+
+def test_inference_mode_is_no_obstacle() -> None:
+    with torch.inference_mode():
+        x = torch.zeros(2, 3)
+        add_one_(x)
+        assert torch.equal(x, X + 1)
 
 
 def test_fake_tensors_are_not_launched_on() -> None:

@@ -96,7 +96,8 @@ def operator(
                 return made(*arguments)
             result = function(*arguments)
             for index in changed:
-                torch.autograd.graph.increment_version(arguments[index])
+                if not arguments[index].is_inference():
+                    torch.autograd.graph.increment_version(arguments[index])
             return result
 
         call.operator = made  # type: ignore[attr-defined]
