@@ -59,10 +59,13 @@ def use_triton(x: Tensor) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def obstacle(device: str, dtype: torch.dtype) -> str:
     """Why Triton kernels cannot compute in this dtype on a device, in words; nothing where they can."""
     return _obstacle(device, dtype)
+
+
+# All that torch.compiler.assume_constant_result does, but for importing the compiler, which takes two seconds.
+obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
