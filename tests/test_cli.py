@@ -94,6 +94,14 @@ def test_inspect(program, saved) -> None:
     assert header["method"]["name"] == "sound" and header["file_bytes"] > 0
 
 
+def test_of_several_processes_the_first_speaks(program, monkeypatch) -> None:
+    spoken = program("methods").out
+    monkeypatch.setenv("RANK", "0")
+    assert program("methods").out == spoken != ""
+    monkeypatch.setenv("RANK", "1")
+    assert program("methods") == (0, "", "")
+
+
 def test_generate(program, llama_directory, saved) -> None:
     common = ["generate", "--base", llama_directory, "--adapter", saved, "--prompt", "w1 w2 w3"]
     ran = program(*common, "--max-new-tokens", 4, "--dtype", "float32")

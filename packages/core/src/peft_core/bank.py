@@ -195,10 +195,10 @@ class Registry:
         self.merged: dict[str, MergedSite] = {}
         self.gradients: dict[str, SharedGradient] = {}
         self.forwards: dict[Any, Forward] = {}
-        self.handles: dict[str, Any] = {}
+        self.watches: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Functions of plugins do not pickle; layers ask for them again. A copy is not stepped through our hooks' handles.
+        # Functions of plugins do not pickle; layers ask for them again.
         return {**self.__dict__, "forwards": {}}
 
 

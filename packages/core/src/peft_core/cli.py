@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -122,17 +123,17 @@ def train(
     from .train import train as train_run
 
     try:
-        report = train_run(config, resume, Console(stderr=True) if json_ else _console())
+        report = train_run(config, resume, Console(stderr=True, quiet=_silent()) if json_ else _console())
     except KeyboardInterrupt:
         print(
             f"peft-core: interrupted; go on with: peft-core train {run}{' --pretrain' * pretrain} --resume",
             file=sys.stderr,
         )
         raise typer.Exit(130) from None
-    if json_:
-        print(report.to_json())
-    else:
+    if not json_:
         _console().print(report)
+    elif not _silent():
+        print(report.to_json())
 
 
 def inspect(
@@ -303,8 +304,13 @@ def _show_header(directory: Path, header: AdapterFile, size: int) -> None:
 
 def _console() -> Console:
     """Standard output; wide enough for tables where no terminal says how wide it is."""
-    console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, 120))
+    console = Console(quiet=_silent())
+    return console if console.is_terminal else Console(width=max(console.width, 120), quiet=_silent())
+
+
+def _silent() -> bool:
+    """Whether this is one of several processes of a run (torchrun's), and not the first: one of them speaks."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 def _print_json(value: Any) -> None:

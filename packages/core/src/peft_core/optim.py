@@ -50,7 +50,7 @@ def forget(bank: Bank) -> None:
     _watches.pop(bank, None)
     found = registry(bank.root)
     if found is not None:
-        found.handles.pop(bank.name, None)
+        found.watches.pop(bank.name, None)
 
 
 def check_stepped(bank: Bank) -> None:
@@ -84,7 +84,7 @@ class _Watch:
         _watches[bank] = self
         found = registry(bank.root)
         assert found is not None
-        found.handles[bank.name] = self
+        found.watches[bank.name] = self
 
     def hook_gradients(self) -> None:
         """Hook parameters that are not hooked yet: those of a copy, or set to train later."""
