@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import shutil
 import time
@@ -14,21 +13,20 @@ from typing import Any
 
 from torch import nn
 
-from peft_core import ModelError, SpecError
+from peft_core import SpecError
 from peft_core.errors import listed, suggestion
 
 from .. import card, output, running
 from ..streaming import Adapters, merge, open_adapters
 from . import genai
 from .graphs import MODEL, Graph, graphs
+from .installed import require_packages
 from .quantizing import BLOCK_SIZES, Share, quantize, turn_weights
 from .tracing import trace
 from .writing import write_graphs
 
 PRECISIONS: Mapping[str, int] = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
 """Bits of a weight. int8 and int4 are of the weights alone; what is computed with them stays float32."""
-
-_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -142,16 +140,6 @@ def export_onnx(
     del model, models, found, traced
     gc.collect()  # a traced model is full of cycles, and holds all weights
     return report
-
-
-def require_packages() -> None:
-    """See that what ONNX takes is installed.
-
-    Raises:
-        ModelError: it is not.
-    """
-    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
-        raise ModelError(f'ONNX needs {listed(missing)}: python -m pip install "peft-export[onnx]"')
 
 
 def _fraction(shares: list[Share]) -> float:

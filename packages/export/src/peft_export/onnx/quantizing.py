@@ -19,8 +19,8 @@ from .tracing import weight_transposes
 
 BLOCK_SIZES = (16, 32, 64, 128)
 _DOMAIN = "com.microsoft"
-# Integer arithmetic on 8-bit activations: what ONNX Runtime has fast kernels for.
-_ACCURACY = 4
+# Embeddings, and with them tied heads, lose the most at 4 bits.
+_TABLE_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,22 @@ class Share:
 
     quantized: int
     total: int
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """A weight in blocks along its first dimension.
+
+    Attributes:
+        parts: its numbers, their scales and their zeros, as values of the graph. shape: the weight's, [in, out].
+        accuracy: 4 multiplies in integers, with activations rounded to 8 bits; 0 in the activations' own type.
+    """
+
+    parts: tuple[Any, Any, Any]
+    shape: tuple[int, int]
+    bits: int
+    size: int
+    accuracy: int
 
 
 @dataclass(frozen=True)
@@ -63,19 +79,23 @@ def quantize(model: Any, bits: int, block_size: int) -> Share:
     """
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 
-    config = DefaultWeightOnlyQuantConfig(block_size=block_size, is_symmetric=False, bits=bits)
-    quantizer = DefaultWeightOnlyQuantizer(config)
     total = sum(value.const_value.size for value in model.graph.initializers.values() if _floating(value))
     quantized = 0
     for weight, uses in _quantizable(model):
         quantized += weight.const_value.size
+        own = max(bits, _TABLE_BITS) if any(use.node.op_type == "Gather" for use in uses) else bits
+        config = DefaultWeightOnlyQuantConfig(block_size=block_size, is_symmetric=False, bits=own)
+        quantizer = DefaultWeightOnlyQuantizer(config)
         matrix = weight.const_value.numpy()
         columns = np.ascontiguousarray(matrix.T if uses[0].rows else matrix, dtype=np.float32)  # [in, out]
-        parts = dict(zip(("blocks", "scales", "zeros"), quantizer.qbits_block_quant(columns), strict=True))
-        stored = {part: _initializer(model, f"{weight.name}.{part}", array) for part, array in parts.items()}
+        arrays = zip(("blocks", "scales", "zeros"), quantizer.qbits_block_quant(columns), strict=True)
+        blocks, scales, zeros = (_initializer(model, f"{weight.name}.{part}", array) for part, array in arrays)
+        # At 8 bits the rounding of activations would be the larger error; at 4 it is not, and integers are faster.
+        accuracy = 4 if bits < 8 else 0
+        stored = _Blocks((blocks, scales, zeros), columns.shape, own, block_size, accuracy)
         for use in uses:
             write = _looked_up if use.node.op_type == "Gather" else _multiplied
-            write(model, use.node, stored, columns.shape, bits, block_size)
+            write(model, use.node, stored)
         del model.graph.initializers[weight.name]
     if not quantized:
         raise MergeError(
@@ -110,7 +130,7 @@ def _use(weight: Any, node: Any) -> _Use | None:
         return None
     read = node.inputs[place]
     turned = read is not weight
-    if turned and read.producer() is None:
+    if turned and not _transposed(read, weight):
         return None
     if node.op_type == "Gather":
         return None if turned or node.attributes.get_int("axis", 0) != 0 else _Use(node, weight, True)
@@ -123,21 +143,20 @@ def _use(weight: Any, node: Any) -> _Use | None:
     return _Use(node, weight, turned)
 
 
-def _multiplied(
-    model: Any, node: Any, stored: dict[str, Any], shape: tuple[int, ...], bits: int, block_size: int
-) -> None:
+def _transposed(value: Any, weight: Any) -> bool:
+    node = value.producer() if value is not None else None
+    return node is not None and node.op_type == "Transpose" and node.inputs[0] is weight
+
+
+def _multiplied(model: Any, node: Any, stored: _Blocks) -> None:
     """MatMulNBits for a MatMul or a Gemm; a Gemm's bias is added."""
     from onnxscript import ir
 
-    attributes = {
-        "K": shape[0],
-        "N": shape[1],
-        "bits": bits,
-        "block_size": block_size,
-        "accuracy_level": _ACCURACY,
-    }
+    attributes = {"K": stored.shape[0], "N": stored.shape[1], "bits": stored.bits, "block_size": stored.size}
+    if stored.accuracy:
+        attributes["accuracy_level"] = stored.accuracy
     product = ir.node(
-        "MatMulNBits", [node.inputs[0], *stored.values()], attributes=attributes, domain=_DOMAIN, name=node.name
+        "MatMulNBits", [node.inputs[0], *stored.parts], attributes=attributes, domain=_DOMAIN, name=node.name
     )
     new = [product]
     bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
@@ -147,21 +166,19 @@ def _multiplied(
     _exchange(model, node, new)
 
 
-def _looked_up(
-    model: Any, node: Any, stored: dict[str, Any], shape: tuple[int, ...], bits: int, block_size: int
-) -> None:
+def _looked_up(model: Any, node: Any, stored: _Blocks) -> None:
     """GatherBlockQuantized for a Gather; rows that were filled up to whole blocks are cut."""
     from onnxscript import ir
 
-    width, rows = shape
-    blocks = stored["blocks"]
+    width, rows = stored.shape
+    blocks, scales, zeros = stored.parts
     size = _constant(model, [rows, blocks.const_value.size // rows])
     table = ir.node("Reshape", [blocks, size], name=f"{node.name}.table")
-    attributes = {"bits": bits, "block_size": block_size, "gather_axis": 0, "quantize_axis": 1}
-    inputs = [table.outputs[0], node.inputs[1], stored["scales"], stored["zeros"]]
+    attributes = {"bits": stored.bits, "block_size": stored.size, "gather_axis": 0, "quantize_axis": 1}
+    inputs = [table.outputs[0], node.inputs[1], scales, zeros]
     found = ir.node("GatherBlockQuantized", inputs, attributes=attributes, domain=_DOMAIN, name=node.name)
     new = [table, found]
-    if width % block_size:
+    if width % stored.size:
         bounds = [_constant(model, [bound]) for bound in (0, width, -1)]
         new.append(ir.node("Slice", [found.outputs[0], *bounds], name=f"{node.name}.cut"))
     _exchange(model, node, new)

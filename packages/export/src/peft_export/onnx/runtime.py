@@ -13,6 +13,7 @@ from peft_core import CheckpointError
 
 from .. import output
 from .graphs import DECODER, ENCODER, MODEL
+from .installed import require_packages
 
 ONE_BY_ONE, PADDED, WHOLE = "with the cache", "in a padded batch", "at once"
 
@@ -34,8 +35,9 @@ class OnnxModel:
         """Open the files.
 
         Raises:
-            CheckpointError: ONNX Runtime cannot load one.
+            CheckpointError: one is missing, or ONNX Runtime cannot load it. ModelError: a package is missing.
         """
+        require_packages()
         folder = Path(directory)
         self.two_sided = (folder / f"{ENCODER}.onnx").is_file()
         self._encoder = _Session(folder / f"{ENCODER}.onnx") if self.two_sided else None
@@ -121,6 +123,8 @@ class _Session:
     """One ONNX file: named tensors in and out."""
 
     def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise CheckpointError(f"'{path}' is missing")
         import onnxruntime
 
         options = onnxruntime.SessionOptions()

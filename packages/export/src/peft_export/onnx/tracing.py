@@ -29,7 +29,7 @@ def trace(graph: Graph) -> Any:
     """
     from onnxscript import optimizer
 
-    shapes = {"inputs": {name: dict(axes) for name, axes in graph.axes.items()}}
+    shapes = {"inputs": {name: dict(graph.axes.get(name, {})) for name in graph.inputs}}
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
