@@ -284,7 +284,7 @@ def test_every_run_of_the_example_can_be_planned(example: Any, lora_method: None
 
 
 def test_the_examples_parts_have_no_package_in_common(example: Any, tmp_path: Path) -> None:
-    for number in range(60):
+    for number in range(300):
         folder = tmp_path / "library" / (f"package{number // 3}" if number < 30 else "")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"module{number}.py").write_text(f"number = {number}\n" * 20)
@@ -296,7 +296,7 @@ def test_the_examples_parts_have_no_package_in_common(example: Any, tmp_path: Pa
         for part in ("train", "validation", "test")
     }
     found = [int(text.split()[2]) for texts in parts.values() for text in texts]
-    assert sorted(found) == list(range(60))
+    assert sorted(found) == list(range(300))
     packages = [{number // 3 for text in texts if (number := int(text.split()[2])) < 30} for texts in parts.values()]
     assert sum(map(len, packages)) == len(set().union(*packages)) == 10
     assert all(1 <= len(parts[part]) <= 3 for part in ("validation", "test"))

@@ -332,6 +332,9 @@ def test_the_methods_own_optimizer_is_used_unless_another_is_chosen(stepper: Any
     own = optimizer()
     assert type(own).__name__ == "StepperAdamW"
     assert [(group["lr"], group["weight_decay"]) for group in own.param_groups] == [(0.01, 0.5), (0.01, 0.0)]
+    model, _ = adapted()
+    plain = Trainer(model=model, args=settings(tmp_path), train_dataset=rows()).create_optimizer()
+    assert own.param_groups[0]["fused"] == plain.param_groups[0]["fused"]  # as fast as the trainer's default
     assert type(optimizer(optim="sgd")).__name__ == "SGD"
     model, adapter = adapted()
     mine = torch.optim.Adam(adapter.parameters())

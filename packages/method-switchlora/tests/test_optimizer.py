@@ -29,17 +29,17 @@ def same(first, second):
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("foreach", [True, False, None])
+@pytest.mark.parametrize("kind", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_equals_torch_bit_for_bit_while_nothing_is_reset(dtype, weight_decay, foreach):
+def test_equals_torch_bit_for_bit_while_nothing_is_reset(dtype, weight_decay, kind):
     ours, torchs = make(dtype), make(dtype)
     settings = {
         "lr": 0.01,
         "betas": (0.9, 0.95),
         "eps": 1e-7,
         "weight_decay": weight_decay,
-        "foreach": foreach,
+        **kind,
     }
     pair = RowAdamW(ours, **settings), torch.optim.AdamW(torchs, **settings)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10) for optimizer in pair]
@@ -58,14 +58,14 @@ def test_equals_torch_bit_for_bit_while_nothing_is_reset(dtype, weight_decay, fo
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6)])
-@pytest.mark.parametrize("foreach", [True, None])
+@pytest.mark.parametrize("kind", [{}, {"foreach": True}, {"fused": True}], ids=str)
 @pytest.mark.parametrize("which, dim", [(0, 0), (1, 1)])
-def test_a_reset_vector_is_as_one_that_came_later(which, dim, foreach, dtype, tolerance):
+def test_a_reset_vector_is_as_one_that_came_later(which, dim, kind, dtype, tolerance):
     """Against torch's AdamW on every vector by itself, started when the vector was reset."""
     parameter = make(dtype)[which]
     other = make(dtype)[3]
     settings = {"lr": 0.01, "weight_decay": 0.1}
-    ours = RowAdamW([parameter, other], **settings, foreach=foreach)
+    ours = RowAdamW([parameter, other], **settings, **kind)
     resets = {5: [1, 4], 9: [4], 20: [0, 1, 2, 3, 4, 5]}
     alone = [torch.nn.Parameter(vector.detach().clone()) for vector in parameter.unbind(dim)]
     theirs = [torch.optim.AdamW([vector], **settings) for vector in alone]
@@ -146,6 +146,26 @@ def test_a_reset_before_the_first_step_is_no_error():
     optimizer = RowAdamW(parameters)
     restart(optimizer, parameters[0], 0, torch.tensor([0]))
     assert parameters[0] not in optimizer.state
+
+
+def test_a_gradient_scaler_unscales_for_the_fused_kind():
+    """torch's fused AdamW is handed scaled gradients and the scale; ours updates some vectors by other means."""
+    ends = []
+    for scale in (1.0, 2.0**10):
+        parameter = make()[0]
+        optimizer = RowAdamW([parameter], lr=0.1, fused=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for index in range(4):
+            generator = torch.Generator().manual_seed(index)
+            loss = (parameter * torch.randn(parameter.shape, generator=generator)).sum()
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            restart(optimizer, parameter, 0, torch.tensor([1]))
+        ends.append(parameter)
+    assert torch.allclose(*ends, rtol=1e-6)
+    assert not same(ends[:1], make()[:1])
 
 
 def test_a_closure_is_evaluated():

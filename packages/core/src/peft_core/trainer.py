@@ -109,7 +109,10 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
             },
             {"params": [parameter for name, parameter in trained if name not in decaying], "weight_decay": 0.0},
         ]
-        self.optimizer = make(groups, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
+        # Where the trainer's default is a fused optimizer and the method's can be one, it is.
+        fuses = "fused" in str(default).lower() and "fused" in inspect.signature(make).parameters
+        kind = {"fused": True} if fuses else {}
+        self.optimizer = make(groups, lr=self.args.learning_rate, weight_decay=self.args.weight_decay, **kind)
         return self.optimizer
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:

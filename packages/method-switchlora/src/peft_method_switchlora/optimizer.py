@@ -21,6 +21,7 @@ class RowAdamW(torch.optim.AdamW):
 
     Args:
         params, lr, betas, eps, weight_decay, foreach: as for `torch.optim.AdamW`.
+        fused: likewise, for parameters none of whose vectors was reset.
     """
 
     def __init__(
@@ -32,8 +33,12 @@ class RowAdamW(torch.optim.AdamW):
         weight_decay: float = 1e-2,
         *,
         foreach: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, foreach=foreach)
+        super().__init__(params, lr, betas, eps, weight_decay, foreach=foreach, fused=fused)
+        self._step_supports_amp_scaling = (
+            False  # torch's fused kernel unscales gradients; what is beside it here does not
+        )
 
     def restart_counts(self, parameter: Tensor, dim: int, places: Tensor) -> None:
         """The vectors at `places` along `dim` count their steps from 0 again."""
@@ -62,24 +67,25 @@ class RowAdamW(torch.optim.AdamW):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                if self._state(parameter)["step"].dim() == 0:
+                if self._state(parameter, group["fused"])["step"].dim() == 0:
                     plain.append(parameter)
                 else:
                     counted.setdefault(_batch(parameter, group["foreach"]), []).append(parameter)
             numbers: dict[str, Any] = {name: group[name] for name in ("lr", "eps", "weight_decay")}
             numbers["beta1"], numbers["beta2"] = group["betas"]
             if plain:
-                torchs = {**numbers, "amsgrad": False, "maximize": False, "foreach": group["foreach"]}
+                kind = {"foreach": group["foreach"], "fused": group["fused"]}
+                torchs = {**numbers, **kind, "amsgrad": False, "maximize": False}
                 gradients, exp_avgs, exp_avg_sqs, counts = self._lists(plain)
                 adamw(plain, gradients, exp_avgs, exp_avg_sqs, [], counts, **torchs)
             for parameters in counted.values():
                 update_vectors(parameters, *self._lists(parameters), **numbers)
         return loss
 
-    def _state(self, parameter: Tensor) -> dict[str, Any]:
+    def _state(self, parameter: Tensor, fused: bool | None) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.tensor(0.0, device=parameter.device if fused else None)
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state
@@ -87,7 +93,7 @@ class RowAdamW(torch.optim.AdamW):
     def _lists(self, parameters: list[Tensor]) -> tuple[list[Tensor], ...]:
         """Gradients, first and second moments, counts: four lists."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        states = [self._state(parameter) for parameter in parameters]
+        states = [self.state[parameter] for parameter in parameters]
         return gradients, *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
 
 
