@@ -62,7 +62,7 @@ class OnnxModel:
         for _ in range(count):
             token = state.step(token)[:, -1:].argmax(-1)
             written.append(token[0])
-        return torch.cat(written)
+        return torch.cat([ids[:0], *written])
 
     def _alone(self, ids: Tensor, first: int) -> Tensor:
         """A prompt by itself: `first` tokens at once, the others one by one."""
