@@ -47,8 +47,8 @@ class Server:
     limit: int
     log: Path
 
-    def write(self, model: str) -> Tokens:
-        """The tokens that the model of this name writes after each prompt."""
+    def write(self, model: str, prompts: Tokens | None = None) -> Tokens:
+        """The tokens that the model of this name writes after each prompt (default: all)."""
         answers = [
             self.client.completions.create(
                 model=model,
@@ -57,7 +57,7 @@ class Server:
                 temperature=0.0,
                 extra_body={"return_token_ids": True},
             )
-            for prompt in self.prompts
+            for prompt in prompts or self.prompts
         ]
         return [answer.choices[0].token_ids for answer in answers]
 
@@ -99,7 +99,7 @@ def server(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> It
         )
     try:
         _wait(process, f"http://127.0.0.1:{port}/health", log)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", timeout=120, max_retries=0)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", timeout=300, max_retries=0)
         yield Server(process, client, reference.prompts, adapters, made, scratch / "cache", limit, log)
     finally:
         process.terminate()
@@ -202,7 +202,7 @@ def assert_refused(server: Server, reference: Reference, name: str) -> None:
 
 def assert_alive(server: Server, reference: Reference) -> None:
     assert server.process.poll() is None
-    assert server.write(BASE) == reference.tokens
+    assert server.write(BASE, reference.prompts[:1]) == reference.tokens[:1]
 
 
 def logged(server: Server, text: str, start: int = 0) -> int:
@@ -223,7 +223,7 @@ def _free_port() -> int:
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     """Until the server answers; fails with the log's end if it does not."""
-    for _ in range(600):
+    for _ in range(1200):
         try:
             with urllib.request.urlopen(url, timeout=5):
                 return
