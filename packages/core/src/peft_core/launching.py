@@ -96,8 +96,7 @@ def operator(
                 return made(*arguments)
             result = function(*arguments)
             for index in changed:
-                if not arguments[index].is_inference():
-                    torch.autograd.graph.increment_version(arguments[index])
+                torch.autograd.graph.increment_version(arguments[index])
             return result
 
         call.operator = made  # type: ignore[attr-defined]

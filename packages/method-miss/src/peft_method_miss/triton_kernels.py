@@ -27,6 +27,9 @@ def _columns(shard, place, starts, COUNT: tl.constexpr, R: tl.constexpr, LAYOUT:
     if LAYOUT == "interleaved":
         column = place * R + shard
         inside = column < COUNT
+    elif LAYOUT == "contiguous" and COUNT % R == 0:  # apart from the next, so that the compiler sees aligned runs
+        column = shard * (COUNT // R) + place
+        inside = place < COUNT // R
     elif LAYOUT == "contiguous":
         column = shard * (COUNT // R) + tl.minimum(shard, COUNT % R) + place
         inside = place < COUNT // R + (shard < COUNT % R).to(tl.int32)
@@ -46,9 +49,10 @@ def _shard_sum(
     """S[n, i] = Σ x[n, j] over the columns j of shard i, each dropped with probability `drop`, else divided by 1 - drop."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     shard = tl.program_id(1) * SHARDS + tl.arange(0, SHARDS)
-    total = tl.zeros([ROWS, SHARDS], tl.float32)
-    # The axis whose neighbours lie side by side in memory is the last.
+    # The last axis is the one whose neighbours lie side by side in memory. Threads add up what they read themselves, and
+    # only at the end what others have.
     axis: tl.constexpr = 1 if LAYOUT == "interleaved" else 2
+    total = tl.zeros([ROWS, PLACES, SHARDS] if LAYOUT == "interleaved" else [ROWS, SHARDS, PLACES], tl.float32)
     for start in range(0, LONGEST, 4 * PLACES):
         place = tl.expand_dims(tl.expand_dims(tl.arange(0, PLACES), 0), 3 - axis)
         lane = tl.expand_dims(tl.expand_dims(shard, 0), axis)
@@ -61,11 +65,12 @@ def _shard_sum(
             value = tl.load(x + where, mask=inside & (row < rows)[:, None, None], other=0.0).to(tl.float32)
             if DROPS:
                 value = tl.where(tl.uint_to_uniform_float(drawn[quarter]) >= drop, value, 0.0)
-            total += tl.sum(value, axis)
+            total += value
+    S_tile = tl.sum(total, axis)
     if DROPS:
-        total /= 1 - drop
+        S_tile /= 1 - drop
     to = row[:, None] * R + shard[None, :]
-    tl.store(S + to, total.to(S.dtype.element_ty), mask=(row < rows)[:, None] & (shard < R)[None, :])
+    tl.store(S + to, S_tile.to(S.dtype.element_ty), mask=(row < rows)[:, None] & (shard < R)[None, :])
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -102,17 +107,16 @@ def _shard_expand_add(
 
 def _shape(count: int, r: int, layout: str, longest: int) -> dict[str, int]:
     """How many shards and places a tile has: long runs of neighbours first, since they are read together."""
-    if layout == "interleaved":
-        shards = min(power_of_two(r), 128)
-        places = min(power_of_two(blocks(longest, 4)), max(TILE // shards, 1))
-    else:
-        places = min(power_of_two(blocks(longest, 4)), 64)
-        shards = min(power_of_two(r), TILE // places)
+    places = power_of_two(blocks(longest, 4))
+    shards = min(power_of_two(r), 128 if layout == "interleaved" else TILE // min(places, 64))
+    places = min(places, TILE // shards)
     return {"COUNT": count, "R": r, "LONGEST": longest, "ROWS": ROWS, "SHARDS": shards, "PLACES": places}
 
 
-def _layout(starts: Tensor | None, interleaved: bool) -> str:
-    return "sized" if starts is not None else "interleaved" if interleaved else "contiguous"
+def _layout(r: int, interleaved: bool, starts: Tensor | None) -> str:
+    if interleaved or r == 1:  # one shard is the same in every layout
+        return "interleaved"
+    return "contiguous" if starts is None else "sized"
 
 
 def _fake_shard_sum(
@@ -134,7 +138,7 @@ def shard_sum(
     """
     tokens, count = x.shape
     S = torch.empty(tokens, r, dtype=x.dtype, device=x.device)
-    layout = _layout(starts, interleaved)
+    layout = _layout(r, interleaved, starts)
     shape = _shape(count, r, layout, longest)
     launch(
         _shard_sum, (blocks(tokens, ROWS), blocks(r, shape["SHARDS"])),
@@ -151,7 +155,7 @@ def shard_expand_add_(
     """y[n, j] += scale·S[n, i] in place for every column j of shard i: y [tokens, columns], S [tokens, r]."""
     tokens, count = y.shape
     r = S.shape[1]
-    layout = _layout(starts, interleaved)
+    layout = _layout(r, interleaved, starts)
     shape = _shape(count, r, layout, longest)
     launch(
         _shard_expand_add, (blocks(tokens, ROWS), blocks(r, shape["SHARDS"])),
@@ -188,7 +192,10 @@ def examples() -> None:
         (64, True, None, 64, 0.1),
         (64, False, None, 64, 0.0),
         (64, False, None, 64, 0.1),
+        (60, False, None, 69, 0.0),
         (48, True, None, 86, 0.0),
+        (3, False, None, 1366, 0.0),
+        (4096, True, None, 1, 0.1),
         (64, False, starts, 100, 0.0),
     ]:
         S = shard_sum(x, r, interleaved, begin, longest, drop, seed)

@@ -36,7 +36,7 @@ def _gather(
     else:
         column = (part - parts_of_A) * BLOCK + tl.arange(0, BLOCK)
         shard = tl.load(index + at + (SIDES - 1) * PER_SITE).to(tl.int64)
-        value = tl.load(pool_B + shard * b_row + column.to(tl.int64) * b_column, mask=column < width_B)
+        value = tl.load(pool_B + shard * b_row + column.to(tl.int64) * b_column, mask=column < width_B).to(tl.float32)
         tl.store(Bt + piece * width_B + column, value.to(Bt.dtype.element_ty), mask=column < width_B)
 
 
