@@ -5,8 +5,8 @@
     python examples/pretrain/pretrain.py --text     # only the text
 
 All runs start from the same weights and see the same batches; each is `peft-core train` in a process of its own, with
-RUN.yaml but for adapter and learning rate. Learning rates were chosen on validation modules and seed 0; what is reported is
-of test modules and seed 1.
+RUN.yaml but for adapter and learning rate. What is reported is of test modules and seed 1; learning rates are chosen on
+validation modules and seed 0.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ RUNS: dict[str, tuple[dict[str, Any] | None, float]] = {
     "SwitchLoRA": (SWITCHLORA, RUN["training"]["lr"]),
     "SwitchLoRA, never switching": (NEVER, 5e-3),
 }
-"""Name → its adapter and its learning rate, the best of `GRIDS`."""
+"""Name → its adapter and its learning rate: the best of the few that were tried, in 200 steps. `--grid` tries more."""
 
 GRIDS = {
     "full rank": (1.25e-4, 2.5e-4, 5e-4),
@@ -149,7 +149,7 @@ def top(path: Path) -> str:
 
 
 def train(out: Path, name: str, rate: float, steps: int, seed: int, part: str = "test") -> dict[str, Any]:
-    """What `peft-core train` reports of a run; a run that is there is not repeated."""
+    """What `peft-core train` reports of a run; one that is there already, with the same settings, is not repeated."""
     where = folder(out, name) if part == "test" else folder(out / "grid", f"{name} {rate:g}")
     run = {
         **RUN,
@@ -165,13 +165,15 @@ def train(out: Path, name: str, rate: float, steps: int, seed: int, part: str = 
         },
         "output_dir": str(where),
     }
+    file, text = where / "RUN.yaml", yaml.safe_dump(run, sort_keys=False)
     if not (where / "metrics.json").exists():
         where.mkdir(parents=True, exist_ok=True)
-        file = where / "RUN.yaml"
-        file.write_text(yaml.safe_dump(run, sort_keys=False), encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
         print(f"{name}, learning rate {rate:g}", flush=True)
         command = [Path(sys.executable).with_name("peft-core"), "train", file, "--json"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    elif file.read_text(encoding="utf-8") != text:
+        raise SystemExit(f"{where} holds a run with other settings; remove it, or use another --out")
     return json.loads((where / "metrics.json").read_text(encoding="utf-8"))
 
 
