@@ -116,7 +116,7 @@ def dense(gradient: Gradient, like: Tensor) -> Tensor:
     if isinstance(gradient, Tensor):
         return gradient
     assert gradient.index.unique().numel() == gradient.index.numel(), "pc.Rows names a row twice"
-    whole = torch.zeros(like.shape, dtype=gradient.values.dtype)
+    whole = gradient.values.new_zeros(like.shape)
     whole[gradient.index] = gradient.values
     return whole
 
@@ -239,5 +239,5 @@ def gradients(adapter: pc.Adapter, loss: Tensor) -> dict[str, Tensor]:
 def weighted(output: Tensor) -> Tensor:
     """A loss that sees every element of an output differently."""
     generator = torch.Generator().manual_seed(99)
-    weights = torch.randn(output.shape, generator=generator).to(output.dtype)
+    weights = torch.randn(output.shape, generator=generator).to(output)
     return (output * weights).sum()
