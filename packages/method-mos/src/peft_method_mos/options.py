@@ -12,7 +12,9 @@ class RandomScaling(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mean: float = Field(default=1.0, allow_inf_nan=False, description="Mean of the normal distribution, at least 0.001 in size.")
+    mean: float = Field(
+        default=1.0, allow_inf_nan=False, description="Mean of the normal distribution, at least 0.001 in size."
+    )
     std: float = Field(default=0.5, ge=0, allow_inf_nan=False, description="Its standard deviation.")
 
     @model_validator(mode="after")
