@@ -256,7 +256,7 @@ def stepper(base: Path, spec: dict[str, Any] | None, rows: list[records.Row], st
         adapter = pc.attach(model, pc.AdapterSpec(**spec))
         adapter.total_steps = steps
         parameters, make = list(adapter.parameters()), adapter.plan.spec.info.optimizer
-    optimizer = make(parameters, lr=1e-3) if make else torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+    optimizer = (make or torch.optim.AdamW)(parameters, lr=1e-3, fused=True)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=RUN["training"]["autocast"]):
