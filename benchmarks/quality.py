@@ -147,7 +147,8 @@ def page(results: dict[str, Any], text: str) -> str:
     return (
         "# Quality at equal budget\n\n"
         f"SmolLM2-135M-Instruct in bfloat16 on the quickstart's task (docstrings for functions of Python's standard library, "
-        f"held out by module): {setting['steps']} steps of {setting['batch_size']} examples of at most {setting['max_length']} tokens, AdamW, linear warm-up and decay, "
+        f"held out by module): {setting['steps']} steps of {setting['batch_size']} examples "
+        f"of at most {setting['max_length']} tokens, AdamW, linear warm-up and decay, "
         f"gradients clipped to 1. Loss in nats per completion token on {setting['held_out']} held-out examples; the base reads "
         f"{results['base']:.4f}. The learning rate is the best of {', '.join(f'{rate:g}' for rate in GRID)} on seed 0.\n\n"
         "    python benchmarks/quality.py\n\n"
