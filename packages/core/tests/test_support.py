@@ -40,7 +40,7 @@ def test_one_failure_spoils_a_cell(tmp_path: Path) -> None:
 
 def test_a_run_of_the_suite_writes_the_tables(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
-    method = min(pc.methods())
+    method = next(name for name, info in sorted(pc.methods().items()) if info.distribution)  # not one of these tests
     suite = [
         sys.executable,
         "-m",
