@@ -345,7 +345,7 @@ def plot_spectra(spectra: dict[str, torch.Tensor], path: Path) -> None:
     axes = figure.subplots()
     for (name, values), style in zip(spectra.items(), STYLES, strict=True):
         middle = values.clamp(min=FLOOR).log().mean(0).exp()
-        axes.plot(range(1, len(middle) + 1), middle, style.strip("o"), label=name)
+        axes.plot(range(1, len(middle) + 1), middle, style.replace("o", ""), label=name)
     axes.set(
         xlabel="number of the singular value",
         ylabel="singular value over the largest",
