@@ -56,6 +56,11 @@ def test_a_regex_matches_whole_paths(llama) -> None:
         chosen(llama, targets=r"self_attn\.[qk]_proj")
 
 
+def test_names_that_do_not_print_are_escaped(llama, refused) -> None:
+    with refused(pc.TargetError, r"'\n\x00'"):
+        pc.plan(llama, pc.AdapterSpec(method="sound", exclude="\n\0"))
+
+
 def test_exclude(llama) -> None:
     assert len(chosen(llama, exclude=["down_proj", "layers.0.mlp.up_proj"])) == 11
     assert len(chosen(llama, exclude=r".*\.mlp\..*")) == 8

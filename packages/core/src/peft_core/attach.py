@@ -469,7 +469,7 @@ def _set_active(model: nn.Module, scales: dict[str, float]) -> None:
                 f"adapter '{bank.name}' owns its base weights and the originals were not kept (attach with keep='host')"
             )
     for bank in found.banks.values():
-        if not Adapter(bank).merged:
+        if bank.owned and not Adapter(bank).merged:
             _swap_owned(model, bank, show=bank.name in scales)
     # Sites at which nothing was active and nothing will be are left alone: the cost does not grow with idle adapters.
     concerned = [bank for name, bank in found.banks.items() if name in scales or name in found.active]

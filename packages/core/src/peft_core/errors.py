@@ -7,7 +7,10 @@ from collections.abc import Iterable
 
 
 class PeftCoreError(Exception):
-    """Base of every error that a user of this library can cause."""
+    """Base of every error that a user of this library can cause. Its message is one line, whatever a user's names hold."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
 class SpecError(PeftCoreError):
