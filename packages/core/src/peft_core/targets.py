@@ -74,7 +74,7 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Paths of the modules that `train_modules` names.
 
     Raises:
-        TargetError: a name matches no module, or the module has no parameters.
+        TargetError: a name matches no module, or the module has no parameters or is a mere container.
     """
     found: list[str] = []
     modules = {path: module for path, module in model.named_modules() if path}
@@ -88,6 +88,11 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
         for path in paths:
             if not any(True for _ in modules[path].parameters()):
                 raise TargetError(f"train_modules: '{path}' has no parameters to train")
+            kind = type(modules[path])
+            if kind.forward is nn.Module.forward:
+                raise TargetError(
+                    f"train_modules: '{path}' is a {kind.__name__}, which is never called itself; name the modules in it"
+                )
         found += [path for path in paths if path not in found]
     if nested := [path for path in found if any(path.startswith(other + ".") for other in found)]:
         raise TargetError(
