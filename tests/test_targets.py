@@ -101,7 +101,10 @@ def test_the_last_matching_override_wins(llama) -> None:
         ({"train_modules": ["lm_hed"]}, ["'lm_hed'", "did you mean 'lm_head'?"]),
         ({"train_modules": ["act_fn"]}, ["'model.layers.0.mlp.act_fn' has no parameters"]),
         ({"train_modules": ["mlp", "up_proj"]}, ["lies within another module"]),
-        ({"targets": ["lm_head"], "train_modules": ["layers"]}, ["'model.layers' is a ModuleList", "name the modules in it"]),
+        (
+            {"targets": ["lm_head"], "train_modules": ["layers"]},
+            ["'model.layers' is a ModuleList", "name the modules in it"],
+        ),
         ({"targets": ["q_proj"], "train_modules": ["q_proj"]}, ["'model.layers.0.self_attn.q_proj' is both"]),
     ],
     ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",

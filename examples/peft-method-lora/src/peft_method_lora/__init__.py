@@ -21,7 +21,7 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     r: int = Field(default=16, ge=1, description="Rank of the update.")
-    alpha: float = Field(default=16.0, gt=0, description="The update is scaled by alpha / r.")
+    alpha: float = Field(default=16.0, gt=0, le=1e6, description="The update is scaled by alpha / r.")
 
     @property
     def scale(self) -> float:

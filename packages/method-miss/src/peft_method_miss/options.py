@@ -26,7 +26,9 @@ class MissOptions(BaseModel):
         description="efficient and mini: column j belongs to shard j mod r (as in the authors' code), or "
         "shards are runs of columns.",
     )
-    alpha: PositiveFloat | None = Field(default=None, description="Scale alpha/r of ΔW; null: 1, as in the paper.")
+    alpha: PositiveFloat | None = Field(
+        default=None, le=1e6, description="Scale alpha/r of ΔW; null: 1, as in the paper."
+    )
     mini_r: PositiveInt | None = Field(
         default=None, description="mini: number of columns of the trained matrix, which divides out."
     )

@@ -44,7 +44,7 @@ class MoSOptions(BaseModel):
         default=4, ge=1, description="Pieces l that make up a row of A or a column of B; 1: whole rows."
     )
     private_rank: int = Field(default=1, ge=0, description="Ranks p of every site whose shards no other site uses.")
-    alpha: float = Field(default=16.0, gt=0, allow_inf_nan=False, description="ΔW = (alpha/r)·B·A.")
+    alpha: float = Field(default=16.0, gt=0, le=1e6, allow_inf_nan=False, description="ΔW = (alpha/r)·B·A.")
     subset_selection: bool = Field(
         default=True,
         description="Every site draws its own shards. Off: pure sharing, every site takes the whole pool in "

@@ -16,7 +16,7 @@ class ShareLoRAOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     r: int = Field(default=16, ge=1, description="Rank of A and B.")
-    alpha: float = Field(default=16.0, gt=0, allow_inf_nan=False, description="ΔW = (alpha/r)·B·A.")
+    alpha: float = Field(default=16.0, gt=0, le=1e6, allow_inf_nan=False, description="ΔW = (alpha/r)·B·A.")
     share: Share | dict[str, Share] = Field(
         default="A",
         description="What the sites of one module type share: A, B, AB or none (plain LoRA); or a map from "

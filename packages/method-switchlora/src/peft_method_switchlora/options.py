@@ -17,7 +17,7 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     r: int = Field(default=128, gt=0, description="Rank: columns of B and rows of A trained at a time.")
-    alpha: float = Field(default=1.0, gt=0, description="ΔW = (alpha/r)·B·A; the initialisation assumes 1.")
+    alpha: float = Field(default=1.0, gt=0, le=1e6, description="ΔW = (alpha/r)·B·A; the initialisation assumes 1.")
     interval: float = Field(
         default=40,
         gt=0,

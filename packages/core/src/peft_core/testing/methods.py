@@ -28,7 +28,7 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     r: int = Field(default=4, ge=1)
-    alpha: float = Field(default=8.0, gt=0)
+    alpha: float = Field(default=8.0, gt=0, le=1e6)
 
 
 @dataclass(frozen=True)
