@@ -1,9 +1,64 @@
-"""For every test: Triton's kernels are interpreted, so that they run without a GPU.
+"""For all tests: Triton's kernels interpreted, so that they run without a GPU; the program, run in this process; less noise.
 
-Triton reads this setting once, when it is imported (bitsandbytes imports it, too), so it is made before anything else. It changes
+Triton reads its setting once, when it is imported (bitsandbytes imports it, too), so it is made before anything else. It changes
 nothing but what kernels of Triton do. `TRITON_INTERPRET=0` runs the tests of kernels on a GPU.
 """
 
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import pytest
+
+
+class Ran(NamedTuple):
+    """What a command ended with, and printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """`program("plan", "--model", ...)` runs the command `peft-core` in this process."""
+    from peft_core import cli
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["peft-core", *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        return Ran(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """Trainers set the level of transformers' log for the whole process; here it shows errors only."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    yield
+    logging.set_verbosity(before)
+
+
+@pytest.fixture
+def in_triton() -> Iterator[None]:
+    """Every method's Triton kernels, the same random numbers in every test, no gradients."""
+    import torch
+
+    import peft_core as pc
+
+    torch.manual_seed(0)
+    with pc.kernels("triton"), torch.no_grad():
+        yield

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from figures import Figure
+from shapes import LLAMA_2_7B, LLAMA_3_1_8B
 from torch import nn
 
 import peft_core as pc
@@ -29,6 +30,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("mos", {"r": 8, "equivalent_rank": 2}),
     ("sharelora", {"r": 16}),
 ]
+SHAPES = {"llama-3.1-8b": LLAMA_3_1_8B, "llama-2-7b": LLAMA_2_7B}
 # Seconds that each may take: plan, attach, load.
 LIMITS = {"llama-3.1-8b": {"plan": 1.0, "attach": 1.0, "load": 1.0}, "llama-2-7b": {"plan": 1.0}}
 # The last of many adapters against the first.
@@ -39,16 +41,7 @@ def meta_model(name: str) -> nn.Module:
     """The model's shapes, on the meta device."""
     import transformers
 
-    shapes: dict[str, dict[str, Any]] = {
-        "llama-3.1-8b": {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-        },
-        "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000},
-    }
-    config = transformers.LlamaConfig(num_hidden_layers=32, num_attention_heads=32, **shapes[name])
+    config = transformers.LlamaConfig(**SHAPES[name])
     with torch.device("meta"):
         return transformers.LlamaForCausalLM(config)
 
@@ -97,37 +90,42 @@ def large(name: str, method: str, options: dict[str, Any]) -> dict[str, float]:
 
 
 def many(count: int, method: str, options: dict[str, Any], rounds: int = 5) -> dict[str, float]:
-    """The first of `count` adapters against the last: seconds to attach, to switch to it, and of a forward."""
-    model = small_model()
+    """The last of `count` adapters against the first: seconds to attach, to switch, and of a forward.
+
+    Switches and forwards take turns on two models, one with two adapters and one with all of them.
+    """
     spec = pc.AdapterSpec(method=method, options=options)
     ids = torch.randint(0, 512, (1, 64))
+    models = {"first": small_model(), "last": small_model()}
     attach: list[list[float]] = []
     for _ in range(3):
+        for adapter in pc.adapters(models["last"]).values():
+            adapter.detach()
         seconds = []
         for index in range(count):
             start = time.perf_counter()
-            pc.attach(model, spec, name=f"a{index}")
+            pc.attach(models["last"], spec, name=f"a{index}")
             seconds.append(time.perf_counter() - start)
         attach.append(seconds)
-        if len(attach) < 3:
-            for adapter in pc.adapters(model).values():
-                adapter.detach()
+    for index in range(2):
+        pc.attach(models["first"], spec, name=f"a{index}")
     shortest = [min(times) for times in zip(*attach, strict=True)]
     found = {
         "attach first": shortest[1],  # the very first also dresses the layers
         "attach last": min(shortest[-3:]),
     }
-    forward: dict[str, list[float]] = {"first": [], "last": []}
-    switch: dict[str, list[float]] = {"first": [], "last": []}
+    times: dict[str, list[float]] = {f"{what} {which}": [] for what in ("switch", "forward") for which in models}
     with torch.no_grad():
         for _ in range(rounds * 4):
-            for which, name in (("first", "a0"), ("last", f"a{count - 1}")):
-                switch[which].append(best(lambda name=name: pc.activate(model, name), times=1))  # type: ignore[misc]
-                forward[which].append(best(lambda: model(ids), times=3))
-    for what, times in (("switch", switch), ("forward", forward)):
-        found |= {f"{what} {which}": min(values) for which, values in times.items()}
-    trainable = sum(adapter.plan.trainable_bytes for adapter in pc.adapters(model).values())
-    held = sum(p.nbytes for key, p in model._parameters.items() if p is not None and key.startswith("peft_core/"))
+            for which, model in models.items():
+                times[f"forward {which}"].append(best(lambda m=model: m(ids)))  # type: ignore[misc]
+                # To and fro, so that neither finds its objects out of the caches.
+                for name in 2 * list(pc.adapters(model))[-2:]:
+                    times[f"switch {which}"].append(best(lambda m=model, n=name: pc.activate(m, n), times=1))  # type: ignore[misc]
+    found |= {what: min(seconds) for what, seconds in times.items()}
+    full = models["last"]
+    trainable = sum(adapter.plan.trainable_bytes for adapter in pc.adapters(full).values())
+    held = sum(p.nbytes for key, p in full._parameters.items() if p is not None and key.startswith("peft_core/"))
     found["bytes held / their own"] = held / trainable
     return found
 

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shapes import LLAMA_1_3B, LLAMA_3_1_8B, LLAMA_3_2_3B
 from torch import Tensor, nn
 
 import peft_core as pc
@@ -55,30 +56,9 @@ LEAST_BYTES = 2**25
 MOST_OVERHEAD, MOST_MEMORY = 0.5, 0.35  # of that library's LoRA
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "8B": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "3B": {
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
-    "1.3B": {
-        "hidden_size": 2048,
-        "intermediate_size": 5461,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "vocab_size": 32100,
-    },
+    "8B": LLAMA_3_1_8B,
+    "3B": LLAMA_3_2_3B,
+    "1.3B": LLAMA_1_3B,
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -314,11 +294,9 @@ def copy_of(base: nn.Module) -> nn.Module:
     return copy.deepcopy(base, shared)
 
 
-def ours(base: nn.Module, method: str, r: int, **options: Any) -> Run:
+def ours(base: nn.Module, method: str, r: int) -> Run:
     """A run of one of our methods."""
-    if "alpha" in pc.methods()[method].options.model_fields and method in ("mos", "sharelora"):
-        options = {"alpha": float(r), **options}
-    spec = pc.AdapterSpec(method=method, targets=TYPES, options={"r": r, **options})
+    spec = pc.AdapterSpec(method=method, targets=TYPES, options={"r": r})
     model = copy.deepcopy(base) if spec.capabilities.owns_base_weight else copy_of(base)
     adapter = pc.attach(model, spec, keep="none")
     adapter.total_steps = 1000

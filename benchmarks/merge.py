@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from figures import Figure
+from shapes import LLAMA_3_1_8B
 
 RATIO, MEMORY, IMPORTS = 1.5, 1e9, 2.0
 BUFFER = 1 << 24
@@ -35,14 +36,6 @@ CONFIG = {
     "model_type": "llama",
     "tie_word_embeddings": False,
     "dtype": "bfloat16",
-}
-EIGHT_BILLION = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
 }
 
 
@@ -139,7 +132,7 @@ def lowering(folder: Path, methods: list[str] | None) -> dict[str, Any]:
 
     base = folder / "base"
     base.mkdir()
-    (base / "config.json").write_text(json.dumps({**CONFIG, **EIGHT_BILLION}))
+    (base / "config.json").write_text(json.dumps({**CONFIG, **LLAMA_3_1_8B}))
     found: dict[str, Any] = {}
     for name in methods or sorted(pc.methods()):
         if pc.AdapterSpec(method=name).capabilities.lowrank:

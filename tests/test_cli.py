@@ -5,36 +5,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 
 import peft_core as pc
-from peft_core import AdapterSpec, cli
+from peft_core import AdapterSpec
 from peft_core.testing.checks import randomise
 from peft_core.testing.families import FAMILIES
-
-
-class Ran(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def program(monkeypatch, capsys) -> Callable[..., Ran]:
-    """`program("plan", "--model", ...)` in this process."""
-
-    def run(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["peft-core", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            status = int(ended.code or 0)
-        return Ran(status, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -15,6 +15,12 @@ import pytest
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu.py"
 
 
+@pytest.fixture(autouse=True)
+def beside_its_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the script is started, it finds the modules of its folder."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     own = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PEFT_CORE_KERNELS")}
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], env=own, capture_output=True, text=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer
-from transformers.utils import logging
 
 import peft_core as pc
 from peft_core import pretrain, records, train, training
@@ -21,6 +20,7 @@ from peft_core.data import IGNORED
 from peft_core.errors import DataError, ModelError
 from peft_core.runs import RunConfig, RunError
 
+pytestmark = pytest.mark.usefixtures("quiet")
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "pretrain"
 Run = Callable[..., Path]
 TINY = {
@@ -33,14 +33,6 @@ TINY = {
 }
 IN_FULL = ["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm", "lm_head"]
 TEXTS = [f"def area_{n}(width, height):\n    return {n} * width * height\n" for n in range(40)]
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    yield
-    logging.set_verbosity(before)
 
 
 @pytest.fixture

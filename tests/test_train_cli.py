@@ -2,60 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
-from transformers.utils import logging
 
 import peft_core as pc
-from peft_core import cli, records, train
+from peft_core import batches, jobs, records, train
 from peft_core.data import IGNORED, Tokens
 from peft_core.runs import RunConfig, RunError, difference
 from peft_core.testing.families import FAMILIES
 from peft_core.trainer import AdapterTrainer
 
+pytestmark = pytest.mark.usefixtures("quiet")
 CHAT = (
     "<s>{% for message in messages %}[{{ message.role }}] {{ message.content }} </s> {% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
-
-
-class Ran(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    yield
-    logging.set_verbosity(before)
-
-
-@pytest.fixture
-def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """`program("train", ...)` in this process."""
-
-    def run(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["peft-core", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            status = int(ended.code or 0)
-        return Ran(status, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="session")
@@ -140,13 +110,18 @@ def started(path: Path, resume: bool = False) -> train.TrainReport:
 # A run
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-@pytest.mark.parametrize("kind", ["text", "prompt", "messages", "label"])
+# A cell of a CSV file holds no list, so no messages.
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [
+        *itertools.product(["text", "prompt", "label"], [".jsonl", ".csv", ".parquet"]),
+        ("messages", ".jsonl"),
+        ("messages", ".parquet"),
+    ],
+)
 def test_every_format_from_every_file(
-    kind: str, suffix: str, chat_directory: Path, bert_directory: Path, program: Callable[..., Ran], tmp_path: Path
+    kind: str, suffix: str, chat_directory: Path, bert_directory: Path, program: Callable[..., Any], tmp_path: Path
 ) -> None:
-    if (kind, suffix) == ("messages", ".csv"):
-        return  # a cell holds no list
     rows = {"text": TEXTS, "prompt": PAIRS, "messages": CHATS, "label": LABELLED}[kind]
     write(tmp_path / f"data{suffix}", rows)
     model = bert_directory if kind == "label" else chat_directory
@@ -178,7 +153,7 @@ def test_every_format_from_every_file(
     assert "sound adapter" in (out / "README.md").read_text()
 
 
-def test_json_is_all_that_a_program_reads(llama_directory: Path, program: Callable[..., Ran], tmp_path: Path) -> None:
+def test_json_is_all_that_a_program_reads(llama_directory: Path, program: Callable[..., Any], tmp_path: Path) -> None:
     write(tmp_path / "data.jsonl", PAIRS)
     ran = program("train", run_file(tmp_path, llama_directory), "--json")
     assert ran.status == 0
@@ -245,7 +220,7 @@ def test_without_held_out_data(llama_directory: Path, tmp_path: Path) -> None:
     assert (report.training_examples, report.evaluations, report.result) == (5, [], None)
 
 
-def test_what_is_cut_is_counted(llama_directory: Path, tmp_path: Path, program: Callable[..., Ran]) -> None:
+def test_what_is_cut_is_counted(llama_directory: Path, tmp_path: Path, program: Callable[..., Any]) -> None:
     long = {"text": words(*range(30))}
     write(tmp_path / "data.jsonl", [*TEXTS, long, long, {"text": "w1"}])
     ran = program("train", run_file(tmp_path, llama_directory, {"train": "data.jsonl", "max_length": 9}))
@@ -316,13 +291,13 @@ def test_packed_examples_do_not_see_each_other(llama_directory: Path) -> None:
     packed = records.pack(examples, 20)
     assert len(packed) < len(examples) and all(sum(len(t.input_ids) for t in row) <= 20 for row in packed)
     assert sorted(map(repr, (t for row in packed for t in row))) == sorted(map(repr, examples))
-    batch = train._PackedBatch(0)(packed)
+    batch = batches.PackedBatch(0)(packed)
     model.config.use_cache = False
     alone = train.training.evaluate(model, examples, 0)
     assert model(**batch).loss.item() == pytest.approx(alone, rel=1e-5)
 
 
-def test_a_packed_run(llama_directory: Path, tmp_path: Path, program: Callable[..., Ran]) -> None:
+def test_a_packed_run(llama_directory: Path, tmp_path: Path, program: Callable[..., Any]) -> None:
     write(tmp_path / "data.jsonl", PAIRS)
     data = {"train": "data.jsonl", "packing": True, "max_length": 16}
     ran = program("train", run_file(tmp_path, llama_directory, data), "--json")
@@ -343,12 +318,12 @@ class Leaky(nn.Module):
 def test_an_architecture_that_mixes_packed_examples_is_refused(refused: Any) -> None:
     tokens = [Tokens([3, 4, 5], [IGNORED, 4, 5]), Tokens([6, 7], [IGNORED, 7])]
     with refused(RunError, "Leaky", "see each other", "data.packing"):
-        train._check_packing(Leaky(), tokens)
+        jobs.check_packing(Leaky(), tokens)
     with refused(RunError, "MambaForCausalLM", "no position_ids", "data.packing"):
-        train._check_packing(FAMILIES["mamba"].build(), tokens)
+        jobs.check_packing(FAMILIES["mamba"].build(), tokens)
     fine: Any = FAMILIES["gpt2"].build()
     fine.config.use_cache = False
-    train._check_packing(fine, tokens)
+    jobs.check_packing(fine, tokens)
 
 
 # Tokens
@@ -382,7 +357,7 @@ def test_lengths_of_conversations(chat_directory: Path) -> None:
 
 def test_examples_of_like_length_come_together() -> None:
     lengths = [(7 * n) % 31 for n in range(103)]
-    sampler = train._LikeLengths(lengths, 4, seed=1)
+    sampler = batches.LikeLengths(lengths, 4, seed=1)
     first = list(sampler)
     assert sorted(first) == list(range(103)) and list(sampler) == first
     sampler.set_epoch(1)
@@ -400,7 +375,7 @@ def test_an_interrupted_run_is_resumed(
     options: dict[str, Any],
     stepper: Any,
     llama_directory: Path,
-    program: Callable[..., Ran],
+    program: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -494,7 +469,7 @@ def test_mistakes_in_the_configuration(
     change: dict[str, Any],
     found: list[str],
     llama_directory: Path,
-    program: Callable[..., Ran],
+    program: Callable[..., Any],
     clear: Any,
     tmp_path: Path,
 ) -> None:
@@ -510,7 +485,7 @@ def test_mistakes_in_the_configuration(
     "text, found", [("model: [", "not YAML"), ("- 1", "found list"), (None, "cannot be read"), ("", "found NoneType")]
 )
 def test_files_that_are_no_configuration(
-    text: str | None, found: str, program: Callable[..., Ran], clear: Any, tmp_path: Path
+    text: str | None, found: str, program: Callable[..., Any], clear: Any, tmp_path: Path
 ) -> None:
     if text is not None:
         (tmp_path / "RUN.yaml").write_text(text)

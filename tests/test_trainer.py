@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,17 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
-from transformers.utils import logging
 
 import peft_core as pc
 from peft_core.testing.checks import Snapshot, randomise, same_bits
 from peft_core.testing.families import FAMILIES
 
+pytestmark = pytest.mark.usefixtures("quiet")
 LLAMA = FAMILIES["llama"]
 INSTALLED = [(name, dict(info.trials[0])) for name, info in sorted(pc.methods().items())]
 METHODS = [*INSTALLED, ("stepper", {}), ("stepper", {"owns": True})]
 ADAPTER_FILES = {"README.md", "adapter.json", "adapter.safetensors"}
 TRAINER_FILES = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin"}
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Trainers set the level of transformers' log for the whole process."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    yield
-    logging.set_verbosity(before)
 
 
 def rows(count: int = 24, length: int = 9) -> list[dict[str, Tensor]]:

@@ -14,21 +14,7 @@ import torch
 import yaml
 
 import peft_core as pc
-from peft_core import cli, models
-
-
-def call(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
-) -> tuple[int, str, str]:
-    """``(exit status, standard output, standard error)`` of one command."""
-    monkeypatch.setattr(sys, "argv", ["peft-core", *map(str, arguments)])
-    try:
-        cli.main()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+from peft_core import models
 
 
 @pytest.fixture(scope="module")
@@ -48,38 +34,38 @@ def spec(method: str, options: dict[str, object], tmp_path: Path) -> Path:
     return file
 
 
-def test_methods(monkeypatch, capsys, method: str) -> None:
-    status, out, _ = call(monkeypatch, capsys, "methods")
+def test_methods(program, method: str) -> None:
+    status, out, _ = program("methods")
     assert status == 0 and method in out
-    status, out, _ = call(monkeypatch, capsys, "methods", "--json")
+    status, out, _ = program("methods", "--json")
     assert status == 0
     assert sorted(json.loads(out)) == sorted(pc.methods())
     assert json.loads(out)[method]["options"]["type"] == "object"
 
 
-def test_plan(monkeypatch, capsys, checkpoint: Path, spec: Path) -> None:
-    status, out, _ = call(monkeypatch, capsys, "plan", "--model", checkpoint, "--spec", spec)
+def test_plan(program, checkpoint: Path, spec: Path) -> None:
+    status, out, _ = program("plan", "--model", checkpoint, "--spec", spec)
     assert status == 0 and "q_proj" in out
-    status, out, _ = call(monkeypatch, capsys, "plan", "--model", checkpoint, "--spec", spec, "--json")
+    status, out, _ = program("plan", "--model", checkpoint, "--spec", spec, "--json")
     expected = pc.plan(checkpoint, pc.AdapterSpec.from_file(spec))
     assert json.loads(out)["trainable_parameters"] == expected.num_trainable
 
 
-def test_inspect(monkeypatch, capsys, adapter: Path, method: str) -> None:
-    status, out, _ = call(monkeypatch, capsys, "inspect", adapter)
+def test_inspect(program, adapter: Path, method: str) -> None:
+    status, out, _ = program("inspect", adapter)
     assert status == 0 and method in out and "LlamaForCausalLM" in out
-    status, out, _ = call(monkeypatch, capsys, "inspect", adapter, "--json")
+    status, out, _ = program("inspect", adapter, "--json")
     assert json.loads(out)["method"]["name"] == method
 
 
-def test_generate(monkeypatch, capsys, checkpoint: Path, adapter: Path) -> None:
+def test_generate(program, checkpoint: Path, adapter: Path) -> None:
     model, tokenizer = models.load_base(checkpoint, torch.float32)
     pc.load(model, adapter)
     expected = models.complete(model, tokenizer, "w1 w2", 5)
     common = ("generate", "--base", checkpoint, "--adapter", adapter, "--prompt", "w1 w2")
-    status, out, _ = call(monkeypatch, capsys, *common, "--max-new-tokens", 5, "--dtype", "float32", "--json")
+    status, out, _ = program(*common, "--max-new-tokens", 5, "--dtype", "float32", "--json")
     assert status == 0 and json.loads(out) == {"prompt": "w1 w2", "completion": expected}
-    status, _, err = call(monkeypatch, capsys, *common, "--chat")
+    status, _, err = program(*common, "--chat")
     assert status == 2 and "no chat template" in err
 
 
@@ -96,10 +82,10 @@ def quickstart(checkpoint: Path, examples: Path, tmp_path: Path, fitting) -> Cal
 
 
 @pytest.mark.parametrize("method", sorted(pc.methods()))
-def test_quickstart(monkeypatch, capsys, quickstart, checkpoint: Path, tmp_path: Path, method: str) -> None:
+def test_quickstart(program, quickstart, checkpoint: Path, tmp_path: Path, method: str) -> None:
     def report(folder: str) -> dict[str, object]:
         arguments = quickstart(method, folder, "--steps", 40, "--lr", 2e-2, "--json")
-        status, out, err = call(monkeypatch, capsys, *arguments)
+        status, out, err = program(*arguments)
         assert status == 0, err
         return json.loads(out)
 
@@ -114,8 +100,8 @@ def test_quickstart(monkeypatch, capsys, quickstart, checkpoint: Path, tmp_path:
     pc.load(models.load_base(checkpoint)[0], tmp_path / "first" / "adapter")
 
 
-def test_a_failed_check_is_one_line_and_status_1(monkeypatch, capsys, quickstart, method: str) -> None:
-    status, out, err = call(monkeypatch, capsys, *quickstart(method, "out", "--steps", 1, "--lr", 0.0))
+def test_a_failed_check_is_one_line_and_status_1(program, quickstart, method: str) -> None:
+    status, out, err = program(*quickstart(method, "out", "--steps", 1, "--lr", 0.0))
     assert status == 1
     assert err.strip().startswith("peft-core: the held-out loss did not fall") and err.count("\n") == 1
     assert "trainable parameters" in out  # the table is shown all the same
@@ -142,7 +128,7 @@ def test_a_failed_check_is_one_line_and_status_1(monkeypatch, capsys, quickstart
 )
 def test_a_mistake_is_one_line_and_status_2(
     monkeypatch,
-    capsys,
+    program,
     arguments: tuple[str, ...],
     message: str,
     checkpoint: Path,
@@ -151,7 +137,7 @@ def test_a_mistake_is_one_line_and_status_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names = {"METHOD": method, "CHECKPOINT": str(checkpoint)}
-    status, _, err = call(monkeypatch, capsys, *(names.get(argument, argument) for argument in arguments))
+    status, _, err = program(*(names.get(argument, argument) for argument in arguments))
     assert status == 2, err
     assert message in err and "Traceback" not in err
 

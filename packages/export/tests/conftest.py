@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from safetensors.torch import load_file
 
 import peft_core as pc
-from peft_core import cli
 from peft_core.testing.checks import Trial, randomise, run, trials
 from peft_core.testing.families import FAMILIES, Family
 
@@ -132,33 +130,15 @@ def lone() -> Trial:
 
 
 @pytest.fixture
-def peft_core(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Runs the program: `(exit status, standard output, standard error)`."""
-
-    def program(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["peft-core", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0 if code is None else 1), printed.out, printed.err
-
-    return program
-
-
-@pytest.fixture
-def fails(peft_core: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+def fails(program: Callable[..., Any]) -> Callable[..., str]:
     """Runs the program, which must say one line and exit with status 2. Returns the line."""
 
-    def program(*arguments: object) -> str:
-        code, out, err = peft_core(*arguments)
+    def run(*arguments: object) -> str:
+        code, out, err = program(*arguments)
         lines = [line for line in err.splitlines() if line.strip()]
         assert code == 2, (code, out, err)
         assert not out
         assert len(lines) == 1 and lines[0].startswith("peft-core: "), err
         return lines[0]
 
-    return program
+    return run

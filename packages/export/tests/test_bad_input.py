@@ -259,7 +259,7 @@ def test_adapter(
 
 
 def test_output(
-    any_method: Trial, make: Callable[..., Any], fails: Callable[..., str], peft_core: Any, tmp_path: Path
+    any_method: Trial, make: Callable[..., Any], fails: Callable[..., str], program: Any, tmp_path: Path
 ) -> None:
     made = make(any_method)
 
@@ -284,10 +284,10 @@ def test_output(
     (tmp_path / "file").write_text("")
     assert_says(refused(tmp_path / "file"), "is a file")
     arguments = ("merge", "--base", made.base, "--adapter", made.adapter, "--out", out)
-    assert peft_core(*arguments)[0] == 0, "an empty directory is no obstacle"
+    assert program(*arguments)[0] == 0, "an empty directory is no obstacle"
     (out / "stale.safetensors").write_text("")
     assert_says(refused(out), "exists")
-    assert peft_core(*arguments, "--overwrite")[0] == 0
+    assert program(*arguments, "--overwrite")[0] == 0
     assert not (out / "stale.safetensors").exists()
 
 

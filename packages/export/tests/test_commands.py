@@ -42,31 +42,31 @@ def test_the_readme_names_every_command_and_option() -> None:
                     assert f"`{option}" in text or f" {option}" in text, f"{name} {option} is not in the README"
 
 
-def test_merge_prints_what_it_did(any_method: Trial, make: Callable[..., Any], peft_core: Any, tmp_path: Path) -> None:
+def test_merge_prints_what_it_did(any_method: Trial, make: Callable[..., Any], program: Any, tmp_path: Path) -> None:
     made = make(any_method)
     arguments = ("merge", "--base", made.base, "--adapter", made.adapter, "--out")
-    code, out, err = peft_core(*arguments, tmp_path / "table")
+    code, out, err = program(*arguments, tmp_path / "table")
     assert code == 0 and f"{len(made.handle.plan.sites)} merged" in out, err
-    code, out, _ = peft_core(*arguments, tmp_path / "json", "--json")
+    code, out, _ = program(*arguments, tmp_path / "json", "--json")
     report = json.loads(out)
     assert code == 0 and report["merged"] == len(made.handle.plan.sites)
     marker = json.loads((tmp_path / "json/export.json").read_text())
     assert marker["kind"] == "merged" and marker["specs"][0]["method"] == any_method.method
 
 
-def test_lora_prints_the_flags(any_method: Trial, make: Callable[..., Any], peft_core: Any, tmp_path: Path) -> None:
+def test_lora_prints_the_flags(any_method: Trial, make: Callable[..., Any], program: Any, tmp_path: Path) -> None:
     made = make(any_method)
     arguments = ("export", "lora", "--base", made.base, "--adapter", made.adapter)
-    code, out, err = peft_core(*arguments, "--out", tmp_path / "vllm", "--fit", "vllm", "--json")
+    code, out, err = program(*arguments, "--out", tmp_path / "vllm", "--fit", "vllm", "--json")
     report = json.loads(out)
     assert code == 0, err
     assert f"--enable-lora --max-lora-rank {report['rank']}" in report["command"] and report["rank"] >= 8
-    code, out, _ = peft_core(*arguments, "--out", tmp_path / "cpp", "--fit", "llama.cpp", "--verify")
+    code, out, _ = program(*arguments, "--out", tmp_path / "cpp", "--fit", "llama.cpp", "--verify")
     assert code == 0 and "convert_lora_to_gguf.py" in out and "passed" in out
-    code, out, _ = peft_core(*arguments, "--out", tmp_path / "low", "--svd-energy", "0.5", "--svd-rank", "2")
+    code, out, _ = program(*arguments, "--out", tmp_path / "low", "--svd-energy", "0.5", "--svd-rank", "2")
     assert code == 0 and "error" in out
     head = make(any_method, "bert", name="head")
-    code, out, _ = peft_core(
+    code, out, _ = program(
         "export", "lora", "--base", head.base, "--adapter", head.adapter, "--out", tmp_path / "h", "--fit", "vllm"
     )
     assert code == 1 and "cannot be served" in out and "classifier" in out

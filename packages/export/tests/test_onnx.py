@@ -67,9 +67,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported
 
 
 @pytest.mark.parametrize("family", [*GENERATES, "bert"])
-def test_every_way_computes_what_the_adapted_model_computes(family: str, exported: Any, peft_core: Any) -> None:
+def test_every_way_computes_what_the_adapted_model_computes(family: str, exported: Any, program: Any) -> None:
     made = exported(family)
-    code, text, err = peft_core("verify", made.out, "--base", made.base, "--adapter", made.adapter, "--json")
+    code, text, err = program("verify", made.out, "--base", made.base, "--adapter", made.adapter, "--json")
     report = json.loads(text)
     assert code == 0 and report["ok"] and report["kind"] == "onnx" and report["dtype"] == "fp32", err
     ways = {WHOLE, PADDED, ONE_BY_ONE} if family in GENERATES else {WHOLE, PADDED}
@@ -82,7 +82,7 @@ def test_every_way_computes_what_the_adapted_model_computes(family: str, exporte
     assert len(elsewhere.prompts) == len(report["prompts"])
 
 
-def test_another_model_fails(exported: Any, peft_core: Any, tmp_path: Path) -> None:
+def test_another_model_fails(exported: Any, program: Any, tmp_path: Path) -> None:
     """The base alone is not the adapted model; neither is one whose weights were moved a little."""
     made = exported("qwen3")
     other = tmp_path / "other"
@@ -90,10 +90,10 @@ def test_another_model_fails(exported: Any, peft_core: Any, tmp_path: Path) -> N
     weights = np.memmap(other / "model.onnx.data", dtype=np.float32, mode="r+")
     weights += np.float32(2e-3) * np.random.default_rng(0).standard_normal(len(weights), dtype=np.float32)
     weights.flush()
-    code, text, _ = peft_core("verify", other, "--base", made.base, "--adapter", made.adapter)
+    code, text, _ = program("verify", other, "--base", made.base, "--adapter", made.adapter)
     text = " ".join(text.split())  # lines break where the path's length has it
     assert code == 1 and "FAILED" in text and "logits within 0.001" in text
-    assert peft_core("verify", other, "--base", made.base, "--adapter", made.adapter, "--max-kl", "1e9")[0] == 0
+    assert program("verify", other, "--base", made.base, "--adapter", made.adapter, "--max-kl", "1e9")[0] == 0
 
 
 def test_inputs_and_outputs(exported: Any) -> None:
@@ -210,7 +210,7 @@ def test_every_method(method: Trial, exported: Any) -> None:
     assert peft_export.verify(made.out, made.base, made.adapter).ok
 
 
-def test_what_is_written(exported: Any, peft_core: Any) -> None:
+def test_what_is_written(exported: Any, program: Any) -> None:
     made = exported("qwen3")
     report = made.report
     assert report.files == ("model.onnx", "model.onnx.data") and report.seconds > 0 and report.peak_memory > 0
@@ -234,13 +234,13 @@ def test_what_is_written(exported: Any, peft_core: Any) -> None:
     assert "`past_key_values.N.key`" in card and "passed" in card and "library_name: onnx" in card
 
 
-def test_the_command(any_method: Trial, make: Callable[..., Any], peft_core: Any, tmp_path: Path) -> None:
+def test_the_command(any_method: Trial, make: Callable[..., Any], program: Any, tmp_path: Path) -> None:
     """Verification is part of it, and its failure is the command's."""
     made = make(any_method, "bert")
     arguments = ("export", "onnx", "--base", made.base, "--adapter", made.adapter, "--out", tmp_path / "out")
-    code, out, err = peft_core(*arguments)
+    code, out, err = program(*arguments)
     assert code == 0 and "passed" in out and "memory at most" in out and "in a padded batch" in out, err
-    code, out, _ = peft_core(*arguments, "--overwrite", "--no-verify", "--json", "--precision", "int4")
+    code, out, _ = program(*arguments, "--overwrite", "--no-verify", "--json", "--precision", "int4")
     report = json.loads(out)
     assert code == 0 and "verification" not in report and report["block_size"] == 32
     assert not (tmp_path / "out/verification").exists()

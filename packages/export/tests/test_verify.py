@@ -33,38 +33,38 @@ def spoil(directory: Path, file: str, amount: float) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
 @pytest.mark.parametrize("kind", ["merged", "lora"])
 def test_exports_pass_and_spoilt_ones_fail(
-    family: str, kind: str, any_method: Trial, make: Callable[..., Any], peft_core: Any, tmp_path: Path
+    family: str, kind: str, any_method: Trial, make: Callable[..., Any], program: Any, tmp_path: Path
 ) -> None:
     made = make(any_method, family)
     out = tmp_path / "out"
     write = peft_export.merge if kind == "merged" else peft_export.export_lora
     write(made.base, made.adapter, out)
-    code, text, err = peft_core("verify", out, "--base", made.base, "--adapter", made.adapter, "--json")
+    code, text, err = program("verify", out, "--base", made.base, "--adapter", made.adapter, "--json")
     report = json.loads(text)
     assert code == 0 and report["ok"] and report["kind"] == kind and report["mean_kl"] < 1e-9, err
     assert all(found["agreement"] == 1.0 for found in report["prompts"])
     # On another machine there is no adapter; a LoRA still needs its base.
     more = ("--base", made.base) if kind == "lora" else ()
-    code, text, _ = peft_core("verify", out, *more, "--json")
+    code, text, _ = program("verify", out, *more, "--json")
     assert code == 0 and json.loads(text)["against"] == "golden logits" and json.loads(text)["ok"]
     if kind == "merged":
         spoil(out, "model.safetensors", 0.5)
     else:
         spoil(out, "adapter_model.safetensors", 2.0)
     # What agrees is below 1e-9 (above); a tiny T5 with tied heads never moves far from uniform, whatever its adapter.
-    code, text, _ = peft_core("verify", out, *more, "--max-kl", "1e-4")
+    code, text, _ = program("verify", out, *more, "--max-kl", "1e-4")
     assert code == 1 and "FAILED" in text, text
-    assert peft_core("verify", out, *more, "--max-kl", "1e9")[0] == 0
+    assert program("verify", out, *more, "--max-kl", "1e9")[0] == 0
 
 
-def test_weighted_adapters(additive: Trial, make: Callable[..., Any], peft_core: Any, tmp_path: Path) -> None:
+def test_weighted_adapters(additive: Trial, make: Callable[..., Any], program: Any, tmp_path: Path) -> None:
     one = make(additive, name="one")
     two = make(additive, name="two", model=one.model, base=one.base, seed=1)
     adapters = ("--adapter", f"{one.adapter}=0.7", "--adapter", f"{two.adapter}=-0.3")
-    code, text, err = peft_core("merge", "--base", one.base, *adapters, "--out", tmp_path / "out", "--verify", "--json")
+    code, text, err = program("merge", "--base", one.base, *adapters, "--out", tmp_path / "out", "--verify", "--json")
     assert code == 0, err
     assert json.loads(text)["verification"]["mean_kl"] < 1e-9
-    code, *_ = peft_core("verify", tmp_path / "out", "--base", one.base, "--adapter", one.adapter, "--max-kl", "1e-6")
+    code, *_ = program("verify", tmp_path / "out", "--base", one.base, "--adapter", one.adapter, "--max-kl", "1e-6")
     assert code == 1
 
 

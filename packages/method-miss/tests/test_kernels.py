@@ -25,6 +25,7 @@ from peft_core.testing.checks import (
 from peft_method_miss import MissOptions, naive, triton_kernels
 from peft_method_miss.kernels import Shards
 
+pytestmark = pytest.mark.usefixtures("in_triton")
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 ROWS, SEED = 5, 2**40 + 3
@@ -43,13 +44,6 @@ SHARDS = [
     Shards(63, 4, False, (1, 50, 2, 10)),
 ]
 EACH = pytest.mark.parametrize("shards", SHARDS, ids=lambda s: f"{s.count}-{s.r}-{s.interleaved}-{s.sizes}")
-
-
-@pytest.fixture(autouse=True)
-def in_triton() -> Any:
-    torch.manual_seed(0)
-    with pc.kernels("triton"), torch.no_grad():
-        yield
 
 
 def which(shards: Shards) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ from peft_core.testing.checks import (
 from peft_method_mos import MoSOptions, naive, triton_kernels
 from peft_method_mos.kernels import gather_factors, gather_group
 
+pytestmark = pytest.mark.usefixtures("in_triton")
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 ROWS = 5
@@ -37,13 +37,6 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 EACH = pytest.mark.parametrize("options", OPTIONS, ids=["plain", "together", "scaled", "whole pools"])
 LAYERS, IN, OUT = 5, 63, 60
-
-
-@pytest.fixture(autouse=True)
-def in_triton() -> Iterator[None]:
-    torch.manual_seed(0)
-    with pc.kernels("triton"), torch.no_grad():
-        yield
 
 
 def group(options: dict[str, Any]) -> tuple[list[pc.Site], dict[str, Tensor], list[dict[str, Tensor]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,14 +13,8 @@ import peft_core as pc
 from peft_core.testing.checks import TOLERANCE, assert_near, far_apart, poisoned_memory, same_bits
 from peft_method_switchlora import kernels, naive, triton_kernels
 
+pytestmark = pytest.mark.usefixtures("in_triton")
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
-
-
-@pytest.fixture(autouse=True)
-def in_triton() -> Iterator[None]:
-    torch.manual_seed(0)
-    with pc.kernels("triton"), torch.no_grad():
-        yield
 
 
 def exchange(outs: int, ins: int, count: int) -> tuple[Tensor, Tensor]:

@@ -307,7 +307,7 @@ def activate(model: nn.Module, names: str | Sequence[str] | Mapping[str, float])
             raise AdapterError(
                 f"no adapter '{name}' on this model{suggestion(name, known)}; there are: {', '.join(known) or 'none'}"
             )
-        if adapters(model)[name].merged:
+        if Adapter(known[name]).merged:
             raise AdapterError(f"adapter '{name}' is merged; unmerge it to make it active")
     _set_active(model, {name: float(scale) for name, scale in wanted.items()})
 
@@ -462,17 +462,17 @@ def _set_active(model: nn.Module, scales: dict[str, float]) -> None:
     found = registry(model)
     assert found is not None
     _refuse_together(found, scales)
-    for bank in found.banks.values():
-        hides = bank.owned and bank.name in found.active and bank.name not in scales and not Adapter(bank).merged
+    # Sites at which nothing was active and nothing will be are left alone: the cost does not grow with idle adapters.
+    concerned = [found.banks[name] for name in {**found.active, **scales}]
+    owning = [bank for bank in concerned if bank.owned and not Adapter(bank).merged]
+    for bank in owning:
+        hides = bank.name in found.active and bank.name not in scales
         if hides and any(owned.original is None for owned in bank.owned.values()):
             raise AdapterError(
                 f"adapter '{bank.name}' owns its base weights and the originals were not kept (attach with keep='host')"
             )
-    for bank in found.banks.values():
-        if bank.owned and not Adapter(bank).merged:
-            _swap_owned(model, bank, show=bank.name in scales)
-    # Sites at which nothing was active and nothing will be are left alone: the cost does not grow with idle adapters.
-    concerned = [bank for name, bank in found.banks.items() if name in scales or name in found.active]
+    for bank in owning:
+        _swap_owned(model, bank, show=bank.name in scales)
     found.active = scales
     for path in {path: None for bank in concerned for path in (*bank.sites, *bank.plan.trained)}:
         model.get_submodule(path).__dict__[SLOT].activate(scales)

@@ -47,8 +47,9 @@ class Base:
 
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, parameter) that the module itself holds, without those of adapters: its cost hardly grows with their number."""
-    for name, parameter in module._parameters.items():
-        if parameter is not None and not name.startswith(ROOT_PREFIX):
+    held = module._parameters
+    for name in [name for name in held if not name.startswith(ROOT_PREFIX)]:
+        if (parameter := held[name]) is not None:
             yield name, parameter
 
 

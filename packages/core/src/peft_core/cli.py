@@ -64,7 +64,7 @@ def methods(json_: Json = False) -> None:
 
     found = plugins.methods()
     if json_:
-        _print_json(
+        print_json(
             {
                 name: {
                     "version": info.version,
@@ -88,7 +88,7 @@ def methods(json_: Json = False) -> None:
         defaults = ", ".join(f"{option}={json.dumps(value)}" for option, value in options.items())
         package = f"{info.distribution} {info.version}".strip()
         table.add_row(*map(escape, (name, info.summary, defaults, package, info.paper)))
-    _console().print(table)
+    console().print(table)
 
 
 def plan(
@@ -103,9 +103,9 @@ def plan(
 
     made = make_plan(base_path(model), AdapterSpec.from_file(spec))
     if json_:
-        _print_json(made.to_json())
+        print_json(made.to_json())
     else:
-        _console().print(made)
+        console().print(made)
 
 
 def train(
@@ -123,7 +123,7 @@ def train(
     from .train import train as train_run
 
     try:
-        report = train_run(config, resume, Console(stderr=True, quiet=_silent()) if json_ else _console())
+        report = train_run(config, resume, Console(stderr=True, quiet=_silent()) if json_ else console())
     except KeyboardInterrupt:
         print(
             f"peft-core: interrupted; go on with: peft-core train {run}{' --pretrain' * pretrain} --resume",
@@ -131,7 +131,7 @@ def train(
         )
         raise typer.Exit(130) from None
     if not json_:
-        _console().print(report)
+        console().print(report)
     elif not _silent():
         print(report.to_json())
 
@@ -149,7 +149,7 @@ def inspect(
         raise CheckpointError(f"'{directory}': {TENSORS} is missing")
     size = file.stat().st_size
     if json_:
-        _print_json({**header.model_dump(mode="json"), "file_bytes": size})
+        print_json({**header.model_dump(mode="json"), "file_bytes": size})
     else:
         _show_header(directory, header, size)
 
@@ -195,12 +195,12 @@ def quickstart(
         held_out=held_out,
         dtype=_dtype(dtype, device),
         device=device,
-        console=Console(stderr=True) if json_ else _console(),
+        console=Console(stderr=True) if json_ else console(),
     )
     if json_:
         print(report.to_json())
     else:
-        _console().print(report)
+        console().print(report)
     for failure in report.failures:
         print(f"peft-core: {failure}", file=sys.stderr)
     if report.failures:
@@ -233,7 +233,7 @@ def generate(
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     written = complete(model, tokenizer, text, max_new_tokens)
     if json_:
-        _print_json({"prompt": text, "completion": written})
+        print_json({"prompt": text, "completion": written})
     else:
         print(written)
 
@@ -299,13 +299,15 @@ def _show_header(directory: Path, header: AdapterFile, size: int) -> None:
     for group in header.groups:
         shapes = ", ".join(f"{name} {' × '.join(map(str, shape))}" for name, shape in group.tensors.items())
         groups.add_row(escape(group.name), str(len(group.members)), escape(shapes))
-    _console().print(summary, groups)
+    console().print(summary, groups)
 
 
-def _console() -> Console:
+def console() -> Console:
     """Standard output; wide enough for tables where no terminal says how wide it is."""
-    console = Console(quiet=_silent())
-    return console if console.is_terminal else Console(width=max(console.width, 120), quiet=_silent())
+    made = Console(quiet=_silent())
+    if not made.is_terminal:
+        made.width = max(made.width, 120)
+    return made
 
 
 def _silent() -> bool:
@@ -313,5 +315,6 @@ def _silent() -> bool:
     return os.environ.get("RANK", "0") != "0"
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
+    """Plain data on standard output, for programs."""
     print(json.dumps(value, indent=2))

@@ -53,6 +53,11 @@ class DataError(PeftCoreError):
     """Training data cannot be read."""
 
 
+def first_line(error: Exception) -> str:
+    """What another library says, without the lines that follow."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the known name nearest to `name`, or nothing."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

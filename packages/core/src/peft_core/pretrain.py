@@ -13,7 +13,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from . import models
-from .errors import ModelError, suggestion
+from .errors import ModelError, first_line, suggestion
 from .files import whole_directory
 from .runs import RunConfig
 
@@ -54,7 +54,7 @@ def make_base(run: RunConfig, texts: Iterable[str]) -> Path:
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         except _WRONG as error:
-            line = models._first_line(error)
+            line = first_line(error)
             raise ModelError(f"no causal language model can be made of {run.model.path}: {line}") from error
     target = run.output_dir / BASE
     with whole_directory(target, ours=()) as folder:
@@ -93,7 +93,7 @@ def _configuration(source: str, changed: dict[str, Any]) -> Any:
             )
         return AutoConfig.for_model(model_type, **{**known, **changed})
     except _WRONG as error:
-        raise ModelError(f"cannot make a configuration of {source}: {models._first_line(error)}") from error
+        raise ModelError(f"cannot make a configuration of {source}: {first_line(error)}") from error
 
 
 def _configured(source: str) -> str:
@@ -113,7 +113,7 @@ def _existing_tokenizer(source: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source if Path(source).is_dir() else models.base_path(source))
     except _WRONG as error:
-        raise ModelError(f"no tokenizer in {source} ({models._first_line(error)}): {remedy}") from error
+        raise ModelError(f"no tokenizer in {source} ({first_line(error)}): {remedy}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

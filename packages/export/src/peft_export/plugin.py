@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from peft_core import MergeError, ModelError, hookimpl
+from peft_core.cli import console, print_json
 
 if TYPE_CHECKING:
     from .lora import LoraReport
@@ -33,7 +33,13 @@ if TYPE_CHECKING:
 _FAILED = 1
 
 Base = Annotated[str, typer.Option(help="Checkpoint directory of the base model, or a known name: smollm2-135m.")]
+Adapters = Annotated[
+    list[str], typer.Option(metavar="DIR[=WEIGHT]", help="An adapter directory, with a weight; may be repeated.")
+]
 Out = Annotated[Path, typer.Option(help="Directory to write. It appears whole or not at all.")]
+Untie = Annotated[
+    bool, typer.Option("--untie", help="Part tied embeddings where only one of the two layers was trained.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")]
 Verify = Annotated[
     bool, typer.Option("--verify", help="Then run the model: compare, and keep golden logits in the export.")
@@ -54,17 +60,11 @@ def peft_cli(app: typer.Typer) -> None:
 
 def merge(
     base: Base,
-    adapter: Annotated[
-        list[str],
-        typer.Option(metavar="DIR[=WEIGHT]", help="An adapter directory, with a weight; may be repeated."),
-    ],
+    adapter: Adapters,
     out: Out,
     dtype: Annotated[str | None, typer.Option(help="Cast all weights: float32, bfloat16, float16.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
-    untie: Annotated[
-        bool,
-        typer.Option("--untie", help="Part tied embeddings where only one of the two layers was trained."),
-    ] = False,
+    untie: Untie = False,
     overwrite: Overwrite = False,
     verify: Verify = False,
     json_: Json = False,
@@ -137,17 +137,11 @@ def lora(
 
 def onnx(
     base: Base,
-    adapter: Annotated[
-        list[str],
-        typer.Option(metavar="DIR[=WEIGHT]", help="An adapter directory, with a weight; may be repeated."),
-    ],
+    adapter: Adapters,
     out: Out,
     precision: Annotated[str, typer.Option(help="Of the weights: fp32, fp16, int8, int4.")] = "fp32",
     block_size: Annotated[int, typer.Option(help="How many int8 or int4 weights share a scale: 16, 32, 64, 128.")] = 32,
-    untie: Annotated[
-        bool,
-        typer.Option("--untie", help="Part tied embeddings where only one of the two layers was trained."),
-    ] = False,
+    untie: Untie = False,
     overwrite: Overwrite = False,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Run it, compare it, and keep golden logits in it.")
@@ -201,9 +195,9 @@ def verify(
     directory = None if base is None else _local(base)
     report = run(export, directory, adapters, prompts=prompt or (), max_kl=max_kl, dtype=dtype, record=record)
     if json_:
-        _print_json(report.to_json())
+        print_json(report.to_json())
     else:
-        _console().print(_verify_table(report))
+        console().print(_verify_table(report))
     if not report.ok:
         raise typer.Exit(_FAILED)
 
@@ -258,11 +252,11 @@ def _finish(
 
         checked = run(out, base, adapters)
     if json_:
-        _print_json({**data, **({"verification": checked.to_json()} if checked else {})})
+        print_json({**data, **({"verification": checked.to_json()} if checked else {})})
     else:
-        _console().print(table)
+        console().print(table)
         if checked:
-            _console().print(_verify_table(checked))
+            console().print(_verify_table(checked))
     if checked and not checked.ok:
         raise typer.Exit(_FAILED)
 
@@ -279,8 +273,7 @@ def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
 @contextmanager
 def _status(quiet: bool) -> Iterator[Callable[[str], None]]:
     """A line on standard error that says what is being done."""
-    console = Console(stderr=True, quiet=quiet)
-    with console.status("") as line:
+    with Console(stderr=True, quiet=quiet).status("") as line:
         yield line.update
 
 
@@ -368,13 +361,3 @@ def _table(title: str, rows: dict[str, str], notes: tuple[str, ...]) -> Table:
     for note in notes:
         table.add_row("note", escape(note))
     return table
-
-
-def _console() -> Console:
-    """Standard output; wide enough for tables where no terminal says how wide it is."""
-    console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, 120))
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 import peft_core as pc
 from peft_core import CheckpointError, MergeError, ModelError
 from peft_core.checkpoint import AdapterFile
+from peft_core.models import quiet_transformers
 
 from . import output
 from .checkpoint_files import Reader, read_entries
@@ -75,8 +75,7 @@ def logits(model: nn.Module, prompts: Sequence[Prompt]) -> list[Tensor]:
         ids = prompt.ids[None]
         inputs = {"input_ids": ids}
         if getattr(config, "is_encoder_decoder", False):
-            start = torch.full_like(ids[:, :1], decoder_start(config))
-            inputs["decoder_input_ids"] = torch.cat([start, ids[:, :-1]], dim=1)
+            inputs["decoder_input_ids"] = shifted(ids, decoder_start(config))
         with torch.no_grad():
             answer = model(**inputs)
         if getattr(answer, "logits", None) is None:
@@ -105,6 +104,11 @@ def greedy(model: nn.Module, ids: Tensor, count: int) -> Tensor:
 def decoder_start(config: Any) -> int:
     """The token that a decoder of its own begins with."""
     return getattr(config, "decoder_start_token_id", None) or 0
+
+
+def shifted(ids: Tensor, start: int) -> Tensor:
+    """What a decoder of its own reads for texts [..., tokens]: the start token, and the texts but for their last token."""
+    return torch.cat([torch.full_like(ids[..., :1], start), ids[..., :-1]], dim=-1)
 
 
 def adapted_model(base: Path, adapters: Mapping[str, float], header: AdapterFile, dtype: str) -> nn.Module:
@@ -140,7 +144,7 @@ def load_model(directory: Path, architecture: str, dtype: str, fields: Mapping[s
         else {}
     )
     try:
-        with _quiet():
+        with quiet_transformers():
             model: nn.Module = cls.from_pretrained(directory, dtype=dtype, **labels)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
@@ -208,23 +212,7 @@ def _tokenizer(directory: Path) -> Any:
     import transformers
 
     try:
-        with _quiet():
+        with quiet_transformers():
             return transformers.AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError):
         return None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and warnings, which are about its own loading."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

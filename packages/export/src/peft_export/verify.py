@@ -327,8 +327,11 @@ def _card_lines(report: VerifyReport) -> list[str]:
 
 def limits(report: VerifyReport) -> str:
     """What an export had to keep to."""
-    near = "" if report.max_difference is None else f", logits within {report.max_difference:g}, greedy tokens equal"
-    return f"mean KL ≤ {report.max_kl:g} nats{near if report.generated else near.removesuffix(', greedy tokens equal')}"
+    parts = [f"mean KL ≤ {report.max_kl:g} nats"]
+    if report.max_difference is not None:
+        parts.append(f"logits within {report.max_difference:g}")
+        parts += ["greedy tokens equal"] * bool(report.generated)
+    return ", ".join(parts)
 
 
 def greedy_line(report: VerifyReport) -> str:

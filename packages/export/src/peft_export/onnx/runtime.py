@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peft_core import CheckpointError
 
 from .. import output
+from ..running import shifted
 from .graphs import DECODER, ENCODER, MODEL
 from .installed import require_packages
 
@@ -67,7 +68,7 @@ class OnnxModel:
     def _alone(self, ids: Tensor, first: int) -> Tensor:
         """A prompt by itself: `first` tokens at once, the others one by one."""
         state = _State(self, ids[None], torch.ones_like(ids[None]))
-        tokens = _shifted(ids, self._start)[None] if self.two_sided else ids[None]
+        tokens = shifted(ids, self._start)[None] if self.two_sided else ids[None]
         pieces = [tokens[:, :first], *tokens[:, first:].split(1, dim=1)] if first < len(ids) else [tokens]
         found = torch.cat([state.step(piece) for piece in pieces], dim=-2)
         return found.reshape(-1, found.shape[-1])
@@ -77,7 +78,7 @@ class OnnxModel:
         left = self.generates and not self.two_sided
         masks = _batch([torch.ones_like(prompt) for prompt in ids], left)
         state = _State(self, _batch(ids, left), masks)
-        texts = [_shifted(prompt, self._start) for prompt in ids] if self.two_sided else ids
+        texts = [shifted(prompt, self._start) for prompt in ids] if self.two_sided else ids
         found = state.step(_batch(texts, left))
         if found.dim() == 2:  # a class per text
             return list(found[:, None])
@@ -146,11 +147,6 @@ class _Session:
         given = {name: feeds[name].to(dtype).contiguous().numpy() for name, dtype in self._dtypes.items()}
         found = self._session.run(None, given)
         return {name: torch.from_numpy(value) for name, value in zip(self._outputs, found, strict=True)}
-
-
-def _shifted(ids: Tensor, start: int) -> Tensor:
-    """What a decoder of its own reads for a text: the start token, and the text but for its last token."""
-    return torch.cat([torch.full_like(ids[:1], start), ids[:-1]])
 
 
 def _batch(texts: Sequence[Tensor], left: bool) -> Tensor:
