@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -158,11 +159,25 @@ def sound_method() -> None:
 @pytest.fixture(scope="session")
 def lora_method() -> None:
     """The example's method, installed or not."""
-    if "lora" not in pc.methods():
-        sys.path.insert(0, str(ROOT / "examples" / "peft-method-lora" / "src"))
-        import peft_method_lora
+    _example("lora")
 
-        plugins.register(peft_method_lora, "lora")
+
+@pytest.fixture(scope="session")
+def vera_method() -> None:
+    """The example whose sites share fixed tensors."""
+    _example("vera")
+
+
+@pytest.fixture(scope="session")
+def dora_method() -> None:
+    """The example that is not additive and starts from the base weight."""
+    _example("dora")
+
+
+def _example(name: str) -> None:
+    if name not in pc.methods():
+        sys.path.insert(0, str(ROOT / "examples" / f"peft-method-{name}" / "src"))
+        plugins.register(importlib.import_module(f"peft_method_{name}"), name)
 
 
 @pytest.fixture

@@ -103,10 +103,17 @@ def test_several_adapters_with_weights(additive: Trial, make: Callable[..., Any]
     assert_same(tmp_path / "out", one.merged_in_memory(tmp_path / "expected"))
 
 
-def test_weights_need_an_added_change(exclusive: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_change_that_is_not_added(exclusive: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """Alone it takes a weight, as in memory, unless the method has moved weight into the base; another cannot join it."""
     made = make(exclusive)
-    with pytest.raises(pc.MergeError, match=r"not an added Δ.*weight 0.5"):
-        peft_export.merge(made.base, {str(made.adapter): 0.5}, tmp_path / "out")
+    if exclusive.can.owns_base_weight:
+        with pytest.raises(pc.MergeError, match=r"moved weight into the base.*weight 0.5"):
+            peft_export.merge(made.base, {str(made.adapter): 0.5}, tmp_path / "out")
+    else:
+        peft_export.merge(made.base, {str(made.adapter): 0.5}, tmp_path / "half")
+        pc.activate(made.model, {made.handle.name: 0.5})
+        assert_same(tmp_path / "half", made.merged_in_memory(tmp_path / "expected"))
+        made = make(exclusive, name="again")
     other = tmp_path / "other"
     made.handle.save(other)
     with pytest.raises(pc.MergeError, match=r"not an added Δ.*another adapter"):

@@ -23,6 +23,8 @@ from .method import Capabilities, Forward, LowRank, MethodInfo, OptimizerStep, R
 from .plan import Plan, plan
 from .plugins import methods
 from .sharing import (
+    Constant,
+    FromWeight,
     Initializer,
     Layout,
     Normal,
@@ -49,8 +51,10 @@ __all__ = [
     "AdapterTrainerMixin",
     "Capabilities",
     "CheckpointError",
+    "Constant",
     "DataError",
     "Forward",
+    "FromWeight",
     "Initializer",
     "Layout",
     "LowRank",

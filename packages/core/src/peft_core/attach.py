@@ -117,9 +117,8 @@ class Adapter:
         with torch.no_grad():
             for key, parameter in bank.named_parameters():
                 parameter.copy_(_sharded_like(parameter, stored[key]))
-            for path, named in header.bindings().items():
-                for local, key in named.items():
-                    bank.binding(path)[local].copy_(stored[key])
+            for key, buffer in bank.named_fixed():
+                buffer.copy_(stored[key])
             for key, value in state.items():
                 bank.state[key].copy_(value)
             for path in bank.owned:
@@ -173,13 +172,16 @@ class Adapter:
         """Restore the base's weights bit for bit, and make the adapter active again.
 
         Raises:
-            AdapterError: it is not merged. MergeError: the original weights were not kept.
+            AdapterError: it is not merged, or an active adapter cannot be carried beside it. MergeError: the original
+                weights were not kept. Nothing has changed then.
         """
         found = self._registry()
         if not self.merged:
             raise AdapterError(f"adapter '{self.name}' is not merged")
+        active = {**found.active, self.name: self._bank.merged_scale}
+        _refuse_together(found, active)
         merge.unmerge(self.model, found, self._bank)
-        _set_active(self.model, {**found.active, self.name: self._bank.merged_scale})
+        _set_active(self.model, active)
 
     def merge_and_detach(self) -> nn.Module:
         """Leave a plain model with the merged weights, for good; no copy of the originals is kept.
@@ -274,9 +276,10 @@ def load(
         for group in made.groups
         for tensor in group.tensors
     }
+    fixed: dict[str, Tensor] = {}
     bindings = {
-        path: {local: stored[key].to(device_of(model, path)) for local, key in named.items()}
-        for path, named in header.bindings().items()
+        path: {local: fixed.setdefault(key, stored[key].to(device_of(model, path))) for local, key in named.items()}
+        for path, named in made.bound().items()
     }
     owned = {path: stored[f"base_weight/{path}"] for path in header.owned}
     return _install(bank, tensors, bindings, trainable=trainable, keep=keep, owned=owned)
@@ -395,7 +398,7 @@ def _dress(bank: Bank, functions: Mapping[str, Any]) -> None:
             functions=functions[site.path],
             can=made.spec.info.can(site.options),
             names=[(name, bank.root_name(key)) for name, key in keys.items()],
-            fixed=[(name, bank.binding_name(site.path, name)) for name in made.bindings.get(site.path, {})],
+            fixed=[(name, bank.root_name(key)) for name, key in bank.bound_keys(site.path).items()],
             shared={name: shared[key] for name, key in keys.items() if key in shared},
             dropout=made.spec.dropout,
         )
@@ -489,7 +492,8 @@ def _refuse_together(found: Registry, scales: Mapping[str, float]) -> None:
             for one in (found.banks[other], bank):
                 if one.plan.spec.info.can(one.sites[path].options).exclusive:
                     raise AdapterError(
-                        f"'{path}' cannot carry '{other}' and '{name}' at once: method '{one.plan.spec.method}' is not an added Δ"
+                        f"'{path}' cannot carry '{other}' and '{name}' at once: method '{one.plan.spec.method}' is not an "
+                        "added Δ; activate one of them alone, or detach the other first"
                     )
 
 

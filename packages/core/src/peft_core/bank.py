@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import bases
+from .errors import AdapterError
 from .gradients import SharedGradient
 from .method import Forward
 from .plan import ROOT_PREFIX, Plan
-from .sharing import FromBase, TensorSpec, draw
+from .sharing import FromBase, FromWeight, TensorSpec, as_declared, draw
 
 _REGISTRY = "_peft_adapters"
 
@@ -64,15 +66,11 @@ class Bank:
         self.merged_scale = 1.0
         self.total_steps: int | None = None
         self.sites = {site.path: site for site in plan.sites}
-        self._borrowed = plan.borrowed()
+        self._borrowed, self._bound = plan.borrowed(), plan.bound()
 
     def root_name(self, key: str) -> str:
         """The name under which the root model holds a tensor."""
         return f"{ROOT_PREFIX}{self.name}/{key.replace('.', '/')}"
-
-    def binding_name(self, path: str, name: str) -> str:
-        """The name of the non-persistent buffer that holds a fixed tensor of a site."""
-        return f"{ROOT_PREFIX}{self.name}/binding/{path.replace('.', '/')}/{name}"
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(key, parameter) of every tensor, as they are now: FSDP and others replace them."""
@@ -93,7 +91,18 @@ class Bank:
     def binding(self, path: str) -> dict[str, Tensor]:
         """A site's fixed tensors by name."""
         buffers = self.root._buffers
-        return {name: buffers[self.binding_name(path, name)] for name in self.plan.bindings.get(path, {})}  # type: ignore[misc]
+        return {name: buffers[self.root_name(key)] for name, key in self._bound[path].items()}  # type: ignore[misc]
+
+    def bound_keys(self, path: str) -> Mapping[str, str]:
+        """Name in a site's binding → key."""
+        return self._bound[path]
+
+    def named_fixed(self) -> Iterator[tuple[str, Tensor]]:
+        """(key, buffer) of every fixed tensor, each once."""
+        for key in {key: None for named in self._bound.values() for key in named.values()}:
+            buffer = self.root._buffers[self.root_name(key)]
+            assert buffer is not None
+            yield key, buffer
 
     def site_state(self, path: str) -> dict[str, Tensor]:
         """A site's training-only tensors by name."""
@@ -103,12 +112,12 @@ class Bank:
     def register(
         self, tensors: Mapping[str, Tensor], bindings: Mapping[str, Mapping[str, Tensor]], trainable: bool
     ) -> None:
-        """Put the adapter's values on the root model."""
+        """Put the adapter's values on the root model; what is fixed in non-persistent buffers."""
         for key, value in tensors.items():
             self.root._parameters[self.root_name(key)] = nn.Parameter(value, requires_grad=trainable)
         for path, named in bindings.items():
             for name, value in named.items():
-                buffer = self.binding_name(path, name)
+                buffer = self.root_name(self._bound[path][name])
                 self.root._buffers[buffer] = value
                 self.root._non_persistent_buffers_set.add(buffer)
 
@@ -134,14 +143,20 @@ def initial_tensors(root: nn.Module, plan: Plan, seed: int) -> dict[str, Tensor]
 
 
 def initial_bindings(root: nn.Module, plan: Plan, seed: int) -> dict[str, dict[str, Tensor]]:
-    """First values of the fixed tensors, drawn once in an adapter's life."""
-    return {
+    """First values of the fixed tensors by site, drawn once in an adapter's life: one tensor for all that share it."""
+    out: dict[str, dict[str, Tensor]] = {
         path: {
             name: _first(root, spec, plan, device_of(root, path), seed, "binding", path, name)
             for name, spec in named.items()
         }
         for path, named in plan.bindings.items()
     }
+    for group in plan.groups:
+        for name, spec in group.fixed.items():
+            shared = _first(root, spec, plan, device_of(root, group.members[0]), seed, group.name, name)
+            for path in group.members:
+                out.setdefault(path, {})[name] = shared
+    return out
 
 
 def initial_state(plan: Plan, seed: int) -> dict[str, Tensor]:
@@ -159,6 +174,16 @@ def _first(root: nn.Module, spec: TensorSpec, plan: Plan, device: torch.device, 
         return torch.empty(spec.shape, dtype=dtype, device=device)
     if isinstance(spec.init, FromBase):
         return root.get_parameter(spec.init.path).detach().clone().to(dtype)
+    if isinstance(spec.init, FromWeight):
+        weight = bases.dense_weight(root.get_submodule(spec.init.path))
+        if weight.device.type == "meta":
+            raise AdapterError(
+                f"'{spec.init.path}': the weight is offloaded, and method '{plan.spec.method}' starts from it; "
+                "load the model without offloading this layer, or exclude it"
+            )
+        with torch.no_grad():
+            computed = spec.init.compute(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+        return as_declared(computed, spec, dtype).clone().to(device)
     return draw(spec, dtype, seed, *key).to(device)
 
 

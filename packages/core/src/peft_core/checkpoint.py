@@ -54,11 +54,12 @@ class StoredSite(_Stored):
 
 
 class StoredGroup(_Stored):
-    """A sharing group: its borrowers, and its tensors' shapes."""
+    """A sharing group: its borrowers, and its tensors' shapes. `fixed`: of those that are not trained."""
 
     name: str
     members: tuple[str, ...]
     tensors: dict[str, tuple[int, ...]]
+    fixed: dict[str, tuple[int, ...]] = {}
 
 
 class StoredBase(_Stored):
@@ -138,6 +139,10 @@ class AdapterFile(_Stored):
             if key.startswith("binding/"):
                 path, _, name = key.removeprefix("binding/").rpartition(".")
                 out.setdefault(path, {})[name] = key
+        for group in self.groups:
+            for name in group.fixed:
+                for member in group.members:
+                    out.setdefault(member, {})[name] = f"{group.name}.{name}"
         return out
 
 
@@ -194,8 +199,13 @@ def describe(bank: Bank, tensors: Mapping[str, Tensor], checksums: dict[str, str
             for site in plan.sites
         ),
         groups=tuple(
-            StoredGroup(name=g.name, members=g.members, tensors={n: t.shape for n, t in g.tensors.items()})
-            for g in plan.groups
+            StoredGroup(
+                name=group.name,
+                members=group.members,
+                tensors={name: tensor.shape for name, tensor in group.tensors.items()},
+                fixed={name: tensor.shape for name, tensor in group.fixed.items()},
+            )
+            for group in plan.groups
         ),
         trained={path: dict(named) for path, named in plan.trained.items()},
         owned=tuple(bank.owned),
@@ -293,7 +303,9 @@ def check_fit(directory: str | Path, header: AdapterFile, model: nn.Module) -> N
 def check_plan(directory: str | Path, header: AdapterFile, plan: Plan) -> None:
     """Refuse a plan whose tensors are not the stored ones: another version of the method may lay them out otherwise."""
     here = {key: tensor.shape for key, tensor in plan.tensors()}
+    here |= {key: () for named in plan.bound().values() for key in named.values()}
     there = {f"{g.name}.{name}": shape for g in header.groups for name, shape in g.tensors.items()}
+    there |= {key: () for named in header.bindings().values() for key in named.values()}
     if here != there:
         key = next(key for key in [*there, *here] if here.get(key) != there.get(key))
         raise CheckpointError(
@@ -382,7 +394,7 @@ def model_card(header: AdapterFile) -> str:
             f"- Tensors: {len(header.tensors)}, {size:,} bytes",
             f"- Adapted layers: {listed([f'{name} ({count})' for name, count in types.items()], 20)}",
             *([f"- Trained in full: {', '.join(header.trained)}"] if header.trained else []),
-            f"- Optimizer steps: {header.steps}",
+            *([f"- Optimizer steps: {header.steps}"] if header.steps else []),
             "",
             "```python",
             f"# pip install peft-core {package}",
@@ -405,8 +417,7 @@ def _collect(bank: Bank) -> dict[str, Tensor]:
     for key, parameter in bank.named_parameters():
         whole = getattr(parameter, "full_tensor", None)
         tensors[key] = (whole() if whole is not None else parameter).detach()
-    for path in bank.plan.bindings:
-        tensors.update({f"binding/{path}.{name}": value for name, value in bank.binding(path).items()})
+    tensors.update(bank.named_fixed())
     for path in bank.owned:
         tensors[f"base_weight/{path}"] = owned_weight(bank, bank.sites[path])
     return tensors

@@ -288,16 +288,19 @@ def _show_header(directory: Path, header: AdapterFile, size: int) -> None:
         "trained in full": ", ".join(header.trained) or "none",
         "parameters": f"{trainable:,} ({share:.3f} % of the base)",
         "tensors": f"{len(header.tensors)} in {size / 1e6:.1f} MB",
-        "seed, optimizer steps": f"{header.seed}, {header.steps}",
+        "seed": str(header.seed),
+        "optimizer steps": str(header.steps) if header.steps else "",
         "format version": str(header.format_version),
     }
     for label, value in rows.items():
-        summary.add_row(label, escape(value))
+        if value:
+            summary.add_row(label, escape(value))
     groups = Table(title="Sharing groups", title_justify="left")
     for heading in ("group", "borrowers", "tensors"):
         groups.add_column(heading, justify="right" if heading == "borrowers" else "left")
     for group in header.groups:
-        shapes = ", ".join(f"{name} {' × '.join(map(str, shape))}" for name, shape in group.tensors.items())
+        held = [*group.tensors.items(), *((f"{name} (fixed)", shape) for name, shape in group.fixed.items())]
+        shapes = ", ".join(f"{name} {' × '.join(map(str, shape))}" for name, shape in held)
         groups.add_row(escape(group.name), str(len(group.members)), escape(shapes))
     console().print(summary, groups)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import bases, kernels, plugins
-from .errors import AdapterError
+from .errors import AdapterError, PluginError
 from .gradients import SharedGradient
 from .method import Capabilities, Forward
 from .sites import Site
@@ -48,6 +48,7 @@ class Member:
         self.adapter, self.method, self.site = adapter, method, site
         self.functions, self.can = functions, can
         self.names, self.fixed, self.shared, self.dropout = tuple(names), tuple(fixed), shared, dropout
+        self.where = f"'{site.path}', method '{method}'"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "functions": None}
@@ -71,6 +72,7 @@ class Use(NamedTuple):
     scale: float
     dropout: float
     additive: bool
+    where: str
 
 
 class Slot:
@@ -136,6 +138,7 @@ class Slot:
                 scale,
                 member.dropout,
                 member.can.additive,
+                member.where,
             )
             for member, scale in self.active
         ]
@@ -490,6 +493,10 @@ def _add_all(ctx: Any, uses: list[Use], x: Tensor, y: Tensor, dropout: bool, *mo
             delta = torch.zeros_like(y)
             kept = add_(inner, delta, use.tensors, use.binding)
             y.add_(delta, alpha=use.scale)
+        if type(kept) is not tuple:
+            raise PluginError(
+                f"{use.where}: add_ must return a tuple of the tensors that grad_ needs, it returned {kept!r:.80}"
+            )
         layout.append((grad_, len(kept), mask is not None))
         saved += kept
         if mask is not None:
@@ -515,7 +522,7 @@ def _grad_all(
         found = _backward_of(use, grad_, dy, dx, own, mask, tensors)
         for name in tensors:
             needed = len(gradients) < len(needs) and needs[len(gradients)]
-            gradients.append(_deliver(use, name, found[name], tensors[name]) if needed else None)
+            gradients.append(_deliver(use, name, found, tensors[name]) if needed else None)
     return gradients
 
 
@@ -538,8 +545,18 @@ def _backward_of(
     return found
 
 
-def _deliver(use: Use, name: str, gradient: Any, parameter: Tensor) -> Tensor | None:
+def _deliver(use: Use, name: str, found: Any, parameter: Tensor) -> Tensor | None:
     """A private tensor's gradient goes to autograd, a shared one's into its buffer."""
+    try:
+        gradient = found[name]
+        fits = not isinstance(gradient, Tensor) or gradient.shape == parameter.shape
+    except (KeyError, TypeError):
+        gradient, fits = None, False
+    if gradient is None or not fits:
+        what = "none" if gradient is None else f"one of shape {list(gradient.shape)}"
+        raise PluginError(
+            f"{use.where}: grad_ must return a gradient of shape {list(parameter.shape)} for '{name}', it returned {what}"
+        )
     shared = use.shared.get(name)
     if shared is not None:
         shared.add_(gradient)

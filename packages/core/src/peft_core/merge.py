@@ -39,7 +39,7 @@ def merged_weight(weight: Tensor, contributions: Iterable[Contribution]) -> Tens
     """The weight (out × in) with these adapters merged, in float32 (float64 for a float64 base), rounded once by the caller.
 
     Raises:
-        MergeError: a scale other than 1 for a method that is not an added Δ, or the method returned another shape.
+        MergeError: a scale other than 1 for a method that owns the weight, or the method returned another shape.
     """
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     merged = weight.to(dtype)
@@ -59,10 +59,10 @@ def merged_weight(weight: Tensor, contributions: Iterable[Contribution]) -> Tens
                 f"expected {list(start.shape)} (out × in)"
             )
         if part.scale != 1.0:
-            can = plugins.method(part.method).can(part.site.options)
-            if can.exclusive:
+            if part.owned is not None:
                 raise MergeError(
-                    f"method '{part.method}' is not an added Δ and cannot be merged with weight {part.scale}"
+                    f"'{part.site.path}': method '{part.method}' has moved weight into the base, and cannot be merged with "
+                    f"weight {part.scale:g}; give it weight 1"
                 )
             result = start + part.scale * (result - start)
         merged = result.to(dtype)

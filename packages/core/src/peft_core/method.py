@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from .errors import PluginError
 from .sites import Site
 
 Tensors: TypeAlias = Mapping[str, Tensor]
@@ -22,7 +23,8 @@ class Capabilities:
 
     Attributes:
         additive: forward is base(x) + Δ(x), with a Δ that does not depend on the base weight. A method without it is
-            exclusive on its sites; its `naive` finds the base weight (out × in) in `tensors["base_weight"]`.
+            exclusive on its sites; its `naive` finds the base weight (out × in, perhaps a transposed view) in
+            `tensors["base_weight"]`, and is all that runs.
         owns_base_weight: the method moves weight into the base. It implements `peft_attach`, is exclusive on its sites,
             and the moved weight is part of its checkpoint.
         starts_at_zero: attaching changes no bit of the model's output.
@@ -98,8 +100,9 @@ class Forward:
     them on options and shape), so that compiled code can be reused.
 
     Attributes:
-        naive: `(x, tensors, binding) -> Δ(x)`, x [..., in] → [..., out], differentiable by autograd, in x's dtype
-            (float64 included). The readable reference, and the path for bases that cannot be fused.
+        naive: `(x, tensors, binding) -> Δ(x)`, x [..., in] → [..., out]: what is added to the base's output (without a bias),
+            additive or not. Differentiable by autograd, in x's dtype (float64 included). The readable reference, and the
+            path for bases that cannot be fused and for methods that are not additive.
         add_: `(x, y, tensors, binding) -> saved`: adds Δ(x) to y in place. x [tokens, in] and y [tokens, out] are in
             the compute dtype, tensors in their own (cast what you use). Runs without autograd. Returns the tensors that
             `grad_` needs, nothing more.
@@ -114,6 +117,13 @@ class Forward:
     add_: AddInPlace | None = None
     grad_: GradInPlace | None = None
     dropped: Callable[[float, int], tuple[AddInPlace, GradInPlace]] | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.naive):
+            raise PluginError(f"Forward: naive must be a function (x, tensors, binding) -> Δ(x), it is {self.naive!r}")
+        if callable(self.add_) != callable(self.grad_):
+            given, missing = ("add_", "grad_") if callable(self.add_) else ("grad_", "add_")
+            raise PluginError(f"Forward: {given} is given without {missing}; give both, or naive alone")
 
 
 @dataclass

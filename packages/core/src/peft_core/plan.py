@@ -19,10 +19,13 @@ from torch import nn
 from . import bases, plugins
 from .bases import ROOT_PREFIX as ROOT_PREFIX
 from .errors import ModelError, PlanError, listed
-from .sharing import FromBase, Layout, SharingGroup, TensorSpec
+from .sharing import FromBase, Initializer, Layout, SharingGroup, TensorSpec
 from .sites import Site
 from .spec import AdapterSpec
 from .targets import choose, find_modules
+
+RESERVED = "base_weight"
+"""What a method that is not additive finds its site's weight under, beside the tensors that it borrows."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,13 @@ class Plan:
         return sum(tensor.nbytes(self.spec.torch_dtype) for _, tensor in self.tensors())
 
     @property
+    def fixed_bytes(self) -> int:
+        """Bytes of the tensors that are saved but never trained."""
+        own = [tensor for named in self.bindings.values() for tensor in named.values()]
+        shared = [tensor for group in self.groups for tensor in group.fixed.values()]
+        return sum(tensor.nbytes(self.spec.torch_dtype) for tensor in (*own, *shared))
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of the tensors that only training needs."""
         return sum(t.nbytes(torch.float32) for group in self.groups for t in group.state.values())
@@ -103,6 +113,10 @@ class Plan:
         """Site path → tensor name → key of the tensor that the site borrows under that name."""
         return _borrowed(self.groups, self.sites, f"method '{self.spec.method}'")
 
+    def bound(self) -> dict[str, dict[str, str]]:
+        """Site path → name in its binding → key of that fixed tensor: `{group}.{tensor}`, or `binding/{path}.{name}`."""
+        return _bound(self.groups, self.sites, self.bindings, f"method '{self.spec.method}'")
+
     def to_json(self) -> dict[str, Any]:
         """The plan's figures, as plain data."""
         return {
@@ -111,6 +125,7 @@ class Plan:
             "trainable_parameters": self.num_trainable,
             "trainable_bytes": self.trainable_bytes,
             "base_parameters": self.base.num_parameters,
+            "fixed_bytes": self.fixed_bytes,
             "state_bytes": self.state_bytes,
             "merge_keeps_bytes": self.merge_bytes,
             "disable_keeps_bytes": self.disable_bytes,
@@ -119,6 +134,7 @@ class Plan:
                     "name": group.name,
                     "borrowers": len(group.members),
                     "tensors": {name: list(tensor.shape) for name, tensor in group.tensors.items()},
+                    "fixed": {name: list(tensor.shape) for name, tensor in group.fixed.items()},
                 }
                 for group in self.groups
             ],
@@ -153,8 +169,10 @@ def plan(model: nn.Module | str | Path, spec: AdapterSpec) -> Plan:
                     "load the base in its original precision"
                 )
     layout = plugins.call(spec.method, "peft_init", sites=choice.sites)
-    if not isinstance(layout, Layout):
-        raise PlanError(f"method '{spec.method}': peft_init must return a Layout, it returned {layout!r}")
+    if not isinstance(layout, Layout) or not isinstance(layout.groups, tuple):
+        raise PlanError(
+            f"method '{spec.method}': peft_init must return a Layout with a tuple of groups, it returned {layout!r:.200}"
+        )
     trained_groups, trained, trained_notes = _trained_modules(model, spec)
     groups = layout.groups + trained_groups
     _check(spec, choice.sites, layout, groups)
@@ -272,10 +290,21 @@ def _trained_modules(
 def _check(spec: AdapterSpec, sites: tuple[Site, ...], layout: Layout, groups: tuple[SharingGroup, ...]) -> None:
     """A layout that cannot work is a fault of the plugin; name it here, before anything is attached."""
     where = f"method '{spec.method}': peft_init"
+    for group in layout.groups:
+        for name, tensor in (*group.tensors.items(), *group.fixed.items(), *group.state.items()):
+            _check_tensor(tensor, f"{where}: tensor '{group.name}.{name}'")
+        if integers := [name for name, t in group.tensors.items() if not (t.dtype or torch.float32).is_floating_point]:
+            raise PlanError(
+                f"{where}: tensor '{group.name}.{integers[0]}' is of integers, which cannot be trained; make it fixed"
+            )
+        if RESERVED in group.tensors:
+            raise PlanError(
+                f"{where}: group '{group.name}' names a tensor '{RESERVED}', the name of the base's own weight"
+            )
     names = Counter(group.name for group in groups)
     if twice := [name for name, count in names.items() if count > 1]:
         raise PlanError(f"{where} made two groups named '{twice[0]}'")
-    keys = Counter(f"{group.name}.{name}" for group in groups for name in group.tensors)
+    keys = Counter(f"{group.name}.{name}" for group in groups for name in (*group.tensors, *group.fixed))
     if twice := [key for key, count in keys.items() if count > 1]:
         raise PlanError(f"{where} made two tensors with the key '{twice[0]}'")
     paths = {site.path for site in sites}
@@ -284,12 +313,28 @@ def _check(spec: AdapterSpec, sites: tuple[Site, ...], layout: Layout, groups: t
             raise PlanError(
                 f"{where}: group '{group.name}' has the member '{strangers[0]}', which is no site of the plan"
             )
-        if not group.tensors or not group.members:
-            raise PlanError(f"{where}: group '{group.name}' has no {'members' if group.tensors else 'tensors'}")
-    uncovered = paths - {member for group in layout.groups for member in group.members}
+        if not (group.tensors or group.fixed) or not group.members:
+            what = "members" if group.tensors or group.fixed else "tensors"
+            raise PlanError(f"{where}: group '{group.name}' has no {what}")
+    uncovered = paths - {member for group in layout.groups if group.tensors for member in group.members}
     if uncovered:
         raise PlanError(f"{where} gave no tensor to {listed(sorted(uncovered), 3)}")
+    for path, named in layout.bindings.items():
+        if path not in paths:
+            raise PlanError(f"{where}: a binding is for '{path}', which is no site of the plan")
+        for name, tensor in named.items():
+            _check_tensor(tensor, f"{where}: '{name}' in the binding of '{path}'")
     _borrowed(layout.groups, sites, where)
+    _bound(layout.groups, sites, layout.bindings, where)
+
+
+def _check_tensor(tensor: Any, what: str) -> None:
+    if not isinstance(tensor, TensorSpec):
+        raise PlanError(f"{what} must be a TensorSpec, it is {tensor!r}")
+    if not (isinstance(tensor.shape, tuple) and all(isinstance(length, int) and length > 0 for length in tensor.shape)):
+        raise PlanError(f"{what}: its shape must be a tuple of positive integers, it is {tensor.shape!r}")
+    if not isinstance(tensor.init, Initializer):
+        raise PlanError(f"{what}: its init must be an Initializer such as pc.Zeros(), it is {tensor.init!r}")
 
 
 def _borrowed(groups: tuple[SharingGroup, ...], sites: tuple[Site, ...], where: str) -> dict[str, dict[str, str]]:
@@ -306,6 +351,25 @@ def _borrowed(groups: tuple[SharingGroup, ...], sites: tuple[Site, ...], where: 
                     )
                 borrowed[member][name] = f"{group.name}.{name}"
     return borrowed
+
+
+def _bound(
+    groups: tuple[SharingGroup, ...],
+    sites: tuple[Site, ...],
+    bindings: Mapping[str, Mapping[str, TensorSpec]],
+    where: str,
+) -> dict[str, dict[str, str]]:
+    bound = {site.path: {name: f"binding/{site.path}.{name}" for name in bindings.get(site.path, {})} for site in sites}
+    for group in groups:
+        for name in group.fixed:
+            for member in group.members:
+                if name in bound[member]:
+                    raise PlanError(
+                        f"{where}: '{member}' has two fixed tensors named '{name}', '{bound[member][name]}' and that of "
+                        f"group '{group.name}'"
+                    )
+                bound[member][name] = f"{group.name}.{name}"
+    return bound
 
 
 def size(count: float) -> str:
@@ -367,6 +431,8 @@ def _table(plan: Plan) -> Table:
         f"{100 * plan.num_trainable / plan.base.num_parameters:.3f}",
     )
     remarks = [f"merging keeps {size(plan.merge_bytes)} of original weights, disabling {size(plan.disable_bytes)}"]
+    if plan.fixed_bytes:
+        remarks.append(f"saved beside them, and never trained: {size(plan.fixed_bytes)}")
     if plan.state_bytes:
         remarks.append(f"training keeps {size(plan.state_bytes)} of state that is no parameter, on the CPU")
     table.caption = "\n".join([*remarks, *plan.notes])

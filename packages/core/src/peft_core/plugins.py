@@ -76,7 +76,10 @@ def register(plugin: object, name: str) -> None:
     try:
         pm.check_pending()
         _check(pm)
-    except (pluggy.PluginValidationError, PluginError) as error:
+    except PluginError:
+        unregister(name)
+        raise
+    except pluggy.PluginValidationError as error:
         unregister(name)
         raise PluginError(f"plugin '{name}': {error}") from error
 
@@ -171,6 +174,7 @@ def _check(pm: pluggy.PluginManager) -> None:
                 "uninstall one of the two"
             )
         owners[info.name] = plugin_name
+        _check_options(info)
         implemented = {caller.name for caller in pm.get_hookcallers(plugin) or ()}
         required = set(_REQUIRED_HOOKS)
         if not callable(info.capabilities):
@@ -185,6 +189,18 @@ def _check(pm: pluggy.PluginManager) -> None:
                     f"plugin '{implementation.plugin_name}' implements {hook} but registers no method: "
                     "a plugin that only observes must use @hookimpl(wrapper=True)"
                 )
+
+
+def _check_options(info: MethodInfo) -> None:
+    what = f"method '{info.name}' ({_named(info)}): its options"
+    if not (isinstance(info.options, type) and issubclass(info.options, BaseModel)):
+        raise PluginError(f"{what} must be a pydantic model, a class; they are {info.options!r}")
+    if info.options.model_config.get("extra") != "forbid":
+        raise PluginError(
+            f"{what} would take misspelt names without a word; set model_config = ConfigDict(extra='forbid')"
+        )
+    if required := [name for name, field in info.options.model_fields.items() if field.is_required()]:
+        raise PluginError(f"{what} need defaults; '{required[0]}' has none")
 
 
 def _distribution(entry: importlib.metadata.EntryPoint) -> str:

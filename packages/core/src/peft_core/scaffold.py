@@ -113,8 +113,10 @@ def new_method(name: str, directory: str | Path) -> Path:
     Raises:
         PluginError: the name is taken by an installed method, is no Python name, or the directory exists.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise PluginError(f"'{name}' cannot name a method: use lower-case letters, digits and '_'")
+    if keyword.iskeyword(name):
+        raise PluginError(f"'{name}' cannot name a method: it is a word of Python's own; choose another name")
     if name in plugins.methods():
         raise PluginError(f"a method '{name}' is installed already; choose another name")
     root, module = Path(directory) / f"peft-method-{name}", f"peft_method_{name}"

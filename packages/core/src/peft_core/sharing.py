@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .errors import PluginError
 from .sites import Site
 
 
 class Initializer(ABC):
     """How a tensor gets its first values: a frozen dataclass, so that it can be printed and compared.
 
-    A plugin may define its own. `draw` must depend on nothing but the dataclass's fields and the generator.
+    A plugin may define its own. `draw` must depend on nothing but the dataclass's fields and the generator; what depends on the
+    base's weight is computed by `FromWeight`.
     """
 
     @abstractmethod
@@ -35,6 +37,16 @@ class Zeros(Initializer):
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.zeros(shape)
+
+
+@dataclass(frozen=True)
+class Constant(Initializer):
+    """One value everywhere."""
+
+    value: float
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.full(shape, self.value)
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,20 @@ class FromBase(Initializer):
         raise TypeError(f"'{self.path}' is copied from the base model, not drawn")
 
 
+@dataclass(frozen=True)
+class FromWeight(Initializer):
+    """Computed from the base weight (out × in, float32 or float64) of the site at `path`: its norms, its singular vectors.
+
+    `compute` is a function of a module, no closure, so that plans can be compared.
+    """
+
+    path: str
+    compute: Callable[[Tensor], Tensor]
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        raise TypeError(f"computed from the weight of '{self.path}', not drawn")
+
+
 def kaiming_uniform(fan_in: int) -> Uniform:
     """Uniform in ±1/√fan_in: what `torch.nn.init.kaiming_uniform_(a=√5)` gives on an r × fan_in matrix."""
     return Uniform(1 / math.sqrt(fan_in))
@@ -93,12 +119,14 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class SharingGroup:
-    """Named trainable tensors and the sites that borrow them, in order. A private tensor is a group of one member.
+    """Named tensors and the sites that borrow them, in order. A private tensor is a group of one member.
 
     Attributes:
         name: stable and unique in its plan; a tensor's key in the checkpoint is `{name}.{tensor}`.
         members: module paths of the borrowers.
         tensors: the trainable tensors. A site may borrow from several groups, whose tensor names then differ.
+        fixed: tensors that are never trained (a random projection), drawn and stored once for all members. Each finds them
+            in its `binding`, beside those of its own (`Layout.bindings`).
         state: tensors that only training needs (candidates, counters). They are no parameters, stay on the CPU, and
             are saved to `state.safetensors`.
     """
@@ -107,6 +135,7 @@ class SharingGroup:
     members: tuple[str, ...]
     tensors: Mapping[str, TensorSpec]
     state: Mapping[str, TensorSpec] = field(default_factory=dict)
+    fixed: Mapping[str, TensorSpec] = field(default_factory=dict)
 
     @property
     def num_trainable(self) -> int:
@@ -120,8 +149,8 @@ class Layout:
 
     Attributes:
         groups: together they must cover every site.
-        bindings: for a site, the fixed tensors that say how it uses what it borrows (index matrices). They are drawn
-            once, stored in the checkpoint and never drawn again.
+        bindings: for a site, fixed tensors of its own: how it uses what it borrows (index matrices), or numbers in the
+            spec's dtype where a tensor names none. They are drawn once, stored in the checkpoint and never drawn again.
         notes: remarks that the plan prints.
     """
 
@@ -134,7 +163,19 @@ def draw(spec: TensorSpec, dtype: torch.dtype, *key: object) -> Tensor:
     """The first values of a tensor, the same on every machine and process for the same key (seed, group, tensor)."""
     digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return spec.init.draw(spec.shape, generator).to(spec.dtype or dtype)
+    return as_declared(spec.init.draw(spec.shape, generator), spec, dtype)
+
+
+def as_declared(value: Tensor, spec: TensorSpec, dtype: torch.dtype) -> Tensor:
+    """A tensor's first values in its dtype.
+
+    Raises:
+        PluginError: the initialiser made another shape than the tensor is declared with.
+    """
+    if not isinstance(value, Tensor) or tuple(value.shape) != tuple(spec.shape):
+        made = list(value.shape) if isinstance(value, Tensor) else repr(value)
+        raise PluginError(f"{spec.init} made {made} for a tensor that is declared as {list(spec.shape)}")
+    return value.to(spec.dtype or dtype)
 
 
 def alike(

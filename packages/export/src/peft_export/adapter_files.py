@@ -45,7 +45,8 @@ class AdapterFiles:
         self._entries = self._checked_entries()
         self._borrowed, self._bindings = self.header.borrowed(), self.header.bindings()
         self._check_uses()
-        self._uses = Counter(key for named in self._borrowed.values() for key in named.values())
+        used = [*self._borrowed.values(), *(named for path, named in self._bindings.items() if path in self.sites)]
+        self._uses = Counter(key for named in used for key in named.values())
         self._kept: dict[str, Tensor] = {}
         self._info = plugins.method(self.header.method.name)
         if weight != 1.0:
@@ -78,7 +79,7 @@ class AdapterFiles:
         return path in self.header.owned
 
     def exclusive(self, path: str) -> bool:
-        """Whether this site can carry no second adapter, and none that is scaled: its change is not an added Δ."""
+        """Whether this site can carry no second adapter: its change is not an added Δ."""
         return self._info.can(self.sites[path].options).exclusive
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -88,7 +89,7 @@ class AdapterFiles:
     def contribution(self, path: str, reader: Reader, owned: Tensor | None = None) -> Contribution:
         """What the adapter adds at a site; each site is asked for once. `owned`: its own weight, if it was read already."""
         tensors = {name: self._shared(key, reader) for name, key in self._borrowed[path].items()}
-        binding = {name: self.tensor(key, reader) for name, key in self._bindings.get(path, {}).items()}
+        binding = {name: self._shared(key, reader) for name, key in self._bindings.get(path, {}).items()}
         if owned is not None:
             self._check_finite(f"base_weight/{path}", owned)
         elif self.owns(path):
@@ -170,8 +171,8 @@ class AdapterFiles:
 
     def _check_weight(self) -> None:
         for path in self.sites:
-            if self.exclusive(path):
+            if self.owns(path):
                 raise MergeError(
-                    f"'{self.directory}': method '{self.header.method.name}' is not an added Δ and cannot be merged with "
-                    f"weight {self.weight:g}"
+                    f"'{self.directory}': method '{self.header.method.name}' has moved weight into the base, and cannot be "
+                    f"merged with weight {self.weight:g}; give it weight 1"
                 )

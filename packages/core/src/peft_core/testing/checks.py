@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import peft_core as pc
 from peft_core import plugins
 from peft_core.bank import registry
+from peft_core.bases import dense_weight
 from peft_core.method import Gradient
 from peft_core.plan import ROOT_PREFIX
 
@@ -55,12 +56,27 @@ def trials(names: list[str]) -> list[Trial]:
 
 
 def randomise(adapter: pc.Adapter, seed: int = 0, std: float = 0.1) -> pc.Adapter:
-    """Give every trainable tensor normal values, so that nothing is at its (often zero) start."""
+    """Give every trainable tensor normal values, so that nothing is at its (often zero) start. They lie around zero, or, of a
+    tensor that starts at other numbers than random ones about zero, around these.
+    """
     generator = torch.Generator().manual_seed(seed)
+    specs = dict(adapter.plan.tensors())
     with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        for key, parameter in adapter.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator) * std
+            parameter.copy_(values + _center(specs[key], adapter))
     return adapter
+
+
+def _center(spec: pc.TensorSpec, adapter: pc.Adapter) -> Tensor | float:
+    match spec.init:
+        case pc.Constant(value):
+            return value
+        case pc.Normal(_, mean):
+            return mean
+        case pc.FromWeight(path, compute):
+            return compute(dense_weight(adapter.model.get_submodule(path)).float())
+    return 0.0
 
 
 def adapted(

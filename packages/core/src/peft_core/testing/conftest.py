@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from peft_core.errors import PluginError
+
 from . import checks
 from .checks import Trial, trials
 from .families import CORE, FAMILIES
@@ -19,7 +21,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "trial" in metafunc.fixturenames:
         if _INSTALLED not in metafunc.config.stash:
             metafunc.config.stash[_INSTALLED] = trials([])
-        found = trials(metafunc.config.getoption("peft_methods"))
+        try:
+            found = trials(metafunc.config.getoption("peft_methods"))
+        except PluginError as error:
+            raise pytest.UsageError(f"--method: {error}") from None
         if not found:
             raise pytest.UsageError("no method is installed; conformance needs one: pip install peft-method-NAME")
         metafunc.parametrize("trial", found, ids=str)

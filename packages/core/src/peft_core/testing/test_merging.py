@@ -57,8 +57,10 @@ def test_merged_model_computes_what_the_adapted_model_computes(
         off = run(family, model)
     adapter.merge()
     distance = relative(run(family, model), on, on.double() - off.double())
-    # Rounding of weights and activations, against what the adapter contributes.
-    allowed = {torch.float32: 1e-4, torch.bfloat16: 8e-2, torch.float16: 1e-2}[dtype]
+    # Rounding of weights and activations, against what the adapter contributes: little, or what it does to the base by itself.
+    base = family.build(dtype=dtype).double()
+    rounding = relative(off, run(family, base), on.double() - off.double())
+    allowed = max({torch.float32: 1e-4, torch.bfloat16: 8e-2, torch.float16: 1e-2}[dtype], 2 * rounding)
     assert distance <= allowed, f"merged output is off by {distance:.1e} of what the adapter contributes"
 
 
