@@ -30,6 +30,11 @@ def method(tmp_path: Path) -> Iterator[str]:
     del sys.modules["peft_method_fresh"]
 
 
+def test_the_package_asks_for_versions_that_keep_the_contract(tmp_path: Path) -> None:
+    project = (new_method("other", tmp_path) / "pyproject.toml").read_text()
+    assert 'dependencies = ["peft-core>=0.1,<0.2"]' in project and 'other = "peft_method_other"' in project
+
+
 def test_the_new_method_attaches_trains_and_merges(method: str) -> None:
     family = FAMILIES["llama"]
     model, inputs = family.build(), family.inputs()

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from string import Template
 
-from . import plugins
+from . import __version__, plugins
 from .errors import PluginError
 
 _PROJECT = Template("""\
@@ -21,7 +21,7 @@ version = "0.1.0"
 description = "$name: an adapter method for peft-core."
 readme = "README.md"
 requires-python = ">=3.10"
-dependencies = ["peft-core"]
+dependencies = ["peft-core$versions"]
 
 [project.entry-points."peft_core.plugins"]
 $name = "$module"
@@ -129,6 +129,12 @@ def new_method(name: str, directory: str | Path) -> Path:
         (root / "README.md", _README),
         (source / "__init__.py", _METHOD),
     ):
-        path.write_text(template.substitute(name=name, module=module), encoding="utf-8")
+        path.write_text(template.substitute(name=name, module=module, versions=_versions()), encoding="utf-8")
     (source / "py.typed").touch()
     return root
+
+
+def _versions() -> str:
+    """From this version on, up to the next that may break a plugin."""
+    major, minor = map(int, __version__.split(".")[:2])
+    return f">={major}.{minor},<{major}.{minor + 1}"

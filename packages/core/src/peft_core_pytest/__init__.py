@@ -43,6 +43,21 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Support(path))
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """A misspelt `--method` is one line, not an error in every module."""
+    names = session.config.getoption("peft_methods")
+    if names:
+        import pytest
+
+        from peft_core import PluginError, plugins
+
+        try:
+            for name in names:
+                plugins.method(name)
+        except PluginError as error:
+            raise pytest.UsageError(f"--method: {error}") from None
+
+
 class Support:
     """Collects what passed and failed, and writes it as tables.
 

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from peft_core.errors import PluginError
-
 from . import checks
 from .checks import Trial, trials
 from .families import CORE, FAMILIES
@@ -21,10 +19,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "trial" in metafunc.fixturenames:
         if _INSTALLED not in metafunc.config.stash:
             metafunc.config.stash[_INSTALLED] = trials([])
-        try:
-            found = trials(metafunc.config.getoption("peft_methods"))
-        except PluginError as error:
-            raise pytest.UsageError(f"--method: {error}") from None
+        found = trials(metafunc.config.getoption("peft_methods"))
         if not found:
             raise pytest.UsageError("no method is installed; conformance needs one: pip install peft-method-NAME")
         metafunc.parametrize("trial", found, ids=str)
