@@ -1,18 +1,21 @@
 """Kernels, training steps, SwitchLoRA and many adapters on one GPU.
 
-    python benchmarks/gpu.py [--minutes 8] [--parts kernels,steps,switchlora,adapters,tests] [--out FILE]
+    python benchmarks/gpu.py [--minutes 8] [--parts tests,kernels,steps,switchlora,adapters] [--out FILE]
+    python benchmarks/gpu.py --parts steps --settings "8B.*compiled" --add      # more of an earlier run
 
 - tests: the tests of the Triton kernels, on the device instead of in the interpreter.
 - kernels: time and bytes a second of each kernel, as a fraction of a device copy measured in the same run, beside the torch
   products that it stands for.
 - steps: forward, loss and backward of Llama-3.2-3B's and Llama-3.1-8B's shapes (random weights, bf16), as a ratio to the floor:
-  the frozen base with gradients of its inputs only. Each run takes turns with the floor; the median of the ratios counts.
-  Memory is the peak above the weights, less the floor's.
-- switchlora: SwitchLoRA's whole step against full-rank AdamW's, on the paper's 1.3B shapes.
+  the frozen base with gradients of its inputs only. Each run takes turns with the floor; the median of the ratios counts. The
+  second ratio is that of the device's time alone, all launches waiting in its queue: where it is smaller, the host is slower
+  than the device. Memory is the peak above the weights, less the floor's.
+- switchlora: SwitchLoRA's whole step against full-rank AdamW's, on the paper's 1.3B shapes, weights in bf16.
 - adapters: MoS with many adapters resident: bytes of each, and a forward that switches to the next one every time.
 
-Settings are measured in the order of their importance until the minutes are spent; what was not reached is listed. With
-`--device cpu --tiny` everything runs on toy sizes, to see that it does; such figures mean nothing.
+Settings are measured in the order of their importance until the minutes are spent. What was not reached, or failed, is listed;
+the file is written anew after every figure. With `--device cpu --tiny` everything runs on toy sizes, to see that it does; such
+figures mean nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -43,16 +48,25 @@ from peft_core import lowrank
 from peft_core.kernels import use_triton
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("kernels", "steps", "switchlora", "adapters", "tests")
+PARTS = ("tests", "kernels", "steps", "switchlora", "adapters")
 TYPES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-METHODS = ("miss", "sharelora", "mos", "switchlora")
+# Options beside r, by r: what MoS composes from must suffice for its rank.
+METHODS: dict[str, dict[int, dict[str, Any]]] = {
+    "miss": {},
+    "sharelora": {},
+    "mos": {64: {"equivalent_rank": 4}},
+    "switchlora": {},
+}
 # Attaching it to the 8B shapes draws 44 GB of candidates: measured on the 3B shapes alone, after all the others.
 LARGE_STATE = "switchlora"
 RANKS = (16, 64)
+# Those whose steps run Triton kernels are measured without them, too.
+FUSED, IN_TORCH = ("miss", "mos"), ", kernels in torch"
+COMPILING = 90.0  # seconds without which no compiled run is begun
 # Limits of the ratio to the floor at r 16, 8B, sequence 1024.
 TARGETS = {"miss": 1.03, "mos": 1.08, "sharelora": 1.08}
 LEAST_BANDWIDTH = 0.80  # of a device copy, for a kernel that moves so much that launching it is not what takes time:
-LEAST_BYTES = 2**25
+LEAST_BYTES = 2**28
 MOST_OVERHEAD, MOST_MEMORY = 0.5, 0.35  # of that library's LoRA
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -75,7 +89,8 @@ class Bench:
     """What all parts share: where, how large, until when.
 
     Attributes:
-        left_out: what was not measured, and why.
+        out: where the figures go. settings, labels: of training steps, those wanted.
+        found: part → its figures. left_out: what was not measured, and why.
     """
 
     device: torch.device
@@ -83,14 +98,30 @@ class Bench:
     rounds: int
     backend: str
     deadline: float
+    out: Path
+    settings: re.Pattern[str] = re.compile("")
+    labels: re.Pattern[str] = re.compile("")
+    found: dict[str, Any] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
 
-    def late(self, what: str) -> bool:
-        """Whether there is no time for this any more; it is then noted."""
-        if time.monotonic() < self.deadline:
+    def late(self, what: str, needs: float = 0.0) -> bool:
+        """Whether there are not as many seconds left as this needs; it is then noted."""
+        if time.monotonic() + needs < self.deadline:
             return False
         self.left_out.append(f"{what}: out of time")
         return True
+
+    def failed(self, what: str, error: Exception) -> None:
+        """Note what went wrong, and go on."""
+        first = str(error).strip().partition("\n")[0]
+        self.left_out.append(f"{what}: {type(error).__name__}: {first}")
+
+    def keep(self) -> None:
+        """Write what was found so far."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.out.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps({**self.found, "left_out": self.left_out}, indent=2) + "\n")
+        os.replace(unfinished, self.out)
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -105,19 +136,28 @@ class Bench:
         self.synchronize()
         return time.perf_counter() - start
 
-    def per_call(self, function: Callable[[], Any], calls: int) -> float:
-        """Median seconds of a call on the device, in a row of calls between two events each."""
-        function()
+    def queued(self, function: Callable[[], Any], calls: int = 1) -> float:
+        """The device's seconds for a call: it starts when all of them wait in its queue, and never waits for the host."""
         if self.device.type != "cuda":
-            return statistics.median(self.seconds(function) for _ in range(calls))
-        torch.cuda._sleep(10**8)  # the device starts when all calls wait in its queue, and never waits for the host
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
-        for start, stop in pairs:
-            start.record()  # type: ignore[no-untyped-call]
-            function()
-            stop.record()  # type: ignore[no-untyped-call]
+            return self.seconds(lambda: [function() for _ in range(calls)]) / calls
         self.synchronize()
-        return statistics.median(start.elapsed_time(stop) for start, stop in pairs) / 1e3
+        torch.cuda._sleep(10**9)  # cycles: half a second
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()  # type: ignore[no-untyped-call]
+        for _ in range(calls):
+            function()
+        stop.record()  # type: ignore[no-untyped-call]
+        self.synchronize()
+        return start.elapsed_time(stop) / 1e3 / calls
+
+    def per_call(self, function: Callable[[], Any], calls: int, rounds: int = 5) -> float:
+        """The device's seconds for a call: the median of some rounds of calls."""
+        function()
+        return statistics.median(self.queued(function, calls) for _ in range(rounds))
+
+    def held(self) -> int:
+        """Bytes in use; 0 where the device does not tell."""
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
 
     def peak(self, function: Callable[[], Any]) -> int:
         """Bytes at the highest point of a call above what was there before it; 0 where the device does not tell."""
@@ -125,7 +165,7 @@ class Bench:
             function()
             return 0
         self.synchronize()
-        before = torch.cuda.memory_allocated(self.device)
+        before = self.held()
         torch.cuda.reset_peak_memory_stats(self.device)
         function()
         self.synchronize()
@@ -143,20 +183,25 @@ class Bench:
 
 @dataclass
 class Case:
-    """A kernel at one shape: what it moves, how it is called, and the torch code beside it."""
+    """A kernel at one shape: what it moves, how it is called.
+
+    Attributes:
+        streams: whether that is more than the caches hold, so that a copy's rate is its limit.
+    """
 
     name: str
     nbytes: int
     call: Callable[[], Any]
+    streams: bool = True
 
 
 def kernel_cases(device: torch.device, tiny: bool) -> Iterator[Case]:
-    """Every kernel and its torch composition, on a layer of the 8B shapes, 16384 tokens."""
+    """Every kernel and its torch composition, on a layer of the 8B shapes, 65536 tokens."""
     from peft_method_miss.kernels import Shards
     from peft_method_mos.kernels import gather_factors, gather_group
     from peft_method_switchlora.kernels import switch_update_
 
-    tokens, width, out = (8, 64, 96) if tiny else (16384, 4096, 14336)
+    tokens, width, out = (8, 64, 96) if tiny else (65536, 4096, 14336)
     x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
     for r in (4,) if tiny else (16, 64):
         for layout in (True, False):
@@ -187,10 +232,11 @@ def kernel_cases(device: torch.device, tiny: bool) -> Iterator[Case]:
         {"index": torch.randint(shards_of, (2, r, pieces), device=device, dtype=torch.int32)} for _ in range(sites)
     ]
     one = r * (width + out)
-    yield Case("mos gather_factors, one site", 6 * one, lambda: gather_factors(pools, bindings[0], torch.bfloat16))
-    yield Case(
-        f"mos gather_factors, {sites} sites", 6 * one * sites, lambda: gather_group(pools, bindings, torch.bfloat16)
-    )
+    for name, of_sites, call in (
+        ("one site", 1, lambda: gather_factors(pools, bindings[0], torch.bfloat16)),
+        (f"{sites} sites", sites, lambda: gather_group(pools, bindings, torch.bfloat16)),
+    ):
+        yield Case(f"mos gather_factors, {name}", 6 * one * of_sites, call, streams=False)
     leaves = [pool.requires_grad_() for pool in pools.values()]
     given = torch.ones(sites, r, width, device=device), torch.ones(sites, out, r, device=device)
     given = tuple(one.bfloat16() for one in given)
@@ -200,12 +246,12 @@ def kernel_cases(device: torch.device, tiny: bool) -> Iterator[Case]:
         return torch.autograd.grad(gather_group(pools, bindings, torch.bfloat16), leaves, given)
 
     moved = (6 + 2) * one * sites + 4 * sum(pool.numel() for pool in leaves)
-    yield Case(f"mos gather_factors and gradient, {sites} sites", moved, gather_and_back)
-    for dtype in (torch.float32, torch.bfloat16):
+    yield Case(f"mos gather_factors and gradient, {sites} sites", moved, gather_and_back, streams=False)
+    for dtype, count in itertools.product((torch.float32, torch.bfloat16), (6, 26)):
         weight = torch.randn(out, width, device=device).to(dtype)
-        columns, rows = torch.randn(out, 6, device=device), torch.randn(6, width, device=device)
+        columns, rows = torch.randn(out, count, device=device), torch.randn(count, width, device=device)
         yield Case(
-            f"switchlora switch_update_ {str(dtype)[6:]}",
+            f"switchlora switch_update_ {str(dtype)[6:]}, {count} vectors",
             2 * weight.numel() * weight.itemsize,
             lambda weight=weight, columns=columns, rows=rows: switch_update_(weight, columns, rows, 1e-6),
         )
@@ -226,24 +272,30 @@ def product_rate(bench: Bench) -> float:
 
 
 @torch.no_grad()
-def kernels(bench: Bench) -> dict[str, Any]:
+def kernels(bench: Bench) -> None:
     """Each kernel beside torch's, as a fraction of the copy's rate."""
     rate = copy_rate(bench)
-    found: dict[str, Any] = {"copy_bytes_per_second": rate, "product_flops": product_rate(bench), "cases": {}}
-    calls = 3 if bench.tiny else 50
+    found = bench.found.setdefault("kernels", {})
+    found |= {"copy_bytes_per_second": rate, "product_flops": product_rate(bench), "cases": {}}
+    calls = 3 if bench.tiny else 20
     for case in kernel_cases(bench.device, bench.tiny):
         if bench.late(f"kernel {case.name}"):
             break
-        seconds = bench.per_call(case.call, calls)
-        with pc.kernels("torch"):
-            beside = None if "dropout" in case.name else bench.per_call(case.call, calls)
+        try:
+            seconds = bench.per_call(case.call, calls)
+            with pc.kernels("torch"):
+                beside = None if "dropout" in case.name else bench.per_call(case.call, calls)
+        except Exception as error:
+            bench.failed(f"kernel {case.name}", error)
+            continue
         found["cases"][case.name] = {
             "seconds": seconds,
             "bytes": case.nbytes,
+            "streams": case.streams,
             "fraction_of_copy": case.nbytes / seconds / rate,
             "torch_seconds": beside,
         }
-    return found
+        bench.keep()
 
 
 # Training steps
@@ -257,12 +309,14 @@ class Run:
     parameters: list[nn.Parameter] = field(default_factory=list)
     optimizer: torch.optim.Optimizer | None = None
     compiled: Any = None
+    kernels: str = "auto"
 
     def backward(self, ids: Tensor) -> None:
         """Forward, loss and backward. Gradients flow to the embedded inputs, through every layer, in every run alike."""
         embedded = self.model.get_input_embeddings()(ids).detach().requires_grad_()  # type: ignore[operator]
         called: Any = self.model if self.compiled is None else self.compiled
-        called(inputs_embeds=embedded, labels=ids, use_cache=False).loss.backward()
+        with pc.kernels(self.kernels):
+            called(inputs_embeds=embedded, labels=ids, use_cache=False).loss.backward()
 
     def step(self, ids: Tensor) -> None:
         """A whole training step."""
@@ -294,23 +348,25 @@ def copy_of(base: nn.Module) -> nn.Module:
     return copy.deepcopy(base, shared)
 
 
-def ours(base: nn.Module, method: str, r: int) -> Run:
+def ours(base: nn.Module, method: str, r: int, kernels: str = "auto") -> Run:
     """A run of one of our methods."""
-    spec = pc.AdapterSpec(method=method, targets=TYPES, options={"r": r})
+    spec = pc.AdapterSpec(method=method, targets=TYPES, options={"r": r, **METHODS[method].get(r, {})})
     model = copy.deepcopy(base) if spec.capabilities.owns_base_weight else copy_of(base)
     adapter = pc.attach(model, spec, keep="none")
     adapter.total_steps = 1000
     make = spec.info.optimizer
     parameters = list(adapter.parameters())
-    return Run(model, parameters, make(parameters, lr=1e-4) if make else torch.optim.AdamW(parameters, lr=1e-4))
+    optimizer = make(parameters, lr=1e-4) if make else torch.optim.AdamW(parameters, lr=1e-4)
+    return Run(model, parameters, optimizer, kernels=kernels)
 
 
-def theirs(base: nn.Module, kind: str, r: int) -> Run:
-    """A run of the PEFT library."""
+def theirs(base: nn.Module, kind: str, r: int, wide: bool = True) -> Run:
+    """A run of the PEFT library. `wide`: with float32 parameters, its default, through which all that they meet is cast."""
     import peft
 
     settings = {"lora_alpha": r} if kind == "LoraConfig" else {}
-    model = peft.get_peft_model(copy_of(base), getattr(peft, kind)(r=r, target_modules=TYPES, **settings)).train()
+    config = getattr(peft, kind)(r=r, target_modules=TYPES, **settings)
+    model = peft.get_peft_model(copy_of(base), config, autocast_adapter_dtype=wide).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return Run(model, parameters, torch.optim.AdamW(parameters, lr=1e-4))
 
@@ -339,14 +395,25 @@ def settings(tiny: bool) -> list[Setting]:
 def makers(setting: Setting, tiny: bool) -> dict[str, Callable[[nn.Module], Run]]:
     """Label → what builds the run, in the order of importance."""
     made: dict[str, Callable[[nn.Module], Run]] = {}
+    last: dict[str, Callable[[nn.Module], Run]] = {}
+    ranks = (2,) if tiny else RANKS
     every = tiny or setting == Setting("3B", 1024, False, False)
-    for r in (2,) if tiny else RANKS:
-        for kind in ("LoraConfig", "MissConfig"):
-            made[f"peft {kind.removesuffix('Config')} r {r}"] = lambda base, kind=kind, r=r: theirs(base, kind, r)
+    thorough = tiny or setting == Setting("8B", 1024, False, False)
+    for r in ranks:
+        if importlib.util.find_spec("peft"):
+            for kind in ("LoraConfig", "MissConfig"):
+                made[f"peft {kind.removesuffix('Config')} r {r}"] = lambda base, kind=kind, r=r: theirs(base, kind, r)
+            if thorough and r == ranks[0]:
+                last[f"peft Lora r {r}, 16 bits"] = lambda base, r=r: theirs(base, "LoraConfig", r, wide=False)
         for method in METHODS:
-            if method in pc.methods() and (every or method != LARGE_STATE):
-                made[f"{method} r {r}"] = lambda base, method=method, r=r: ours(base, method, r)
-    return dict(sorted(made.items(), key=lambda item: LARGE_STATE in item[0]))
+            if method == LARGE_STATE and not (every and r == ranks[0]):
+                continue
+            (last if method == LARGE_STATE else made)[f"{method} r {r}"] = lambda base, method=method, r=r: ours(
+                base, method, r
+            )
+            if thorough and r == ranks[0] and method in FUSED:
+                last[f"{method} r {r}{IN_TORCH}"] = lambda base, method=method, r=r: ours(base, method, r, "torch")
+    return {**made, **last}
 
 
 def prepared(run: Run, setting: Setting, bench: Bench) -> Run:
@@ -370,21 +437,35 @@ def compared(run: Run, floor: Run, ids: Tensor, bench: Bench) -> dict[str, float
     for name, one in (("floor", floor), ("run", run)):
         memory[name] = bench.peak(lambda one=one: one.backward(ids))
         one.forget()
-    ratios, own = [], []
-    for index in range(bench.rounds):
-        pair = [floor, run] if index % 2 else [run, floor]
-        seconds = {}
-        for one in pair:
-            seconds[id(one)] = bench.seconds(lambda one=one: one.backward(ids))
-            one.forget()
-        ratios.append(seconds[id(run)] / seconds[id(floor)])
-        own.append(seconds[id(run)])
+    gc.collect()
+    gc.disable()
+    try:
+        walls = _turns(run, floor, ids, bench.seconds, bench.rounds)
+        device = _turns(run, floor, ids, bench.queued, min(bench.rounds, 3))
+    finally:
+        gc.enable()
     return {
-        "ratio": statistics.median(ratios),
-        "seconds": statistics.median(own),
+        "ratio": statistics.median(own / least for own, least in walls),
+        "device_ratio": statistics.median(own / least for own, least in device),
+        "seconds": statistics.median(own for own, _ in walls),
+        "device_seconds": statistics.median(own for own, _ in device),
         "peak_above_floor": memory["run"] - memory["floor"],
         "parameters": sum(parameter.numel() for parameter in run.parameters),
     }
+
+
+def _turns(
+    run: Run, floor: Run, ids: Tensor, clock: Callable[[Callable[[], Any]], float], rounds: int
+) -> list[tuple[float, float]]:
+    """(the run's seconds, the floor's) of each round."""
+    found = []
+    for index in range(rounds):
+        seconds = {}
+        for one in (floor, run) if index % 2 else (run, floor):
+            seconds[id(one)] = clock(lambda one=one: one.backward(ids))
+            one.forget()
+        found.append((seconds[id(run)], seconds[id(floor)]))
+    return found
 
 
 def hot_spots(run: Run, ids: Tensor, rows: int = 15) -> str:
@@ -398,15 +479,18 @@ def hot_spots(run: Run, ids: Tensor, rows: int = 15) -> str:
     return str(profiler.key_averages().table(sort_by=order, row_limit=rows))
 
 
-def steps(bench: Bench) -> dict[str, Any]:
+def steps(bench: Bench) -> None:
     """Setting → label → figures."""
-    found: dict[str, Any] = {}
+    found = bench.found.setdefault("steps", {})
     base: nn.Module | None = None
     floor: Run | None = None
     run: Run | None = None
     standing = ""
+    missed: list[tuple[Setting, str]] = []
+    if not importlib.util.find_spec("peft"):
+        bench.left_out.append("steps: the PEFT library is not installed")
     for setting in settings(bench.tiny):
-        if bench.late(f"steps {setting}"):
+        if not bench.settings.search(str(setting)) or bench.late(f"steps {setting}"):
             continue
         if setting.model != standing:
             base = floor = None
@@ -414,64 +498,91 @@ def steps(bench: Bench) -> dict[str, Any]:
             bench.free()
             base, standing = base_model(setting.model, bench.device), setting.model
         assert base is not None
-        ids = torch.randint(0, base.config.vocab_size, (1, setting.length), device=bench.device)  # type: ignore[union-attr]
-        floor = prepared(Run(copy_of(base)), setting, bench)
+        ids = tokens(base, 1, setting.length, bench)
         figures = found.setdefault(str(setting), {})
+        try:
+            floor = prepared(Run(copy_of(base)), setting, bench)
+        except Exception as error:
+            bench.failed(f"steps {setting}", error)
+            continue
         for label, make in makers(setting, bench.tiny).items():
-            if bench.late(f"steps {setting}: {label}"):
+            what = f"steps {setting}: {label}"
+            if not bench.labels.search(label) or bench.late(what, COMPILING * (setting.compile and not bench.tiny)):
                 continue
             try:
                 run = prepared(make(base), setting, bench)
                 figures[label] = compared(run, floor, ids, bench)
-                limit = TARGETS.get(label.split()[0])
-                if limit is not None and figures[label]["ratio"] > limit:
-                    figures[label]["where"] = hot_spots(run, ids)
-            except (torch.OutOfMemoryError, pc.PeftCoreError) as error:
-                bench.left_out.append(f"steps {setting}: {label}: {str(error).splitlines()[0]}")
+                if figures[label]["ratio"] > TARGETS.get(label.removesuffix(f" r {RANKS[0]}"), float("inf")):
+                    missed.append((setting, label))
+            except Exception as error:
+                bench.failed(what, error)
             run = None
             bench.free()
-    return found
+            bench.keep()
+    # Last, since a profiler slows down what comes after it.
+    for setting, label in missed:
+        if (
+            base is not None
+            and setting.model == standing
+            and not bench.late(f"where the time goes, {setting}: {label}")
+        ):
+            run = prepared(makers(setting, bench.tiny)[label](base), setting, bench)
+            run.step(ids)
+            found[str(setting)][label]["where"] = hot_spots(run, tokens(base, 1, setting.length, bench))
+            run = None
+            bench.free()
 
 
-def switchlora(bench: Bench) -> dict[str, Any]:
-    """SwitchLoRA's whole step, optimizer included, against full-rank training with AdamW."""
+def tokens(model: nn.Module, rows: int, length: int, bench: Bench) -> Tensor:
+    """Random token ids."""
+    return torch.randint(0, model.config.vocab_size, (rows, length), device=bench.device)  # type: ignore[union-attr]
+
+
+def switchlora(bench: Bench) -> None:
+    """SwitchLoRA's whole step, optimizer included, against full-rank training with AdamW; both with weights in bf16.
+
+    `held` is what stays between steps (weights, gradients are gone, optimizer state, candidates), `peak` what a step adds.
+    """
     name, r, length = ("tiny", 8, 16) if bench.tiny else ("1.3B", 512, 512)
-    if "switchlora" not in pc.methods() or bench.late("switchlora"):
-        return {}
+    if bench.late("switchlora"):
+        return
+    found = bench.found.setdefault("switchlora", {})
     base = base_model(name, bench.device)
-    ids = torch.randint(0, base.config.vocab_size, (2 if bench.tiny else 8, length), device=bench.device)  # type: ignore[union-attr]
-    full = copy.deepcopy(base).requires_grad_(True)
-    parameters = list(full.parameters())
-    runs = {
-        "full-rank AdamW": Run(full, parameters, torch.optim.AdamW(parameters, lr=1e-4)),
-        f"switchlora r {r}": ours(base, "switchlora", r),
-    }
-    found = {}
-    for label, run in runs.items():
+    ids = tokens(base, 2 if bench.tiny else 8, length, bench)
+
+    def full() -> Run:
+        model = copy.deepcopy(base).requires_grad_(True)
+        parameters = list(model.parameters())
+        return Run(model, parameters, torch.optim.AdamW(parameters, lr=1e-4))
+
+    runs: dict[str, Run] = {}
+    for label, make in {"full-rank AdamW": full, f"switchlora r {r}": lambda: ours(base, "switchlora", r)}.items():
+        before = bench.held()
+        run = runs[label] = make()
         run.step(ids)
         run.step(ids)
         peak = bench.peak(lambda run=run: run.step(ids))
-        found[label] = {"peak": peak, "parameters": sum(p.numel() for p in run.parameters), "seconds": []}
+        parameters = sum(parameter.numel() for parameter in run.parameters)
+        found[label] = {"held": bench.held() - before, "peak": peak, "parameters": parameters, "seconds": []}
     for _ in range(bench.rounds):
         for label, run in runs.items():
             found[label]["seconds"].append(bench.seconds(lambda run=run: run.step(ids)))
     for figures in found.values():
         figures["seconds"] = statistics.median(figures["seconds"])
-    return found
 
 
 @torch.no_grad()
-def adapters(bench: Bench, count: int) -> dict[str, Any]:
+def adapters(bench: Bench, count: int) -> None:
     """MoS with many adapters resident: what each costs, and a forward that switches to another one every time."""
-    if "mos" not in pc.methods() or bench.late("adapters"):
-        return {}
-    name, tokens = ("tiny", 4) if bench.tiny else ("3B", 16)
+    if bench.late("adapters"):
+        return
+    name, length = ("tiny", 4) if bench.tiny else ("3B", 16)
     model = base_model(name, bench.device).eval()
-    ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=bench.device)  # type: ignore[union-attr]
+    ids = tokens(model, 1, length, bench)
     base = statistics.median(bench.seconds(lambda: model(ids)) for _ in range(5))
     options = {"r": 2 if bench.tiny else 16, "equivalent_rank": 2, "shards": 4}
     spec = pc.AdapterSpec(method="mos", targets=TYPES, options=options, dtype="bfloat16")
-    before = torch.cuda.memory_allocated(bench.device) if bench.device.type == "cuda" else 0
+    before = bench.held()
     start = time.monotonic()
     resident: list[str] = []
     for number in range(count):
@@ -479,7 +590,7 @@ def adapters(bench: Bench, count: int) -> dict[str, Any]:
             break
         resident.append(pc.attach(model, spec, name=f"a{number}", seed=number).name)
     attaching = (time.monotonic() - start) / max(len(resident), 1)
-    held = torch.cuda.memory_allocated(bench.device) - before if bench.device.type == "cuda" else 0
+    held = bench.held() - before
     chosen = resident[:: max(len(resident) // 10, 1)]
 
     def switched(name: str) -> None:
@@ -489,7 +600,7 @@ def adapters(bench: Bench, count: int) -> dict[str, Any]:
     for name in chosen[:2]:
         switched(name)
     times = [bench.seconds(lambda name=name: switched(name)) for name in chosen]
-    return {
+    bench.found["adapters"] = {
         "resident": len(resident),
         "bytes_per_adapter": held / max(len(resident), 1),
         "bytes_of_parameters": 2 * pc.plan(model, spec).num_trainable,
@@ -499,13 +610,20 @@ def adapters(bench: Bench, count: int) -> dict[str, Any]:
     }
 
 
-def tests(bench: Bench) -> dict[str, Any]:
+def tests(bench: Bench) -> None:
     """The tests of the methods' kernels, on this device."""
     paths = sorted(map(str, ROOT.glob("packages/method-*/tests/test_kernels.py")))
     environment = os.environ | {"TRITON_INTERPRET": "0" if bench.device.type == "cuda" else "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    return {"exit": done.returncode, "last_lines": done.stdout.strip().splitlines()[-8:]}
+    parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *parallel, *paths]
+    limit = max(30.0, (bench.deadline - time.monotonic()) / 2)
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        bench.left_out.append(f"tests: not finished within {limit:.0f} s")
+        return
+    lines = [*done.stderr.strip().splitlines(), *done.stdout.strip().splitlines()]
+    bench.found["tests"] = {"exit": done.returncode, "last_lines": lines[-30:]}
 
 
 # Report
@@ -514,8 +632,10 @@ def tests(bench: Bench) -> dict[str, Any]:
 def verdicts(found: dict[str, Any]) -> list[str]:
     """Every target beside its figure."""
     lines = []
+    if "tests" in found:
+        lines.append(f"tests of the kernels: {_met(found['tests']['exit'] == 0)}")
     for name, case in found.get("kernels", {}).get("cases", {}).items():
-        if name.split()[0] != "core" and "dropout" not in name and case["bytes"] >= LEAST_BYTES:
+        if name.split()[0] != "core" and "dropout" not in name and case["streams"] and case["bytes"] >= LEAST_BYTES:
             share = case["fraction_of_copy"]
             lines.append(
                 f"{name}: {share:.2f} of the copy's rate (target ≥ {LEAST_BANDWIDTH}) {_met(share >= LEAST_BANDWIDTH)}"
@@ -526,7 +646,10 @@ def verdicts(found: dict[str, Any]) -> list[str]:
         own = figures.get(f"{method} r 16")
         if own is None:
             continue
-        lines.append(f"{method}: {own['ratio']:.3f} of the floor (target ≤ {limit}) {_met(own['ratio'] <= limit)}")
+        lines.append(
+            f"{method}: {own['ratio']:.3f} of the floor (target ≤ {limit}) {_met(own['ratio'] <= limit)}; "
+            f"of the device's time {own['device_ratio']:.3f}"
+        )
         if lora is not None:
             overhead = (own["ratio"] - 1) / (lora["ratio"] - 1) if lora["ratio"] > 1 else float("inf")
             memory = (
@@ -560,12 +683,15 @@ def report(found: dict[str, Any]) -> str:
             beside = f"{case['torch_seconds'] * 1e6:9.1f}" if case["torch_seconds"] else f"{'–':>9}"
             lines.append(f"{name:48} {case['seconds'] * 1e6:9.1f} {case['fraction_of_copy']:8.2f} {beside}")
     for setting, runs in found.get("steps", {}).items():
-        lines.append(f"\n{setting:48} {'ratio':>7} {'ms':>9} {'above floor':>12} {'parameters':>12}")
+        lines.append(f"\n{setting:40} {'ratio':>7} {'device':>7} {'ms':>9} {'above floor':>12} {'parameters':>12}")
         for label, own in runs.items():
-            memory = f"{own['peak_above_floor'] / 1e6:9.0f} MB"
-            lines.append(f"{label:48} {own['ratio']:7.3f} {own['seconds'] * 1e3:9.1f} {memory} {own['parameters']:12,}")
+            times = f"{own['ratio']:7.3f} {own['device_ratio']:7.3f} {own['seconds'] * 1e3:9.1f}"
+            lines.append(f"{label:40} {times} {own['peak_above_floor'] / 1e6:9.0f} MB {own['parameters']:12,}")
     for label, own in found.get("switchlora", {}).items():
-        lines.append(f"{label}: step {own['seconds'] * 1e3:.1f} ms, peak {own['peak'] / 1e9:.2f} GB")
+        lines.append(
+            f"{label}: step {own['seconds'] * 1e3:.1f} ms, {own['held'] / 1e9:.2f} GB held, "
+            f"{own['peak'] / 1e9:.2f} GB more in a step"
+        )
     many = found.get("adapters")
     if many:
         lines.append(
@@ -574,9 +700,9 @@ def report(found: dict[str, Any]) -> str:
             f"{(many['switched_forward_seconds'] or 0) * 1e3:.1f} ms with another one every time"
         )
     if "tests" in found:
-        lines.append("\ntests: " + found["tests"]["last_lines"][-1])
+        lines.append("\ntests: " + (found["tests"]["last_lines"] or ["nothing was printed"])[-1])
     lines += ["", *verdicts(found)]
-    if found["left_out"]:
+    if found.get("left_out"):
         lines += ["", "not measured:", *(f"  {what}" for what in found["left_out"])]
     return "\n".join(lines)
 
@@ -612,6 +738,11 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=1000, help="adapters to hold at once (1000)")
     parser.add_argument("--backend", default="inductor", help="of torch.compile (inductor)")
     parser.add_argument("--out", type=Path, help="where the figures go (benchmarks/results/gpu-NAME.json)")
+    parser.add_argument(
+        "--add", action="store_true", help="to the figures that are there, of the same device and versions"
+    )
+    parser.add_argument("--settings", type=re.compile, default="", help="of steps: those that this expression finds")
+    parser.add_argument("--labels", type=re.compile, default="", help="of steps: likewise, the methods")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
     if unknown := sorted(set(parts) - set(PARTS)):
@@ -621,34 +752,51 @@ def main() -> None:
         raise SystemExit("this benchmark needs a CUDA GPU; '--device cpu --tiny' shows whether it runs")
     if device.type != "cuda" and not arguments.tiny:
         raise SystemExit(f"on '{device}' only toy sizes are sensible: add --tiny")
+    if absent := sorted(METHODS.keys() - pc.methods().keys()):
+        raise SystemExit(f"{', '.join(absent)} not installed: python tools/packages.py install --editable")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     warnings.filterwarnings("ignore")
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = (
-        1000  # many models, one code
-    )
+    limits = torch._dynamo.config  # many models, one code
+    limits.recompile_limit = limits.accumulated_recompile_limit = 1000
+    here = environment(device)
+    name = re.sub(r"[^a-z0-9]+", "-", here["device"].lower()).strip("-")
     bench = Bench(
-        device, arguments.tiny, arguments.rounds, arguments.backend, time.monotonic() + 60 * arguments.minutes
+        device,
+        arguments.tiny,
+        arguments.rounds,
+        arguments.backend,
+        time.monotonic() + 60 * arguments.minutes,
+        arguments.out or ROOT / "benchmarks" / "results" / f"gpu-{name}.json",
+        re.compile(arguments.settings),
+        re.compile(arguments.labels),
     )
-    found: dict[str, Any] = {"environment": environment(device)}
+    bench.found["environment"] = here
+    if arguments.add and bench.out.is_file():
+        earlier = json.loads(bench.out.read_text())
+        if {**earlier["environment"], "when": ""} != {**here, "when": ""}:
+            raise SystemExit(f"'{bench.out}' has figures of another device or other versions; choose another --out")
+        bench.left_out = earlier.pop("left_out")
+        bench.found = earlier
     functions: dict[str, Callable[[], Any]] = {
+        "tests": lambda: tests(bench),
         "kernels": lambda: kernels(bench),
         "steps": lambda: steps(bench),
         "switchlora": lambda: switchlora(bench),
         "adapters": lambda: adapters(bench, arguments.adapters),
-        "tests": lambda: tests(bench),
     }
     whole = bench.deadline
     for part in [part for part in PARTS if part in parts]:
         # Steps have by far the most to measure; they leave a fifth of the time to what follows them.
         bench.deadline = whole - 12 * arguments.minutes if part == "steps" else whole
-        found[part] = functions[part]()
+        try:
+            functions[part]()
+        except Exception as error:
+            bench.failed(part, error)
         bench.free()
-    found["left_out"] = bench.left_out
-    print(report(found))
-    name = re.sub(r"[^a-z0-9]+", "-", found["environment"]["device"].lower()).strip("-")
-    out = arguments.out or ROOT / "benchmarks" / "results" / f"gpu-{name}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=2) + "\n")
-    print(f"\nfigures: {out}")
+        bench.keep()
+    print(report({**bench.found, "left_out": bench.left_out}))
+    print(f"\nfigures: {bench.out}")
 
 
 if __name__ == "__main__":

@@ -87,6 +87,21 @@ def test_merging_files_gives_what_merging_in_memory_gives(vera: pc.AdapterSpec, 
     assert all(same_bits(found[key], expected[key]) for key in expected)
 
 
+def test_sites_on_two_devices_share_nothing(vera: pc.AdapterSpec, refused: Any) -> None:
+    model = LLAMA.build()
+    for number, layer in enumerate(model.model.layers):
+        offloaded(layer.self_attn.q_proj, f"cuda:{number % 2}")
+    with refused(pc.AdapterError, "layers.0.self_attn.q_proj", "cuda:0", "cuda:1", "vera", "one device"):
+        pc.attach(model, pc.AdapterSpec(method="vera", targets=["q_proj"]))
+    assert not pc.adapters(model)
+
+
+def offloaded(layer: nn.Module, device: str) -> None:
+    """As Accelerate's hooks leave a layer that they load for each forward: its weights are elsewhere."""
+    layer.weight = nn.Parameter(layer.weight.to("meta"), requires_grad=False)
+    layer._hf_hook = SimpleNamespace(execution_device=device)
+
+
 # Methods that depend on the base weight
 
 
@@ -99,9 +114,7 @@ def test_a_start_from_the_base_weight_needs_the_weight(dora: pc.AdapterSpec, ref
     with torch.device("meta"):
         pc.attach(LLAMA.build_meta(), dora).detach()  # shapes only: nothing is computed
     model = LLAMA.build()
-    offloaded = model.model.layers[0].self_attn.q_proj
-    offloaded.weight = nn.Parameter(offloaded.weight.to("meta"), requires_grad=False)
-    offloaded._hf_hook = SimpleNamespace(execution_device="cpu")
+    offloaded(model.model.layers[0].self_attn.q_proj, "cpu")
     with refused(pc.AdapterError, "q_proj", "offloaded", "dora"):
         pc.attach(model, dora)
     assert not pc.adapters(model)

@@ -333,6 +333,7 @@ def _install(
 ) -> Adapter:
     model, made = bank.root, bank.plan
     _refuse_conflicts(model, made, bank.name)
+    _refuse_divided(model, made)
     functions = _functions(model, made)
     found = registry(model, create=True)
     assert found is not None
@@ -458,6 +459,19 @@ def _refuse_conflicts(model: nn.Module, made: Plan, name: str) -> None:
         if crossed:
             raise AdapterError(
                 f"'{crossed[0]}' is trained in full by one of the adapters '{other}' and '{name}' and adapted by the other"
+            )
+
+
+def _refuse_divided(model: nn.Module, made: Plan) -> None:
+    """A tensor lies on one device; sites on several cannot borrow it."""
+    for group in made.groups:
+        devices = {path: device_of(model, path) for path in group.members}
+        real = {device: path for path, device in devices.items() if device.type != "meta"}
+        if len(real) > 1:
+            (one, here), (other, there), *_ = real.items()
+            raise AdapterError(
+                f"'{here}' is on {one} and '{there}' on {other}, and method '{made.spec.method}' lets them share tensors; "
+                "load the model on one device, or choose targets on one"
             )
 
 

@@ -483,7 +483,7 @@ def _add_all(ctx: Any, uses: list[Use], x: Tensor, y: Tensor, dropout: bool, *mo
         inner, mask = x, None
         if dropout and use.dropout and use.functions.dropped is not None and kernels.use_triton(x):
             # The seed comes from the CPU's generator: no wait for the device, and checkpointing restores it.
-            add_, grad_ = use.functions.dropped(use.dropout, int(torch.randint(2**32, 2**62, ())))
+            add_, grad_ = use.functions.dropped(use.dropout, int(torch.randint(2**32, 2**62, (), device="cpu")))
         elif dropout and use.dropout:
             mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - use.dropout)
             inner = x * mask / (1 - use.dropout)

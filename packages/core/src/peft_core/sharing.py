@@ -162,8 +162,9 @@ class Layout:
 def draw(spec: TensorSpec, dtype: torch.dtype, *key: object) -> Tensor:
     """The first values of a tensor, the same on every machine and process for the same key (seed, group, tensor)."""
     digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return as_declared(spec.init.draw(spec.shape, generator), spec, dtype)
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    with torch.device("cpu"):  # whatever the default device is
+        return as_declared(spec.init.draw(spec.shape, generator), spec, dtype)
 
 
 def as_declared(value: Tensor, spec: TensorSpec, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ elements alike, so that what one drops the other drops.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def _columns(shard, place, starts, COUNT: tl.constexpr, R: tl.constexpr, LAYOUT:
     return column, inside & (shard < R)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "rows"])
 def _shard_sum(
     x, S, starts, rows, x_row, x_column, drop, seed,
     COUNT: tl.constexpr, R: tl.constexpr, LAYOUT: tl.constexpr, LONGEST: tl.constexpr, DROPS: tl.constexpr,
@@ -73,7 +74,7 @@ def _shard_sum(
     tl.store(S + to, S_tile.to(S.dtype.element_ty), mask=(row < rows)[:, None] & (shard < R)[None, :])
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "rows"])
 def _shard_expand_add(
     y, S, starts, rows, y_row, y_column, S_row, S_column, scale, drop, seed,
     COUNT: tl.constexpr, R: tl.constexpr, LAYOUT: tl.constexpr, LONGEST: tl.constexpr, DROPS: tl.constexpr,
@@ -105,6 +106,7 @@ def _shard_expand_add(
             tl.store(y + where, (before + added).to(y.dtype.element_ty), mask=mask)
 
 
+@functools.cache
 def _shape(count: int, r: int, layout: str, longest: int) -> dict[str, int]:
     """How many shards and places a tile has: long runs of neighbours first, since they are read together."""
     places = power_of_two(blocks(longest, 4))

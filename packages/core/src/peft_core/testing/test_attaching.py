@@ -9,7 +9,7 @@ import torch
 
 import peft_core as pc
 
-from .checks import Snapshot, Trial, adapted, assert_near, randomise, relative, run, same_bits, weighted
+from .checks import Snapshot, Trial, adapted, assert_near, gradients, randomise, relative, run, same_bits, weighted
 from .families import Family
 
 CYCLES = 100
@@ -157,6 +157,28 @@ def test_forward_and_backward_leave_the_base_alone(trial: Trial, family: Family)
         own = {id(parameter) for parameter in adapter.parameters()}
         for name, parameter in model.named_parameters():
             assert id(parameter) in own or parameter.grad is None, f"'{name}' of the base got a gradient"
+
+
+@pytest.mark.families("odd", "llama")
+def test_the_default_device_does_not_matter(trial: Trial, family: Family, tmp_path) -> None:
+    """What is made on the way is made where the model is, not where torch makes tensors by default."""
+    model, adapter = adapted(family, trial)
+    output, inputs = run(family, model), family.inputs()
+    expected = gradients(adapter, family.forward(model, inputs).sum())
+    other = family.build()
+    with torch.device("meta"):
+        pc.attach(other, trial.spec(family), seed=0).save(tmp_path)
+        pc.adapters(other)["default"].detach()
+        twin = pc.load(other, tmp_path, trainable=True)
+    randomise(twin)
+    with torch.device("meta"):
+        found = gradients(twin, family.forward(other, inputs).sum())
+        twin.merge()
+        twin.unmerge()
+        with torch.no_grad():
+            assert same_bits(family.forward(other, inputs), output)
+    for key, gradient in expected.items():
+        assert same_bits(found[key], gradient), f"gradient of '{key}'"
 
 
 def test_training_lowers_a_loss(trial: Trial, family: Family) -> None:
