@@ -232,10 +232,12 @@ def attach(model: nn.Module, spec: AdapterSpec, name: str = "default", seed: int
 
     Raises:
         TargetError, PlanError: the spec does not fit the model. AdapterError: the name is taken, or another adapter stands
-        on a site that one of the two needs for itself. The model is unchanged then.
+        on a site that one of the two needs for itself, or sites that share tensors are on several devices. The model is
+        unchanged then.
     """
     _check_name(model, name)
     made = plan(model, spec)
+    _refuse_divided(model, made)
     bank = Bank(model, name, made, seed)
     bank.state = initial_state(made, seed)
     return _install(
@@ -266,6 +268,7 @@ def load(
     checkpoint.check_fit(directory, header, model)
     made = plan(model, checkpoint.spec_of(header))
     checkpoint.check_plan(directory, header, made)
+    _refuse_divided(model, made)
     stored = checkpoint.read(directory, header)
     bank = Bank(model, name, made, header.seed)
     bank.steps = header.steps
@@ -333,7 +336,6 @@ def _install(
 ) -> Adapter:
     model, made = bank.root, bank.plan
     _refuse_conflicts(model, made, bank.name)
-    _refuse_divided(model, made)
     functions = _functions(model, made)
     found = registry(model, create=True)
     assert found is not None
