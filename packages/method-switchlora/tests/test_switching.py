@@ -491,6 +491,19 @@ def test_candidates_on_the_device(bench):
     assert "offload_candidates" in note
 
 
+def test_what_goes_to_an_accelerator_goes_there_together(monkeypatch):
+    """The meta device stands for it: one copy for each type of number, shapes kept, and what is there already stays."""
+    parts = [torch.arange(3), torch.arange(4), torch.randn(2, 5), torch.randn(0, 5)]
+    stays = torch.randn(3)
+    copies = []
+    original = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda *a, **k: copies.append(a[0].numel()) or original(*a, **k))
+    moved = switching.on_devices([*((part, torch.device("meta")) for part in parts), (stays, stays.device)])
+    assert copies == [7, 10]
+    assert [tuple(tensor.shape) for tensor in moved[:4]] == [(3,), (4,), (2, 5), (0, 5)]
+    assert all(tensor.device.type == "meta" for tensor in moved[:4]) and moved[4] is stays
+
+
 def test_candidates_are_on_the_device_before_anything_switches(bench, monkeypatch):
     """Memory is taken at the first step, not bit by bit as sites come to switch."""
     moved = []
@@ -507,12 +520,12 @@ def test_the_exchange_reads_its_candidates_in_the_parameters_dtype(bench):
     site = bench(24, 20, dtype=torch.float32)
     tensors = {name: tensor.detach().bfloat16() for name, tensor in site.tensors.items()}
     before = site.weight + site.options.scale * tensors["B"].float() @ tensors["A"].float()
-    exchange_(
-        tensors,
-        site.state,
-        site.weight,
-        site.options.scale,
-        decide(site.options, site.state, 0, 10**9, random.Random(0)),
-    )
+    exchanges = decide(site.options, site.state, 0, 10**9, random.Random(0))
+    at = [torch.tensor(exchange.places) for exchange in exchanges]
+    arriving = [
+        site.state[f"candidates_{name}"][exchange.slots].bfloat16()
+        for name, exchange in zip("AB", exchanges, strict=True)
+    ]
+    exchange_(tensors, site.weight, site.options.scale, at, arriving)
     after = site.weight + site.options.scale * tensors["B"].float() @ tensors["A"].float()
     torch.testing.assert_close(after, before, rtol=0, atol=1e-6)

@@ -170,11 +170,17 @@ def zero_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, dim: int, 
             value.index_fill_(dim, places, 0)
 
 
-def restart(optimizer: torch.optim.Optimizer, parameter: Tensor, dim: int, places: Tensor) -> None:
-    """Let the vectors at `places` along `dim` start afresh: moments, and counts where each has its own."""
+def restart(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, dim: int, places: Tensor, known: Tensor | None = None
+) -> None:
+    """Let the vectors at `places` along `dim` start afresh: moments, and counts where each has its own.
+
+    `known`: the same places on the CPU, where counts usually are, so that nobody waits for an accelerator.
+    """
     zero_moments(optimizer, parameter, dim, places)
     if isinstance(optimizer, RowAdamW) and parameter in optimizer.state:
-        optimizer.restart_counts(parameter, dim, places)
+        on_cpu = optimizer.state[parameter]["step"].device.type == "cpu"
+        optimizer.restart_counts(parameter, dim, known if on_cpu and known is not None else places)
 
 
 def decays_through_moments(optimizer: torch.optim.Optimizer) -> bool:

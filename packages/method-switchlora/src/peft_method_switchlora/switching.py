@@ -27,6 +27,16 @@ class Exchange(NamedTuple):
     slots: list[int]
 
 
+class Move(NamedTuple):
+    """One factor's part in a site's exchange. `left`: the slots into which the vectors go back that make way."""
+
+    member: StepMember
+    parameter: Tensor
+    candidates: Tensor
+    exchange: Exchange
+    left: list[int]
+
+
 class Leaving(NamedTuple):
     """Vectors [k, ·] on their way back into the `slots` of their `candidates`."""
 
@@ -59,8 +69,8 @@ def switching(step: OptimizerStep) -> Iterator[None]:
         if not member.site.options.offload_candidates:
             to_device(member)
     with torch.no_grad():
-        send_home([leaving for member in members for leaving in switch_(step, member)])
-        still = [vectors for member in members for vectors in hold_still(member, step.index)]
+        send_home(switch_(step, members))
+        still = hold_still(members, step.index)
     yield
     coupled = optimizers.decays_through_moments(step.optimizer)
     with torch.no_grad():
@@ -70,22 +80,65 @@ def switching(step: OptimizerStep) -> Iterator[None]:
                 optimizers.zero_moments(step.optimizer, parameter, dim, places)
 
 
-def switch_(step: OptimizerStep, member: StepMember) -> list[Leaving]:
-    """Decide and make this step's exchanges on one site. Returns the vectors that left."""
-    options: Options = member.site.options
+def switch_(step: OptimizerStep, members: Sequence[StepMember]) -> list[Leaving]:
+    """Decide and make this step's exchanges. Returns the vectors that left.
+
+    What all sites need on an accelerator goes there together: every copy by itself would wait for it.
+    """
+    moves = [move for member in members for move in _moves(step, member)]
+    indices = on_devices(
+        [
+            (torch.tensor(numbers, device="cpu"), like.device)
+            for move in moves
+            for numbers, like in (
+                (move.exchange.places, move.parameter),
+                (move.exchange.slots, move.candidates),
+                (move.left, move.candidates),
+            )
+        ]
+    )
+    at, chosen, left = indices[0::3], indices[1::3], indices[2::3]
+    arriving = on_devices(
+        [
+            (move.candidates.index_select(0, slots).to(move.parameter.dtype), move.parameter.device)
+            for move, slots in zip(moves, chosen, strict=True)
+        ]
+    )
+    leaving = []
+    for first in range(0, len(moves), 2):
+        pair = slice(first, first + 2)  # in A and in B
+        member = moves[first].member
+        options: Options = member.site.options
+        assert member.weight is not None  # the method owns it
+        old = exchange_(member.tensors, member.weight, options.scale, at[pair], arriving[pair])
+        member.weight_changed = True
+        for move, slots, vectors in zip(moves[pair], left[pair], old, strict=True):
+            leaving.append(Leaving(move.candidates, slots, vectors))
+        book_(member.state, [move.exchange for move in moves[pair]], step.index, options.freeze_steps)
+        for dim, counterpart in ((B, "A"), (A, "B")):
+            places = torch.tensor(moves[first + dim].exchange.places, device="cpu")
+            optimizers.restart(step.optimizer, member.tensors[counterpart], 1 - dim, at[first + dim], places)
+    return leaving
+
+
+def _moves(step: OptimizerStep, member: StepMember) -> list[Move]:
+    """What a site does at this step: nothing, or as much in A as in B."""
+    options, state = member.site.options, member.state
     draws = random.Random(f"{step.seed}/{step.index}/{member.site.path}")
-    exchanges = decide(options, member.state, step.index, _length(step, options), draws)
+    exchanges = decide(options, state, step.index, _length(step, options), draws)
     if not exchanges[A].places:
         return []
-    assert member.weight is not None  # the method owns it
-    leaving = exchange_(member.tensors, member.state, member.weight, options.scale, exchanges)
-    member.weight_changed = True
-    book_(member.state, exchanges, step.index, options.freeze_steps)
-    for dim, counterpart in ((B, "A"), (A, "B")):
-        parameter = member.tensors[counterpart]
-        places = torch.tensor(exchanges[dim].places, device=parameter.device)
-        optimizers.restart(step.optimizer, parameter, 1 - dim, places)
-    return leaving
+    slots = state["slots"].tolist()
+    return [
+        Move(
+            member,
+            member.tensors[name],
+            state[f"candidates_{name}"],
+            exchanges[factor],
+            [slots[factor][place] for place in exchanges[factor].places],
+        )
+        for factor, name in ((A, "A"), (B, "B"))
+    ]
 
 
 def decide(
@@ -114,21 +167,15 @@ def decide(
 
 
 def exchange_(
-    tensors: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    weight: Tensor,
-    scale: float,
-    exchanges: tuple[Exchange, Exchange],
-) -> list[Leaving]:
-    """Put candidates in their places, and into W [out, in] what keeps W + s·B·A the same: one pass over W."""
+    tensors: Mapping[str, Tensor], weight: Tensor, scale: float, at: Sequence[Tensor], arriving: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Put vectors [k, in] and [k, out] in their places in A and B, and into W [out, in] what keeps W + s·B·A the same: one
+    pass over W. Returns the vectors that stood there.
+    """
     rows, columns = tensors["A"], tensors["B"]  # [r, in], [out, r]
-    places = [torch.tensor(exchange.places) for exchange in exchanges]
-    from_A, from_B = (state["slots"][factor, places[factor]] for factor in (A, B))
-    to_A, to_B = (torch.tensor(exchange.slots) for exchange in exchanges)
-    at_A, at_B = (where.to(rows.device) for where in places)
+    at_A, at_B = at
+    new_A, new_B = arriving[A], arriving[B].T
     old_A, old_B = rows.index_select(0, at_A), columns.index_select(1, at_B)
-    new_A = state["candidates_A"][to_A].to(rows)
-    new_B = state["candidates_B"][to_B].to(columns).T
 
     wide = torch.promote_types(weight.dtype, torch.float32)
     left = torch.cat([old_B.to(wide) - new_B.to(wide), columns.index_select(1, at_A).to(wide)], dim=1)
@@ -137,10 +184,26 @@ def exchange_(
 
     rows.index_copy_(0, at_A, new_A)
     columns.index_copy_(1, at_B, new_B)
-    return [
-        Leaving(state["candidates_A"], from_A, old_A),
-        Leaving(state["candidates_B"], from_B, old_B.T),
-    ]
+    return old_A, old_B.T
+
+
+def on_devices(parts: Sequence[tuple[Tensor, torch.device]]) -> list[Tensor]:
+    """Tensors on the devices where they are wanted: what comes from the CPU goes to each accelerator in one copy, for which
+    nobody waits.
+    """
+    out = [tensor for tensor, _ in parts]
+    together: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for number, (tensor, device) in enumerate(parts):
+        if tensor.device != device:
+            together.setdefault((device, tensor.dtype), []).append(number)
+    for (device, _), numbers in together.items():
+        packed = torch.cat([out[number].flatten() for number in numbers])
+        if device.type == "cuda":
+            packed = packed.pin_memory()
+        pieces = packed.to(device, non_blocking=True).split([out[number].numel() for number in numbers])
+        for number, piece in zip(numbers, pieces, strict=True):
+            out[number] = piece.view(out[number].shape)
+    return out
 
 
 def send_home(leaving: Sequence[Leaving]) -> None:
@@ -154,26 +217,30 @@ def send_home(leaving: Sequence[Leaving]) -> None:
             one.candidates[one.slots] = values.view(one.vectors.shape)
 
 
-def book_(state: Mapping[str, Tensor], exchanges: tuple[Exchange, Exchange], step: int, freeze_steps: int) -> None:
+def book_(state: Mapping[str, Tensor], exchanges: Sequence[Exchange], step: int, freeze_steps: int) -> None:
     """Note who is where now, whose counterpart is frozen until when, and where the next switch begins."""
     for factor, exchange in zip((A, B), exchanges, strict=True):
-        places = torch.tensor(exchange.places)
-        state["slots"][factor, places] = torch.tensor(exchange.slots)
+        places = torch.tensor(exchange.places, device="cpu")
+        state["slots"][factor, places] = torch.tensor(exchange.slots, device="cpu")
         state["frozen_until"][1 - factor, places] = step + freeze_steps
     state["next"].add_(len(exchanges[A].places)).remainder_(state["slots"].shape[1])
 
 
-def hold_still(member: StepMember, step: int) -> Iterator[Still]:
-    """The frozen vectors of a site, as they are. Their gradients are zeroed: so their moments stay zero."""
-    for dim, name in ((A, "A"), (B, "B")):
-        places = (member.state["frozen_until"][dim] > step).nonzero().flatten()
-        if not places.numel():
-            continue
-        parameter = member.tensors[name]
-        places = places.to(parameter.device)
+def hold_still(members: Sequence[StepMember], step: int) -> list[Still]:
+    """The frozen vectors, as they are. Their gradients are zeroed: so their moments stay zero."""
+    frozen = [
+        (member.tensors[name], dim, places)
+        for member in members
+        for dim, name in ((A, "A"), (B, "B"))
+        if (places := (member.state["frozen_until"][dim] > step).nonzero().flatten()).numel()
+    ]
+    still = []
+    moved = on_devices([(places, parameter.device) for parameter, _, places in frozen])
+    for (parameter, dim, _), places in zip(frozen, moved, strict=True):
         if parameter.grad is not None:
             parameter.grad.index_fill_(dim, places, 0)
-        yield Still(parameter, dim, places, parameter.index_select(dim, places))
+        still.append(Still(parameter, dim, places, parameter.index_select(dim, places)))
+    return still
 
 
 def to_device(member: StepMember) -> None:
