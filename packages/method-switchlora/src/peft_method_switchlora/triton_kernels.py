@@ -20,14 +20,14 @@ def _switch_update(
     """weight += scale·columns·rows, by outer products: `count` is a handful, and float32 must stay float32."""
     row = tl.program_id(0).to(tl.int64) * OUT + tl.arange(0, OUT)
     column = tl.program_id(1).to(tl.int64) * IN + tl.arange(0, IN)
+    where = weight + row[:, None] * w_out + column[None, :] * w_in
+    mask = (row < outs)[:, None] & (column < ins)[None, :]
+    before = tl.load(where, mask=mask, other=0.0).to(tl.float32)  # on its way while the products are formed
     total = tl.zeros([OUT, IN], tl.float32)
     for k in range(count):
         left = tl.load(columns + row * c_out + k * c_k, mask=row < outs, other=0.0)
         right = tl.load(rows + k * r_k + column * r_in, mask=column < ins, other=0.0)
         total += left[:, None] * right[None, :]
-    where = weight + row[:, None] * w_out + column[None, :] * w_in
-    mask = (row < outs)[:, None] & (column < ins)[None, :]
-    before = tl.load(where, mask=mask, other=0.0).to(tl.float32)
     tl.store(where, (before + scale * total).to(weight.dtype.element_ty), mask=mask)
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ import peft_core as pc
 from peft_core import plugins
 from peft_core.bank import registry
 from peft_core.bases import dense_weight
+from peft_core.kernels import obstacle
 from peft_core.method import Gradient
 from peft_core.plan import ROOT_PREFIX
 
@@ -53,6 +55,12 @@ def trials(names: list[str]) -> list[Trial]:
     """
     infos = [plugins.method(name) for name in names] or [info for _, info in sorted(pc.methods().items())]
     return [Trial(info.name, options) for info in infos for options in info.trials]
+
+
+KERNELS = pytest.mark.parametrize(
+    "kernels", ["torch", "naive", *(["triton"] if not obstacle("cpu", torch.float32) else [])]
+)
+"""With each kind of kernels that runs here: Triton's do where TRITON_INTERPRET=1 was set before Python started."""
 
 
 def randomise(adapter: pc.Adapter, seed: int = 0, std: float = 0.1) -> pc.Adapter:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import peft_core as pc
 
 from .checks import (
+    KERNELS,
     TOLERANCE,
     Trial,
     adapted,
@@ -27,7 +28,6 @@ from .checks import (
 from .families import Family
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-KERNELS = pytest.mark.parametrize("kernels", ["torch", "naive"])
 
 
 @DTYPES

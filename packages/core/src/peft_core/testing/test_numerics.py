@@ -7,6 +7,7 @@ from torch import Tensor
 import peft_core as pc
 
 from .checks import (
+    KERNELS,
     TOLERANCE,
     Trial,
     adapted,
@@ -21,8 +22,6 @@ from .checks import (
     weighted,
 )
 from .families import Family
-
-KERNELS = pytest.mark.parametrize("kernels", ["torch", "naive"])
 
 
 @KERNELS
@@ -117,7 +116,7 @@ def test_adapter_and_base_may_differ_in_dtype(
         assert torch.isfinite(gradient).all(), f"gradient of '{key}'"
 
 
-@KERNELS
+@pytest.mark.parametrize("kernels", ["torch", "naive"])  # thousands of rows: too many for an interpreter
 @pytest.mark.families("odd")
 def test_dropout_keeps_the_mean_and_stops_in_evaluation(trial: Trial, family: Family, kernels: str) -> None:
     if not trial.can.dropout:
