@@ -281,7 +281,7 @@ def test_a_site_pays_for_its_own_shards_only(layers):
     forward = pc.plugins.call("mos", "peft_forward", site=sites_[-1])
     x, dy = torch.randn(4, IN), torch.randn(4, OUT)
     saved = forward.add_(x, torch.zeros(4, OUT), pools, binding)
-    assert [tuple(tensor.shape) for tensor in saved] == [(4, IN), (4, 3)]
+    assert [tuple(tensor.shape) for tensor in saved] == [(4, IN), (4, 3), (3, IN), (OUT, 3)]
     for name, width in (("pool_A", IN // 3), ("pool_B", OUT // 3)):
         rows = forward.grad_(dy, None, saved, pools, binding)[name]
         assert isinstance(rows, pc.Rows)

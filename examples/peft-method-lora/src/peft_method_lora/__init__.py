@@ -1,12 +1,11 @@
 """LoRA (arXiv 2106.09685) as a peft-core plugin: ΔW = (alpha/r)·B·A, A Kaiming, B zero, one pair per layer.
 
-Everything that a method is: its options, its layout, its forward with the backward that belongs to it,
-its merge. Core does the rest. Copy this file to write your own.
+Everything that a method is: its options, its layout, its forward, its merge. Core does the rest. Copy this file to write your
+own.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -62,27 +61,8 @@ def _group(site: pc.Site) -> pc.SharingGroup:
 
 @pc.hookimpl
 def peft_forward(site: pc.Site) -> pc.Forward:
-    """Δ(x) as plain functions of what they are given: they hold no weights."""
-    return _forward(site.options.scale)
-
-
-@functools.cache  # layers whose functions are the same objects share compiled code
-def _forward(scale: float) -> pc.Forward:
-    def naive(x: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:
-        return pc.lowrank.naive(x, tensors["A"], tensors["B"], scale)
-
-    def add_(x: Tensor, y: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> tuple[Tensor, ...]:
-        h = pc.lowrank.add_(x, y, tensors["A"], tensors["B"], scale)  # [tokens, r]
-        return x, h
-
-    def grad_(
-        dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: pc.Tensors, binding: pc.Tensors
-    ) -> dict[str, Tensor]:
-        x, h = saved
-        dA, dB = pc.lowrank.grad_(dy, dx, x, h, tensors["A"], tensors["B"], scale)
-        return {"A": dA, "B": dB}
-
-    return pc.Forward(naive, add_, grad_)
+    """Δ(x) = s·B·A·x and its gradients: core has the low-rank product ready, for all methods that end in one."""
+    return pc.lowrank.forward(site.options.scale)
 
 
 @pc.hookimpl

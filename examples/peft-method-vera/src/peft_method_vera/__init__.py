@@ -74,7 +74,8 @@ def _naive(x: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:
 
 
 def _add(x: Tensor, y: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> tuple[Tensor, ...]:
-    return x, pc.lowrank.add_(x, y, *_factors(tensors, binding), 1.0)
+    A, B = _factors(tensors, binding)
+    return x, pc.lowrank.add_(x, y, A, B, 1.0)
 
 
 def _grad(

@@ -1,7 +1,7 @@
 """The accumulating pair: gather the site's factors, then core's low-rank product.
 
-Backward gathers them again, so that no layer's factors outlive their use (the README has the measurement). In Triton a gather
-is one launch, for one site or for all of a group.
+Backward finds them saved: they are little beside x (the README has the measurement). In Triton a gather is one launch, for one
+site or for all of a group.
 """
 
 from __future__ import annotations
@@ -57,13 +57,12 @@ def forward(alpha: float) -> Forward:
 
     def add_(x: Tensor, y: Tensor, tensors: Tensors, binding: Tensors) -> tuple[Tensor, ...]:
         A, B = gather_factors(tensors, binding, x.dtype)
-        return x, lowrank.add_(x, y, A, B, alpha / len(A))  # [tokens, in], [tokens, r]
+        return x, lowrank.add_(x, y, A, B, alpha / len(A)), A, B  # [tokens, in], [tokens, r], [r, in], [out, r]
 
     def grad_(
         dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: Tensors, binding: Tensors
     ) -> dict[str, Gradient]:
-        x, h = saved
-        A, B = gather_factors(tensors, binding, dy.dtype)
+        x, h, A, B = saved
         dA, dB = lowrank.grad_(dy, dx, x, h, A, B, alpha / len(A))
         dA = _scaled(dA, binding)
         return {"pool_A": _scattered(dA, binding, 0), "pool_B": _scattered(dB.T, binding, -1)}

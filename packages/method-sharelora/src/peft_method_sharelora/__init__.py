@@ -10,7 +10,6 @@ from torch import Tensor
 from peft_core import Capabilities, Forward, Layout, LowRank, MethodInfo, Site, hookimpl, lowrank
 from peft_core.method import Tensors
 
-from .kernels import forward
 from .layout import lay_out
 from .options import ShareLoRAOptions
 
@@ -43,7 +42,7 @@ def peft_init(sites: Sequence[Site]) -> Layout:
 
 @hookimpl
 def peft_forward(site: Site) -> Forward:
-    return forward(_scale(site))
+    return lowrank.forward(_scale(site))
 
 
 @hookimpl

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -53,7 +52,7 @@ def peft_attach(site: pc.Site, weight: Tensor, tensors: Tensors, binding: Tensor
 
 @hookimpl
 def peft_forward(site: pc.Site) -> pc.Forward:
-    return _forward(site.options.scale)
+    return lowrank.forward(site.options.scale)
 
 
 @hookimpl
@@ -72,21 +71,3 @@ def peft_lowrank(site: pc.Site, tensors: Tensors, binding: Tensors) -> pc.LowRan
         f"'{site.path}': SwitchLoRA has moved weight into the base, so that its change has full rank and no "
         "exact low-rank factors; merge it, or ask for a truncated SVD, whose error is then reported"
     )
-
-
-@functools.cache
-def _forward(scale: float) -> pc.Forward:
-    def delta(x: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
-        return lowrank.naive(x, tensors["A"], tensors["B"], scale)
-
-    def add_(x: Tensor, y: Tensor, tensors: Tensors, binding: Tensors) -> tuple[Tensor, ...]:
-        return x, lowrank.add_(x, y, tensors["A"], tensors["B"], scale)
-
-    def grad_(
-        dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: Tensors, binding: Tensors
-    ) -> dict[str, Tensor]:
-        x, h = saved
-        dA, dB = lowrank.grad_(dy, dx, x, h, tensors["A"], tensors["B"], scale)
-        return {"A": dA, "B": dB}
-
-    return pc.Forward(delta, add_, grad_)
