@@ -8,8 +8,8 @@
   products that it stands for.
 - steps: forward, loss and backward of Llama-3.2-3B's and Llama-3.1-8B's shapes (random weights, bf16), as a ratio to the floor:
   the frozen base with gradients of its inputs only. Each run takes turns with the floor; the median of the ratios counts. The
-  second ratio is that of the device's time alone, all launches waiting in its queue: where it is smaller, the host is slower
-  than the device. Memory is the peak above the weights, less the floor's.
+  second ratio is that of the device's time, its queue filled beforehand: where it is smaller, the host is slower than the
+  device. Memory is the peak above the weights, less the floor's.
 - switchlora: SwitchLoRA's whole step against full-rank AdamW's, on the paper's 1.3B shapes, weights in bf16.
 - adapters: MoS with many adapters resident: bytes of each, and a forward that switches to the next one every time.
 
@@ -34,7 +34,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,14 @@ class Bench:
         first = str(error).strip().partition("\n")[0]
         self.left_out.append(f"{what}: {type(error).__name__}: {first}")
 
+    def asked(self, what: str, parts: Sequence[str]) -> bool:
+        """Whether this run tries again what an earlier one left out."""
+        if not any(what.startswith(part.removesuffix("s")) for part in parts):
+            return False
+        setting, _, rest = what.removeprefix("steps ").partition(": ")
+        wanted = self.settings.search(setting) and self.labels.search(rest.partition(": ")[0])
+        return not what.startswith("steps ") or bool(wanted)
+
     def keep(self) -> None:
         """Write what was found so far."""
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +145,9 @@ class Bench:
         return time.perf_counter() - start
 
     def queued(self, function: Callable[[], Any], calls: int = 1) -> float:
-        """The device's seconds for a call: it starts when all of them wait in its queue, and never waits for the host."""
+        """The device's seconds for a call: it starts late, so that launches wait in its queue and not it for the host. An upper
+        bound for what takes more launches than the queue holds (about a thousand).
+        """
         if self.device.type != "cuda":
             return self.seconds(lambda: [function() for _ in range(calls)]) / calls
         self.synchronize()
@@ -556,19 +566,25 @@ def switchlora(bench: Bench) -> None:
         return Run(model, parameters, torch.optim.AdamW(parameters, lr=1e-4))
 
     runs: dict[str, Run] = {}
+    sizes: dict[str, dict[str, int]] = {}
     for label, make in {"full-rank AdamW": full, f"switchlora r {r}": lambda: ours(base, "switchlora", r)}.items():
         before = bench.held()
-        run = runs[label] = make()
-        run.step(ids)
-        run.step(ids)
-        peak = bench.peak(lambda run=run: run.step(ids))
+        try:
+            run = make()
+            run.step(ids)
+            run.step(ids)
+            peak = bench.peak(lambda run=run: run.step(ids))
+        except Exception as error:
+            bench.failed(f"switchlora: {label}", error)
+            continue
+        runs[label] = run
         parameters = sum(parameter.numel() for parameter in run.parameters)
-        found[label] = {"held": bench.held() - before, "peak": peak, "parameters": parameters, "seconds": []}
+        sizes[label] = {"held": bench.held() - before, "peak": peak, "parameters": parameters}
+    seconds: dict[str, list[float]] = {label: [] for label in runs}
     for _ in range(bench.rounds):
         for label, run in runs.items():
-            found[label]["seconds"].append(bench.seconds(lambda run=run: run.step(ids)))
-    for figures in found.values():
-        figures["seconds"] = statistics.median(figures["seconds"])
+            seconds[label].append(bench.seconds(lambda run=run: run.step(ids)))
+    found |= {label: {**sizes[label], "seconds": statistics.median(seconds[label])} for label in runs}
 
 
 @torch.no_grad()
@@ -776,7 +792,7 @@ def main() -> None:
         earlier = json.loads(bench.out.read_text())
         if {**earlier["environment"], "when": ""} != {**here, "when": ""}:
             raise SystemExit(f"'{bench.out}' has figures of another device or other versions; choose another --out")
-        bench.left_out = earlier.pop("left_out")
+        bench.left_out = [what for what in earlier.pop("left_out") if not bench.asked(what, parts)]
         bench.found = earlier
     functions: dict[str, Callable[[], Any]] = {
         "tests": lambda: tests(bench),

@@ -5,6 +5,7 @@ methods that are not additive; and their mistakes, told in one line.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -96,6 +97,23 @@ def test_sites_on_two_devices_share_nothing(vera: pc.AdapterSpec, refused: Any) 
     assert not pc.adapters(model)
 
 
+def test_fixed_tensors_of_another_shape_are_refused(
+    vera: pc.AdapterSpec, monkeypatch: pytest.MonkeyPatch, refused: Any, tmp_path: Path
+) -> None:
+    import peft_method_vera
+
+    pc.attach(LLAMA.build(), vera).save(tmp_path)
+    pair = peft_method_vera._pair
+
+    def wider(name: str, sites: Any) -> pc.SharingGroup:
+        made = pair(name, sites)
+        return dataclasses.replace(made, fixed={**made.fixed, "A": pc.TensorSpec((99, sites[0].in_features))})
+
+    monkeypatch.setattr(peft_method_vera, "_pair", wider)
+    with refused(pc.CheckpointError, "pair.", ".A'", "laid out otherwise", "vera"):
+        pc.load(LLAMA.build(), tmp_path)
+
+
 def offloaded(layer: nn.Module, device: str) -> None:
     """As Accelerate's hooks leave a layer that they load for each forward: its weights are elsewhere."""
     layer.weight = nn.Parameter(layer.weight.to("meta"), requires_grad=False)
@@ -118,6 +136,18 @@ def test_a_start_from_the_base_weight_needs_the_weight(dora: pc.AdapterSpec, ref
     with refused(pc.AdapterError, "q_proj", "offloaded", "dora"):
         pc.attach(model, dora)
     assert not pc.adapters(model)
+
+
+def test_a_start_from_a_weight_that_is_quantized_and_merged_into(dora: pc.AdapterSpec, lora_method: None) -> None:
+    import bitsandbytes
+
+    torch.manual_seed(0)
+    model = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4").to("cpu"))
+    randomise(pc.attach(model, pc.AdapterSpec(method="lora", targets=["0"]), name="first"), std=0.5).merge()
+    x = torch.randn(4, 64)
+    before = model(x)
+    pc.attach(model, pc.AdapterSpec(method="dora", targets=["0"]), name="second")
+    assert relative(model(x), before) < 1e-6, "attaching changed the output"
 
 
 def test_unmerging_beside_an_adapter_that_stands_alone(dora: pc.AdapterSpec, lora_method: None, refused: Any) -> None:
@@ -244,6 +274,11 @@ class Wrong(pc.Initializer):
         ({"tensors": {"base_weight": pc.TensorSpec((4,))}}, pc.PlanError, ("base_weight",)),
         ({"bindings": {"nowhere": {"index": pc.TensorSpec((4,))}}}, pc.PlanError, ("'nowhere'", "no site")),
         ({"tensors": {"C": pc.TensorSpec((4,), Wrong())}}, pc.PluginError, ("Wrong", "[3]", "[4]")),
+        (
+            {"tensors": {"C": pc.TensorSpec((4,), pc.FromWeight("nowhere", torch.sum))}},
+            pc.PlanError,
+            ("'nowhere'", "no site"),
+        ),
         ({"forward": (None,)}, pc.PluginError, ("naive", "function")),
         ({"forward": (naive, add_)}, pc.PluginError, ("add_", "grad_")),
     ],

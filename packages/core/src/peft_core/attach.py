@@ -132,7 +132,8 @@ class Adapter:
         """The model without this adapter: the base's output bit for bit, if it is the only one.
 
         Raises:
-            MergeError, AdapterError: it is merged, or owns its base weight, and the original was not kept.
+            MergeError, AdapterError: it is merged, or owns its base weight, and the original was not kept; or it is merged, and
+                an active adapter cannot be carried beside it.
         """
         found = self._registry()
         before = dict(found.active)
@@ -232,8 +233,8 @@ def attach(model: nn.Module, spec: AdapterSpec, name: str = "default", seed: int
 
     Raises:
         TargetError, PlanError: the spec does not fit the model. AdapterError: the name is taken, or another adapter stands
-        on a site that one of the two needs for itself, or sites that share tensors are on several devices. The model is
-        unchanged then.
+        on a site that one of the two needs for itself, sites that share tensors are on several devices, or a weight that the
+        method starts from is offloaded. PluginError: an initialiser made another shape. The model is unchanged then.
     """
     _check_name(model, name)
     made = plan(model, spec)
@@ -279,11 +280,10 @@ def load(
         for group in made.groups
         for tensor in group.tensors
     }
-    fixed: dict[str, Tensor] = {}
-    bindings = {
-        path: {local: fixed.setdefault(key, stored[key].to(device_of(model, path))) for local, key in named.items()}
-        for path, named in made.bound().items()
-    }
+    bound = made.bound()
+    first = {key: path for path in reversed(bound) for key in bound[path].values()}
+    fixed = {key: stored[key].to(device_of(model, path)) for key, path in first.items()}
+    bindings = {path: {local: fixed[key] for local, key in named.items()} for path, named in bound.items()}
     owned = {path: stored[f"base_weight/{path}"] for path in header.owned}
     return _install(bank, tensors, bindings, trainable=trainable, keep=keep, owned=owned)
 
@@ -468,12 +468,12 @@ def _refuse_divided(model: nn.Module, made: Plan) -> None:
     """A tensor lies on one device; sites on several cannot borrow it."""
     for group in made.groups:
         devices = {path: device_of(model, path) for path in group.members}
-        real = {device: path for path, device in devices.items() if device.type != "meta"}
+        real = {(device.type, device.index or 0): path for path, device in devices.items() if device.type != "meta"}
         if len(real) > 1:
-            (one, here), (other, there), *_ = real.items()
+            here, there, *_ = real.values()
             raise AdapterError(
-                f"'{here}' is on {one} and '{there}' on {other}, and method '{made.spec.method}' lets them share tensors; "
-                "load the model on one device, or choose targets on one"
+                f"'{here}' is on {devices[here]} and '{there}' on {devices[there]}, and method '{made.spec.method}' lets them "
+                "share tensors; load the model on one device, or choose targets on one"
             )
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import bases
 from .errors import AdapterError
 from .gradients import SharedGradient
+from .layer import seen_weight
 from .method import Forward
 from .plan import ROOT_PREFIX, Plan
 from .sharing import FromBase, FromWeight, TensorSpec, as_declared, draw
@@ -175,7 +175,7 @@ def _first(root: nn.Module, spec: TensorSpec, plan: Plan, device: torch.device, 
     if isinstance(spec.init, FromBase):
         return root.get_parameter(spec.init.path).detach().clone().to(dtype)
     if isinstance(spec.init, FromWeight):
-        weight = bases.dense_weight(root.get_submodule(spec.init.path))
+        weight = seen_weight(root.get_submodule(spec.init.path))
         if weight.device.type == "meta":
             raise AdapterError(
                 f"'{spec.init.path}': the weight is offloaded, and method '{plan.spec.method}' starts from it; "

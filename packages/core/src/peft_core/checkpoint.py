@@ -1,7 +1,7 @@
 """The checkpoint directory of an adapter: plain files, tensors only, written whole or not at all, read strictly.
 
 adapter.json         format version, spec, method, base, sites, groups (`AdapterFile`)
-adapter.safetensors  `{group}.{tensor}` once per trainable tensor, `binding/{site}.{name}`, `base_weight/{site}`
+adapter.safetensors  `{group}.{tensor}` once per tensor, trained or fixed, `binding/{site}.{name}`, `base_weight/{site}`
 state.safetensors    what only resuming needs, where the method has such state
 README.md            the model card
 """
@@ -302,10 +302,10 @@ def check_fit(directory: str | Path, header: AdapterFile, model: nn.Module) -> N
 
 def check_plan(directory: str | Path, header: AdapterFile, plan: Plan) -> None:
     """Refuse a plan whose tensors are not the stored ones: another version of the method may lay them out otherwise."""
-    here = {key: tensor.shape for key, tensor in plan.tensors()}
-    here |= {key: () for named in plan.bound().values() for key in named.values()}
+    here = {key: tuple(tensor.shape) for key, tensor in (*plan.tensors(), *plan.fixed())}
     there = {f"{g.name}.{name}": shape for g in header.groups for name, shape in g.tensors.items()}
-    there |= {key: () for named in header.bindings().values() for key in named.values()}
+    fixed = {key for named in header.bindings().values() for key in named.values()}
+    there |= {key: tensor.shape for key, tensor in header.tensors.items() if key in fixed}
     if here != there:
         key = next(key for key in [*there, *here] if here.get(key) != there.get(key))
         raise CheckpointError(

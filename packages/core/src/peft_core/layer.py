@@ -336,8 +336,16 @@ def _paired(slot: Slot) -> bool:
     )
 
 
+def seen_weight(module: Any) -> Tensor:
+    """The weight (out × in) that a layer computes with: its own, or the dense one that stands in for a quantized one into which
+    an adapter is merged.
+    """
+    dense = getattr(module.__dict__.get(SLOT), "dense", None)
+    return dense if dense is not None else bases.dense_weight(module)
+
+
 def _base_weight(module: Any, slot: Slot) -> Tensor:
-    weight = slot.dense if slot.dense is not None else bases.dense_weight(module)
+    weight = seen_weight(module)
     if weight.device.type == "meta":
         member = slot.active[0][0]
         raise AdapterError(

@@ -19,7 +19,7 @@ from torch import nn
 from . import bases, plugins
 from .bases import ROOT_PREFIX as ROOT_PREFIX
 from .errors import ModelError, PlanError, listed
-from .sharing import FromBase, Initializer, Layout, SharingGroup, TensorSpec
+from .sharing import FromBase, FromWeight, Initializer, Layout, SharingGroup, TensorSpec
 from .sites import Site
 from .spec import AdapterSpec
 from .targets import choose, find_modules
@@ -83,9 +83,7 @@ class Plan:
     @property
     def fixed_bytes(self) -> int:
         """Bytes of the tensors that are saved but never trained."""
-        own = [tensor for named in self.bindings.values() for tensor in named.values()]
-        shared = [tensor for group in self.groups for tensor in group.fixed.values()]
-        return sum(tensor.nbytes(self.spec.torch_dtype) for tensor in (*own, *shared))
+        return sum(tensor.nbytes(self.spec.torch_dtype) for _, tensor in self.fixed())
 
     @property
     def state_bytes(self) -> int:
@@ -107,6 +105,15 @@ class Plan:
         """(key, tensor) of every trainable tensor; the key is `{group}.{tensor}`."""
         for group in self.groups:
             for name, tensor in group.tensors.items():
+                yield f"{group.name}.{name}", tensor
+
+    def fixed(self) -> Iterator[tuple[str, TensorSpec]]:
+        """(key, tensor) of every tensor that is saved but never trained; see `bound` for the key."""
+        for path, named in self.bindings.items():
+            for name, tensor in named.items():
+                yield f"binding/{path}.{name}", tensor
+        for group in self.groups:
+            for name, tensor in group.fixed.items():
                 yield f"{group.name}.{name}", tensor
 
     def borrowed(self) -> dict[str, dict[str, str]]:
@@ -316,6 +323,11 @@ def _check(spec: AdapterSpec, sites: tuple[Site, ...], layout: Layout, groups: t
         if not (group.tensors or group.fixed) or not group.members:
             what = "members" if group.tensors or group.fixed else "tensors"
             raise PlanError(f"{where}: group '{group.name}' has no {what}")
+        starts = [tensor.init for tensor in (*group.tensors.values(), *group.fixed.values())]
+        if lost := [init.path for init in starts if isinstance(init, FromWeight) and init.path not in paths]:
+            raise PlanError(
+                f"{where}: group '{group.name}' starts from the weight of '{lost[0]}', which is no site of the plan"
+            )
     uncovered = paths - {member for group in layout.groups if group.tensors for member in group.members}
     if uncovered:
         raise PlanError(f"{where} gave no tensor to {listed(sorted(uncovered), 3)}")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .data import IGNORED, Example, Tokens, tokenise
-from .errors import DataError, listed, suggestion
+from .errors import DataError, first_line, listed, suggestion
 from .runs import FILES
 
 COLUMNS = {"messages": ("messages",), "prompt": ("prompt", "completion"), "label": ("text", "label"), "text": ("text",)}
@@ -255,7 +255,7 @@ def _parquet(path: Path) -> Iterator[Row]:
     try:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"'{path}' cannot be read as parquet: {_first_line(error)}") from None
+        raise DataError(f"'{path}' cannot be read as parquet: {first_line(error)}") from None
     for number, values in enumerate(table.to_pylist(), start=1):
         yield Row(values, f"{path}, row {number}")
 
@@ -270,7 +270,7 @@ def _dataset(name: str, subset: str | None, split: str) -> Iterator[Row]:
     try:
         found = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # its errors are of many kinds
-        raise DataError(f"'{name}' is no data file, and datasets cannot load it: {_first_line(error)}") from None
+        raise DataError(f"'{name}' is no data file, and datasets cannot load it: {first_line(error)}") from None
     for number, values in enumerate(found, start=1):
         yield Row(values, f"{name} ({split}), row {number}")
 
@@ -350,8 +350,4 @@ def _rendered(row: Row, tokenizer: Any, messages: list[dict[str, Any]], prompt: 
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
     except Exception as error:  # templates raise what they like
-        raise DataError(f"{row.place}: the chat template refuses: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+        raise DataError(f"{row.place}: the chat template refuses: {first_line(error)}") from None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_core import LowRank, MergeError, PluginError, SpecError, plugins
+from peft_core import LowRank, MergeError, PluginError, SpecError, Tensors, plugins
 from peft_core.errors import listed
 from peft_core.merge import Contribution, merged_weight
 
@@ -234,11 +234,14 @@ class _Lowering:
 
 def _widened(part: Contribution) -> Contribution:
     """The contribution in at least float32: a 16-bit factor times a scale would be rounded."""
-    tensors = {
-        name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
-        for name, tensor in part.tensors.items()
-    }
-    return part._replace(tensors=tensors)
+
+    def wide(named: Tensors) -> dict[str, Tensor]:
+        return {
+            name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
+            for name, tensor in named.items()
+        }
+
+    return part._replace(tensors=wide(part.tensors), binding=wide(part.binding))
 
 
 def _named(found: svd.Truncated) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:

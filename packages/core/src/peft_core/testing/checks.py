@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import peft_core as pc
 from peft_core import plugins
 from peft_core.bank import registry
-from peft_core.bases import dense_weight
 from peft_core.kernels import obstacle
+from peft_core.layer import seen_weight
 from peft_core.method import Gradient
 from peft_core.plan import ROOT_PREFIX
 
@@ -83,7 +83,7 @@ def _center(spec: pc.TensorSpec, adapter: pc.Adapter) -> Tensor | float:
         case pc.Normal(_, mean):
             return mean
         case pc.FromWeight(path, compute):
-            return compute(dense_weight(adapter.model.get_submodule(path)).float())
+            return compute(seen_weight(adapter.model.get_submodule(path)).float())
     return 0.0
 
 

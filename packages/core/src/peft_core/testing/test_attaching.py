@@ -42,6 +42,7 @@ def test_trained_values_change_the_output(trial: Trial, family: Family) -> None:
     adapter = pc.attach(model, trial.spec(family))
     start = run(family, model)
     randomise(adapter)
+    # More than float32 rounds; methods that scale a frozen projection, as VeRA does, change little.
     assert relative(run(family, model), before) > 1e-4
     assert relative(run(family, model), start) > 1e-4
 

@@ -1,8 +1,10 @@
 """A plan is pure data: deterministic, made without weights, and what attach then does."""
 
 import torch
+from torch import Tensor
 
 import peft_core as pc
+from peft_core.bank import registry
 from peft_core.sharing import FromBase, TensorSpec
 
 from .checks import Trial, borrowed, same_bits
@@ -37,12 +39,12 @@ def test_plan_counts_what_attach_registers(trial: Trial, family: Family) -> None
 
 def test_every_site_borrows_what_the_groups_say(trial: Trial, family: Family) -> None:
     adapter = pc.attach(family.build(), trial.spec(family))
-    named = dict(adapter.named_parameters())
+    named = dict(_values(adapter))
     for group in adapter.plan.groups:
         for path in set(group.members) & {site.path for site in adapter.plan.sites}:
-            tensors, _ = borrowed(adapter, path)
-            for name in group.tensors:
-                assert same_bits(tensors[name], named[f"{group.name}.{name}"]), f"'{path}' borrows another '{name}'"
+            tensors, binding = borrowed(adapter, path)
+            for name, found in [*((n, tensors[n]) for n in group.tensors), *((n, binding[n]) for n in group.fixed)]:
+                assert same_bits(found, named[f"{group.name}.{name}"]), f"'{path}' borrows another '{name}'"
 
 
 def test_same_seed_gives_the_same_values(trial: Trial, family: Family) -> None:
@@ -59,15 +61,22 @@ def test_same_seed_gives_the_same_values(trial: Trial, family: Family) -> None:
 def test_other_seed_gives_other_values(trial: Trial, family: Family) -> None:
     first = pc.attach(family.build(), trial.spec(family), seed=3)
     second = pc.attach(family.build(), trial.spec(family), seed=4)
-    others = dict(second.named_parameters())
-    specs = dict(first.plan.tensors())
-    for key, value in first.named_parameters():
+    others = dict(_values(second))
+    specs = dict([*first.plan.tensors(), *first.plan.fixed()])
+    for key, value in _values(first):
         if _random(specs[key]):
             assert not torch.equal(value, others[key]), f"'{key}' does not depend on the seed"
-    drawn = [p for key, p in first.named_parameters() if _random(specs[key])]
+    drawn = [value for key, value in _values(first) if _random(specs[key]) and value.is_floating_point()]
     for number, one in enumerate(drawn):
         for two in drawn[:number]:
             assert one.shape != two.shape or not torch.equal(one, two), "two tensors start with the same random values"
+
+
+def _values(adapter: pc.Adapter) -> list[tuple[str, Tensor]]:
+    """What is trained and what is fixed, by key."""
+    found = registry(adapter.model)
+    assert found is not None
+    return [*adapter.named_parameters(), *found.banks[adapter.name].named_fixed()]
 
 
 def _random(spec: TensorSpec) -> bool:
