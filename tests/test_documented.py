@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,21 @@ def test_method_stands_in_the_readme_and_explains_its_options(package: Path) -> 
     assert "arXiv" in text
     missing = [option for option in pc.methods()[name].options.model_fields if f"`{option}" not in text]
     assert not missing, f"{package.name}/README.md does not explain {', '.join(missing)}"
+
+
+def test_every_name_that_the_documents_use_exists() -> None:
+    documents = [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("packages/*/README.md"),
+        *ROOT.glob("examples/*/README.md"),
+    ]
+    used = {name for path in documents for name in re.findall(r"\bpc\.([A-Za-z]\w*)", path.read_text(encoding="utf-8"))}
+    assert len(used) > 10
+    assert not [name for name in sorted(used) if not hasattr(pc, name)]
+
+
+def test_every_capability_is_explained_to_authors() -> None:
+    text = (ROOT / "docs" / "writing-a-method.md").read_text(encoding="utf-8")
+    assert not [field.name for field in dataclasses.fields(pc.Capabilities) if f"`{field.name}=" not in text]
+    assert not [hook for hook in HOOKS if hook != "peft_cli" and f"`{hook}`" not in text]
