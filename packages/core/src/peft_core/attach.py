@@ -466,7 +466,7 @@ def _refuse_conflicts(model: nn.Module, made: Plan, name: str) -> None:
 
 def _refuse_divided(model: nn.Module, made: Plan) -> None:
     """A tensor lies on one device; sites on several cannot borrow it."""
-    for group in made.groups:
+    for group in [group for group in made.groups if len(group.members) > 1]:
         devices = {path: device_of(model, path) for path in group.members}
         real = {(device.type, device.index or 0): path for path, device in devices.items() if device.type != "meta"}
         if len(real) > 1:

@@ -10,6 +10,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -163,7 +164,8 @@ def draw(spec: TensorSpec, dtype: torch.dtype, *key: object) -> Tensor:
     """The first values of a tensor, the same on every machine and process for the same key (seed, group, tensor)."""
     digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    with torch.device("cpu"):  # whatever the default device is
+    # Whatever the default device is; entering a device slows down every call in it.
+    with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
         return as_declared(spec.init.draw(spec.shape, generator), spec, dtype)
 
 
