@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 import peft_core as pc
 from peft_core import lowrank
+from peft_core.errors import first_line
 from peft_core.kernels import use_triton
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,8 +114,7 @@ class Bench:
 
     def failed(self, what: str, error: Exception) -> None:
         """Note what went wrong, and go on."""
-        first = str(error).strip().partition("\n")[0]
-        self.left_out.append(f"{what}: {type(error).__name__}: {first}")
+        self.left_out.append(f"{what}: {type(error).__name__}: {first_line(error)}")
 
     def asked(self, what: str, parts: Sequence[str]) -> bool:
         """Whether this run tries again what an earlier one left out."""
@@ -784,8 +784,8 @@ def main() -> None:
         arguments.backend,
         time.monotonic() + 60 * arguments.minutes,
         arguments.out or ROOT / "benchmarks" / "results" / f"gpu-{name}.json",
-        re.compile(arguments.settings),
-        re.compile(arguments.labels),
+        arguments.settings,
+        arguments.labels,
     )
     bench.found["environment"] = here
     if arguments.add and bench.out.is_file():

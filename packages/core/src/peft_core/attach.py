@@ -280,7 +280,7 @@ def load(
         for group in made.groups
         for tensor in group.tensors
     }
-    bound = made.bound()
+    bound = {path: bank.bound_keys(path) for path in bank.sites}
     first = {key: path for path in reversed(bound) for key in bound[path].values()}
     fixed = {key: stored[key].to(device_of(model, path)) for key, path in first.items()}
     bindings = {path: {local: fixed[key] for local, key in named.items()} for path, named in bound.items()}

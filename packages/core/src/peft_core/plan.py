@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -352,16 +352,7 @@ def _check_tensor(tensor: Any, what: str) -> None:
 def _borrowed(groups: tuple[SharingGroup, ...], sites: tuple[Site, ...], where: str) -> dict[str, dict[str, str]]:
     borrowed: dict[str, dict[str, str]] = {site.path: {} for site in sites}
     for group in groups:
-        for member in group.members:
-            if member not in borrowed:  # a module trained in full
-                continue
-            for name in group.tensors:
-                if name in borrowed[member]:
-                    raise PlanError(
-                        f"{where}: '{member}' borrows two tensors named '{name}', from "
-                        f"'{borrowed[member][name]}' and '{group.name}'"
-                    )
-                borrowed[member][name] = f"{group.name}.{name}"
+        _lend(group, group.tensors, borrowed, f"{where}: '%s' borrows two tensors named")
     return borrowed
 
 
@@ -373,15 +364,17 @@ def _bound(
 ) -> dict[str, dict[str, str]]:
     bound = {site.path: {name: f"binding/{site.path}.{name}" for name in bindings.get(site.path, {})} for site in sites}
     for group in groups:
-        for name in group.fixed:
-            for member in group.members:
-                if name in bound[member]:
-                    raise PlanError(
-                        f"{where}: '{member}' has two fixed tensors named '{name}', '{bound[member][name]}' and that of "
-                        f"group '{group.name}'"
-                    )
-                bound[member][name] = f"{group.name}.{name}"
+        _lend(group, group.fixed, bound, f"{where}: '%s' has two fixed tensors named")
     return bound
+
+
+def _lend(group: SharingGroup, names: Iterable[str], lent: dict[str, dict[str, str]], twice: str) -> None:
+    """Enter the keys of a group's tensors at its members; modules trained in full are no sites, and are passed over."""
+    for member in group.members:
+        for name in names if member in lent else ():
+            if name in lent[member]:
+                raise PlanError(f"{twice % member} '{name}', from '{lent[member][name]}' and '{group.name}'")
+            lent[member][name] = f"{group.name}.{name}"
 
 
 def size(count: float) -> str:
