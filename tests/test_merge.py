@@ -25,6 +25,39 @@ def test_originals_in_a_directory(blocks, adapter, tmp_path) -> None:
     assert same_bits(run(ODD, blocks), on)
 
 
+@pytest.mark.parametrize("keep", ["hots", "nnone", ""])
+def test_a_misspelt_place_is_no_directory(blocks, spec, keep, refused, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with refused(pc.MergeError, f"keep='{keep}'", "'host'", "'none'", "directory"):
+        pc.attach(blocks, spec, keep=keep)
+    assert not pc.adapters(blocks)
+    adapter = pc.attach(blocks, spec)
+    with refused(pc.MergeError, f"keep='{keep}'", "'host'", "'none'", "directory"):
+        adapter.merge(keep)
+    assert not adapter.merged and not any(tmp_path.iterdir())
+
+
+def test_two_models_cannot_keep_their_originals_in_one_place(blocks, adapter, spec, tmp_path, refused) -> None:
+    other = ODD.build(seed=1)
+    on, second = run(ODD, blocks), pc.attach(other, spec)
+    adapter.merge(tmp_path)
+    with refused(pc.MergeError, str(tmp_path), "another model", "directory of its own"):
+        second.merge(tmp_path)
+    assert second.active and not second.merged
+    adapter.unmerge()
+    assert same_bits(run(ODD, blocks), on)
+
+
+def test_a_place_that_cannot_be_written(blocks, adapter, tmp_path, refused) -> None:
+    before = Snapshot.of(blocks)
+    (tmp_path / "file").touch()
+    with refused(pc.MergeError, "file", "directory"):
+        adapter.merge(tmp_path / "file")
+    with refused(pc.MergeError, "cannot be written"):
+        adapter.merge(tmp_path / "file" / "below")
+    before.assert_restored(blocks)
+
+
 def test_originals_not_kept(blocks, adapter, refused) -> None:
     adapter.merge(keep="none")
     merged = run(ODD, blocks)

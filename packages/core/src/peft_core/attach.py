@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from . import bases, checkpoint, merge, optim, plugins
 from .bank import (
     Bank,
-    OwnedWeight,
     Registry,
     device_of,
     forget,
@@ -28,7 +27,10 @@ from .bank import (
 from .errors import AdapterError, MergeError, suggestion
 from .gradients import SharedGradient
 from .layer import SLOT, AdaptedLinear, AdaptedRoot, Member, Slot, Trained, TrainedSlot, undress, wear
+from .originals import check_choice, drop, put_aside
+from .owned import OwnedWeight
 from .plan import ROOT_PREFIX, Plan, plan
+from .sites import Site
 from .spec import AdapterSpec
 
 
@@ -122,7 +124,7 @@ class Adapter:
             for key, value in state.items():
                 bank.state[key].copy_(value)
             for path in bank.owned:
-                optim.write_owned_weight(bank, bank.sites[path], stored[f"base_weight/{path}"])
+                bank.write_owned_weight(bank.sites[path], stored[f"base_weight/{path}"])
         bank.seed, bank.steps = header.seed, header.steps
         bank.backwards, bank.fresh_gradient = 0, False
         bank.stepped_by.clear()
@@ -150,7 +152,7 @@ class Adapter:
             if active:
                 _set_active(self.model, before)
             if merged:
-                self.merge()
+                self.merge(self._bank.merged_keep)
                 _set_active(self.model, before_unmerge)
 
     def merge(self, keep: str | Path = "host") -> None:
@@ -160,13 +162,15 @@ class Adapter:
             keep: where the original weights wait for `unmerge`: `host` (memory), a directory, or `none`.
 
         Raises:
-            AdapterError: it is merged already. MergeError: a weight is tied to another layer, or offloaded.
+            AdapterError: it is merged already. MergeError: a weight is tied to another layer, or offloaded, or the originals
+                cannot be kept there. Nothing has changed then.
         """
         found = self._registry()
         if self.merged:
             raise AdapterError(f"adapter '{self.name}' is merged already")
-        self._bank.merged_scale = found.active.get(self.name, 1.0)
-        merge.merge(self.model, found, self._bank, self._bank.merged_scale, keep)
+        scale = found.active.get(self.name, 1.0)
+        merge.merge(self.model, found, self._bank, scale, keep)
+        self._bank.merged_scale, self._bank.merged_keep = scale, keep
         _set_active(self.model, {name: scale for name, scale in found.active.items() if name != self.name})
 
     def unmerge(self) -> None:
@@ -207,7 +211,9 @@ class Adapter:
             raise AdapterError(f"adapter '{self.name}' is merged; unmerge it first, or use merge_and_detach()")
         if lost := [path for path, owned in self._bank.owned.items() if owned.original is None]:
             raise MergeError(f"'{lost[0]}': the original weight was not kept (attach with keep='host' to detach)")
-        _swap_owned(self.model, self._bank, show=False)
+        self._bank.show_owned(False)
+        for owned in self._bank.owned.values():
+            drop(owned.original)
         _remove(self.model, self._bank)
 
     def __repr__(self) -> str:
@@ -223,18 +229,21 @@ class Adapter:
         return found
 
 
-def attach(model: nn.Module, spec: AdapterSpec, name: str = "default", seed: int = 0, keep: str = "host") -> Adapter:
+def attach(
+    model: nn.Module, spec: AdapterSpec, name: str = "default", seed: int = 0, keep: str | Path = "host"
+) -> Adapter:
     """Plan a spec on a model and put the adapter on it, in place. The base is frozen; only the new adapter is active.
 
     Args:
         name: of the adapter; letters, digits, `_` and `-`. seed: of its initial values and random decisions.
-        keep: for methods that own the base weight, whether the originals are kept (`host`) or not (`none`): without
-            them the adapter can be neither disabled nor detached.
+        keep: for methods that own the base weight, where the originals wait: `host` (memory), a directory, or `none`;
+            without them the adapter can be neither disabled nor detached.
 
     Raises:
         TargetError, PlanError: the spec does not fit the model. AdapterError: the name is taken, or another adapter stands
         on a site that one of the two needs for itself, sites that share tensors are on several devices, or a weight that the
-        method starts from is offloaded. PluginError: an initialiser made another shape. The model is unchanged then.
+        method starts from is offloaded. MergeError: the originals cannot be kept there. PluginError: an initialiser made
+        another shape. The model is unchanged then.
     """
     _check_name(model, name)
     made = plan(model, spec)
@@ -256,7 +265,7 @@ def load(
     directory: str | Path,
     name: str = "default",
     trainable: bool = False,
-    keep: str = "host",
+    keep: str | Path = "host",
 ) -> Adapter:
     """Put a saved adapter on a model. With `trainable`, training goes on from where it was saved.
 
@@ -331,10 +340,11 @@ def _install(
     tensors: Mapping[str, Tensor],
     bindings: Mapping[str, Mapping[str, Tensor]],
     trainable: bool,
-    keep: str,
+    keep: str | Path,
     owned: Mapping[str, Tensor],
 ) -> Adapter:
     model, made = bank.root, bank.plan
+    check_choice(keep)
     _refuse_conflicts(model, made, bank.name)
     functions = _functions(model, made)
     found = registry(model, create=True)
@@ -350,7 +360,7 @@ def _install(
             _take_over(bank, owned, keep)
         _dress(bank, functions)
     except BaseException:
-        _swap_owned(model, bank, show=False)
+        bank.show_owned(False)
         _remove(model, bank)
         raise
     for module in model.modules():
@@ -414,7 +424,7 @@ def _dress(bank: Bank, functions: Mapping[str, Any]) -> None:
         slot.members[bank.name] = tuple((local, bank.root_name(key)) for local, key in named.items())
 
 
-def _take_over(bank: Bank, owned: Mapping[str, Tensor], keep: str) -> None:
+def _take_over(bank: Bank, owned: Mapping[str, Tensor], keep: str | Path) -> None:
     """Let the method move weight into the base: as it computes it, or as it was stored."""
     weights = [(f"{path}.weight", bank.root.get_submodule(path).weight) for path in bank.sites]
     merge.refuse_ties(bank.root, weights, "exclude the tied layer")
@@ -423,24 +433,33 @@ def _take_over(bank: Bank, owned: Mapping[str, Tensor], keep: str) -> None:
         if bases.is_quantized(module) or module.weight.device.type == "meta":
             what = "quantized" if bases.is_quantized(module) else "on the meta device"
             raise AdapterError(f"'{site.path}' is {what}; method '{bank.plan.spec.method}' needs to write its weight")
-        weight = bases.dense_weight(module)
-        bank.owned[site.path] = OwnedWeight(module.weight.detach().cpu().clone() if keep == "host" else None)  # type: ignore[operator]
-        with torch.no_grad():
-            moved = owned.get(site.path)
-            if moved is None:
-                tensors = {name: t.detach() for name, t in bank.tensors(site.path).items()}
-                moved = plugins.call(
-                    bank.plan.spec.method,
-                    "peft_attach",
-                    site=site,
-                    weight=weight.clone(),
-                    tensors=tensors,
-                    binding=bank.binding(site.path),
-                )
-            moved = moved.to(weight.device)
-            if moved.dtype != weight.dtype:
-                bank.owned[site.path].master = moved
-            bases.write_weight(module, moved, site.transposed)
+    if keep == "none":  # there will be no way back: see first that the method can do it everywhere
+        for site in bank.plan.sites:
+            _moved(bank, site, owned)
+    for site in bank.plan.sites:
+        module = bank.root.get_submodule(site.path)
+        moved = _moved(bank, site, owned)
+        kept = put_aside(module.weight, f"{site.path}.before-{bank.name}", keep)  # type: ignore[arg-type]
+        master = moved if moved.dtype != module.weight.dtype else None
+        bank.owned[site.path] = OwnedWeight(kept, master)
+        bases.write_weight(module, moved, site.transposed)
+
+
+@torch.no_grad()
+def _moved(bank: Bank, site: Site, stored: Mapping[str, Tensor]) -> Tensor:
+    """What the base shall hold at a site (out × in): as stored, or as the method computes it."""
+    weight = bases.dense_weight(bank.root.get_submodule(site.path))
+    moved = stored.get(site.path)
+    if moved is None:
+        moved = plugins.call(
+            bank.plan.spec.method,
+            "peft_attach",
+            site=site,
+            weight=weight.clone(),
+            tensors={name: tensor.detach() for name, tensor in bank.tensors(site.path).items()},
+            binding=bank.binding(site.path),
+        )
+    return moved.to(weight.device)  # type: ignore[no-any-return]
 
 
 def _refuse_conflicts(model: nn.Module, made: Plan, name: str) -> None:
@@ -491,7 +510,7 @@ def _set_active(model: nn.Module, scales: dict[str, float]) -> None:
                 f"adapter '{bank.name}' owns its base weights and the originals were not kept (attach with keep='host')"
             )
     for bank in owning:
-        _swap_owned(model, bank, show=bank.name in scales)
+        bank.show_owned(bank.name in scales)
     found.active = scales
     for path in {path: None for bank in concerned for path in (*bank.sites, *bank.plan.trained)}:
         model.get_submodule(path).__dict__[SLOT].activate(scales)
@@ -521,18 +540,6 @@ def _sharded_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value.to(parameter.device), mesh, parameter.placements)  # type: ignore[attr-defined]
-
-
-def _swap_owned(model: nn.Module, bank: Bank, show: bool) -> None:
-    """Let the base hold the weights that the method moved, or the original ones."""
-    for path, owned in bank.owned.items():
-        module = model.get_submodule(path)
-        if show and owned.parked is not None:
-            bases.write_weight(module, owned.parked, transposed=False)
-            owned.parked = None
-        elif not show and owned.parked is None and owned.original is not None:
-            owned.parked = module.weight.detach().clone()  # type: ignore[operator]
-            bases.write_weight(module, owned.original, transposed=False)
 
 
 class _AdapterSaver:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,26 +19,13 @@ from .errors import AdapterError
 from .gradients import SharedGradient
 from .layer import seen_weight
 from .method import Forward
+from .originals import Kept
+from .owned import OwnedWeight
 from .plan import ROOT_PREFIX, Plan
 from .sharing import FromBase, FromWeight, TensorSpec, as_declared, draw
+from .sites import Site
 
 _REGISTRY = "_peft_adapters"
-
-
-@dataclass
-class OwnedWeight:
-    """The base weight of a site whose method owns it.
-
-    Attributes:
-        original: the weight as it was before attach, to disable and detach (None: not kept). In the module's layout.
-        master: a wider copy of the moved weight (out × in), where the base's dtype would drift.
-        parked: the moved weight, in the module's layout, while something else stands in the base (the adapter is
-            inactive or merged).
-    """
-
-    original: Tensor | None = None
-    master: Tensor | None = None
-    parked: Tensor | None = None
 
 
 class Bank:
@@ -48,7 +36,7 @@ class Bank:
         state: key → training-only tensor (on the CPU). owned: site path → its weight, for methods that own it.
         steps: real optimizer steps, over resumes. backwards: gradients that came while attached. stepped_by: ids of the
         optimizers that stepped the latest of them; fresh_gradient: whether one came since.
-        merged_scale: the run-time scale at which the adapter was merged, if it is.
+        merged_scale, merged_keep: the run-time scale at which the adapter was merged, if it is, and where the originals are.
         total_steps: length of the run, if somebody told.
     """
 
@@ -64,6 +52,7 @@ class Bank:
         self.stepped_by: set[int] = set()
         self.fresh_gradient = False
         self.merged_scale = 1.0
+        self.merged_keep: str | Path = "host"
         self.total_steps: int | None = None
         self.sites = {site.path: site for site in plan.sites}
         self._borrowed, self._bound = plan.borrowed(), plan.bound()
@@ -103,6 +92,19 @@ class Bank:
             buffer = self.root._buffers[self.root_name(key)]
             assert buffer is not None
             yield key, buffer
+
+    def owned_weight(self, site: Site) -> Tensor:
+        """The weight (out × in) that the method moved into the base at a site. See `OwnedWeight.current`."""
+        return self.owned[site.path].current(self.root.get_submodule(site.path), site)
+
+    def write_owned_weight(self, site: Site, weight: Tensor) -> None:
+        """Give a site that the method owns another weight (out × in)."""
+        self.owned[site.path].write(self.root.get_submodule(site.path), weight, site)
+
+    def show_owned(self, show: bool) -> None:
+        """Let the base hold the weights that the method moved, or the original ones."""
+        for path, owned in self.owned.items():
+            (owned.show if show else owned.hide)(self.root.get_submodule(path))
 
     def site_state(self, path: str) -> dict[str, Tensor]:
         """A site's training-only tensors by name."""
@@ -196,11 +198,15 @@ def device_of(root: nn.Module, path: str) -> torch.device:
     return torch.device(executes) if device.type == "meta" and executes is not None else device
 
 
+class Packed:
+    """In place of an original: a quantized weight is not changed by merging, a dense one stands in for it."""
+
+
 @dataclass
 class MergedSite:
-    """What merging changed at one site: its original weight (None: not kept) and the merged adapters in order."""
+    """What merging changed at one site: its original weight, or that it was packed, and the merged adapters in order."""
 
-    original: Any
+    original: Kept | Packed
     adapters: list[str] = field(default_factory=list)
 
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from . import files, plugins
 from .bank import Bank
 from .errors import CheckpointError, listed
-from .merge import owned_weight
 from .optim import check_stepped
 from .plan import Plan, base_info
 from .sites import Site
@@ -152,6 +151,7 @@ def save(bank: Bank, directory: str | Path) -> None:
     Raises:
         CheckpointError: the directory cannot be written; what was there is unchanged.
         OptimizerStepError: the method needs optimizer steps, gradients came, and no step was seen.
+        AdapterError: it owns base weights, and was merged without keeping them.
     """
     check_stepped(bank)
     tensors = _collect(bank)
@@ -419,7 +419,7 @@ def _collect(bank: Bank) -> dict[str, Tensor]:
         tensors[key] = (whole() if whole is not None else parameter).detach()
     tensors.update(bank.named_fixed())
     for path in bank.owned:
-        tensors[f"base_weight/{path}"] = owned_weight(bank, bank.sites[path])
+        tensors[f"base_weight/{path}"] = bank.owned_weight(bank.sites[path])
     return tensors
 
 

@@ -7,19 +7,18 @@ call it, so that they give the same bytes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from . import bases, plugins
-from .bank import Bank, MergedSite, Registry
+from .bank import Bank, MergedSite, Packed, Registry
 from .errors import MergeError
 from .layer import SLOT
 from .method import Tensors
+from .originals import Kept, check_choice, drop, look_up, put_aside
 from .plan import ROOT_PREFIX
 from .sites import Site
 
@@ -69,24 +68,14 @@ def merged_weight(weight: Tensor, contributions: Iterable[Contribution]) -> Tens
     return merged
 
 
-@dataclass
-class KeptFile:
-    """An original weight that is kept in a file."""
-
-    path: Path
-
-    def read(self) -> Tensor:
-        """The weight as it was."""
-        return safetensors.torch.load_file(self.path)["weight"]
-
-
 def merge(root: nn.Module, registry: Registry, bank: Bank, scale: float, keep: str | Path) -> None:
     """Merge one adapter into the base's weights and keep the originals as `keep` says.
 
     Raises:
-        MergeError: a weight is tied to a layer outside the adapter or offloaded.
+        MergeError: a weight is tied to a layer outside the adapter or offloaded, or `keep` is no choice.
     Whatever is raised, by the method too: nothing has changed then.
     """
+    check_choice(keep)
     sites = [(site.path, root.get_submodule(site.path)) for site in bank.plan.sites]
     for path, module in sites:
         if module.weight.device.type == "meta":
@@ -101,6 +90,10 @@ def merge(root: nn.Module, registry: Registry, bank: Bank, scale: float, keep: s
     if keep == "none":  # there will be no way back: see first that every site can be merged
         for path, _ in sites:
             _combined(root, registry, path, [*_merged_there(registry, path), bank.name], scales)
+    hidden = not all(owned.shown for owned in bank.owned.values())
+    bank.show_owned(
+        True
+    )  # a method that owns the weight is merged into what it moved, not into what the base held before
     try:
         for path, module in sites:
             if path not in registry.merged:
@@ -109,16 +102,18 @@ def merge(root: nn.Module, registry: Registry, bank: Bank, scale: float, keep: s
             kept.adapters.append(bank.name)
             _write(root, registry, path, scales)
             if path in bank.owned:
-                bank.owned[path].parked = _read(kept.original)
+                assert not isinstance(kept.original, Packed)
+                bank.owned[path].cover(kept.original)
     except BaseException:
         if keep != "none":
             unmerge(root, registry, bank)
+            bank.show_owned(not hidden)
         raise
     values = dict(bank.named_parameters())
     for name, key in trained:
         parameter = root.get_parameter(name)
         if name not in registry.merged:
-            registry.merged[name] = MergedSite(_kept(parameter.detach(), name, keep))
+            registry.merged[name] = MergedSite(put_aside(parameter, name, keep))
         registry.merged[name].adapters.append(bank.name)
         with torch.no_grad():
             parameter.copy_(values[key])
@@ -140,14 +135,15 @@ def unmerge(root: nn.Module, registry: Registry, bank: Bank) -> None:
         if path in bank.plan.base.shapes and bases.describe(_module(root, path)) is not None:
             _restore(root, path, kept.original)
             if path in bank.owned:
-                bank.owned[path].parked = None
+                bank.owned[path].uncover()
             if kept.adapters:
                 _write(root, registry, path, registry.active)
         else:
             source = _trained_value(registry, kept.adapters, path)
             with torch.no_grad():
-                root.get_parameter(path).copy_(_read(kept.original) if source is None else source)
+                root.get_parameter(path).copy_(look_up(kept.original) if source is None else source)  # type: ignore[arg-type]
         if not kept.adapters:
+            drop(kept.original)
             del registry.merged[path]
 
 
@@ -156,6 +152,7 @@ def settle(root: nn.Module, bank: Bank, registry: Registry) -> None:
     for path in [path for path, kept in registry.merged.items() if bank.name in kept.adapters]:
         kept = registry.merged[path]
         kept.adapters.remove(bank.name)
+        drop(kept.original)
         kept.original = None
         if not kept.adapters:
             del registry.merged[path]
@@ -172,19 +169,9 @@ def settle(root: nn.Module, bank: Bank, registry: Registry) -> None:
 
 def contribution(bank: Bank, site: Site, scale: float) -> Contribution:
     """What an attached adapter adds at a site."""
-    owned = owned_weight(bank, site) if bank.plan.spec.capabilities.owns_base_weight else None
+    owned = bank.owned_weight(site) if bank.plan.spec.capabilities.owns_base_weight else None
     tensors = {name: _whole(tensor) for name, tensor in bank.tensors(site.path).items()}
     return Contribution(bank.plan.spec.method, site, tensors, bank.binding(site.path), scale, owned)
-
-
-def owned_weight(bank: Bank, site: Site) -> Tensor:
-    """The weight (out × in) that a method owns: its master, or what stands in the base while it is active."""
-    owned = bank.owned[site.path]
-    if owned.master is not None:
-        return owned.master
-    if owned.parked is not None:
-        return owned.parked.T if site.transposed else owned.parked
-    return bases.dense_weight(bank.root.get_submodule(site.path))
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -212,12 +199,12 @@ def _combined(
     into what stands there.
     """
     module = root.get_submodule(path)
-    kept = registry.merged.get(path)
     start = bases.dense_weight(module)
-    if kept is not None and kept.original is None:
+    kept = registry.merged[path].original if path in registry.merged else Packed()
+    if kept is None:
         names = names[-1:]
-    elif kept is not None and not isinstance(kept.original, _Packed):
-        original = _read(kept.original).to(start.device)
+    elif not isinstance(kept, Packed):
+        original = look_up(kept).to(start.device)
         start = original.T if module.__dict__[SLOT].transposed else original
     parts = []
     for name in names:
@@ -239,37 +226,16 @@ def _model_dtype(root: nn.Module) -> torch.dtype:
     )
 
 
-class _Packed:
-    """A quantized weight is not changed by merging: a dense one stands in for it."""
-
-
-def _keep(module: nn.Module, path: str, keep: str | Path) -> Any:
-    return _Packed() if bases.is_quantized(module) else _kept(module.weight.detach(), path, keep)  # type: ignore[operator]
-
-
-def _kept(weight: Tensor, name: str, keep: str | Path) -> Any:
-    if keep == "none":
-        return None
-    if keep == "host":
-        return weight.detach().cpu().clone()
-    directory = Path(keep)
-    directory.mkdir(parents=True, exist_ok=True)
-    file = KeptFile(directory / f"{name}.safetensors")
-    safetensors.torch.save_file({"weight": weight.detach().cpu().contiguous()}, file.path)
-    return file
-
-
-def _read(kept: Any) -> Tensor:
-    return kept.read() if isinstance(kept, KeptFile) else kept  # type: ignore[no-any-return]
+def _keep(module: nn.Module, path: str, keep: str | Path) -> Kept | Packed:
+    return Packed() if bases.is_quantized(module) else put_aside(module.weight, path, keep)  # type: ignore[arg-type]
 
 
 def _restore(root: nn.Module, path: str, original: Any) -> None:
     module = root.get_submodule(path)
-    if isinstance(original, _Packed):
+    if isinstance(original, Packed):
         module.__dict__[SLOT].dense = None
     else:
-        with torch.no_grad():
-            module.weight.copy_(_read(original))  # type: ignore[operator]
+        bases.write_weight(module, look_up(original), transposed=False)
 
 
 def _module(root: nn.Module, path: str) -> nn.Module:

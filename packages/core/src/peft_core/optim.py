@@ -26,12 +26,10 @@ from torch.optim.optimizer import (
 )
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import bases, plugins
+from . import plugins
 from .bank import Bank, registry
 from .errors import OptimizerStepError
-from .merge import owned_weight
 from .method import OptimizerStep, StepMember
-from .sites import Site
 
 WARN_AFTER = 256
 _WRAPPERS = register_optimizer_step_pre_hook.__code__.co_filename  # torch's wrapper around `step` is in there
@@ -248,7 +246,7 @@ def _served(optimizer: Optimizer) -> Iterator[tuple[Bank, list[StepMember]]]:
                     f"adapter '{bank.name}': the tensors of '{site.path}' are divided between optimizers "
                     f"({', '.join(inside)} here); give all of a site's tensors to one"
                 )
-            weight = owned_weight(bank, site) if site.path in bank.owned else None
+            weight = bank.owned_weight(site) if site.path in bank.owned else None
             if weight is not None and hasattr(weight, "device_mesh"):
                 raise OptimizerStepError(
                     f"adapter '{bank.name}': the weight of '{site.path}' is sharded, and method "
@@ -257,20 +255,6 @@ def _served(optimizer: Optimizer) -> Iterator[tuple[Bank, list[StepMember]]]:
             members.append(StepMember(site, tensors, bank.binding(site.path), bank.site_state(site.path), weight))
         if members:
             yield bank, members
-
-
-def write_owned_weight(bank: Bank, site: Site, weight: Tensor) -> None:
-    """Give a site that a method owns another weight (out × in): its master, and rounded the base, or what waits to stand
-    in the base again while the adapter is inactive.
-    """
-    owned = bank.owned[site.path]
-    with torch.no_grad():
-        if owned.master is not None and owned.master is not weight:
-            owned.master.copy_(weight)
-        if owned.parked is None:
-            bases.write_weight(bank.root.get_submodule(site.path), weight, site.transposed)
-        else:
-            owned.parked.copy_(weight.T if site.transposed else weight)
 
 
 def _refuse_half_resumed(bank: Bank, optimizer: Optimizer) -> None:
@@ -293,7 +277,7 @@ def _write_back(bank: Bank, step: OptimizerStep) -> None:
     """Round master weights that the method changed into the base."""
     for member in step.members:
         if member.weight_changed and member.weight is not None and bank.owned[member.site.path].master is not None:
-            write_owned_weight(bank, member.site, member.weight)
+            bank.write_owned_weight(member.site, member.weight)
         member.weight_changed = False
 
 

@@ -131,6 +131,39 @@ def test_saving_while_merged_keeps_the_adapter(trial: Trial, family: Family, tmp
     assert same_bits(run(family, fresh), on)
 
 
+@pytest.mark.families("odd", "gpt2", "bert")
+@pytest.mark.parametrize("keep", ["host", "directory", "none"])
+@pytest.mark.parametrize("active", [True, False], ids=["active", "inactive"])
+def test_a_merge_is_undone_and_saved_from_wherever_it_began(
+    trial: Trial, family: Family, active: bool, keep: str, tmp_path
+) -> None:
+    """Also by an inactive adapter, whose method may own a weight that the base does not hold then."""
+    model, adapter = adapted(family, trial)
+    on = run(family, model)
+    if not active:
+        pc.activate(model, [])
+    adapter.merge(tmp_path / "originals" if keep == "directory" else keep)
+    assert relative(run(family, model), on) <= 1e-4
+    fresh = family.build()
+    try:
+        adapter.save(tmp_path / "adapter")
+    except pc.AdapterError as error:
+        assert trial.can.owns_base_weight and keep == "none" and "not kept" in str(error)
+    else:
+        pc.load(fresh, tmp_path / "adapter")
+        assert same_bits(run(family, fresh), on)
+    if keep == "none":
+        with pytest.raises(pc.MergeError, match="not kept"):
+            adapter.unmerge()
+        return
+    with adapter.disabled():
+        assert same_bits(run(family, model), run(family, family.build()))
+    adapter.unmerge()
+    assert same_bits(run(family, model), on)
+    adapter.detach()
+    assert not [*tmp_path.glob("originals/*")]
+
+
 def test_factors_reproduce_the_merged_weight(trial: Trial, family: Family) -> None:
     """ΔW = B·A exactly, for methods that have factors; an error of ours for those that have none."""
     model, adapter = adapted(family, trial)
