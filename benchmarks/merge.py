@@ -219,11 +219,10 @@ def make_adapter(adapter: Path, base: Path, method: str) -> str:
     for key, tensor in plan.tensors():
         shapes[key] = torch.empty(tensor.shape, dtype=tensor.dtype or plan.spec.torch_dtype, device="meta")
         values[key] = lambda meta=shapes[key]: torch.randn(meta.shape, generator=noise).mul_(0.01).to(meta.dtype)
-    for path, named in plan.bindings.items():
-        for name, tensor in named.items():
-            drawn = draw(tensor, plan.spec.torch_dtype, 0, "binding", path, name)
-            shapes[f"binding/{path}.{name}"] = drawn.to("meta")
-            values[f"binding/{path}.{name}"] = lambda drawn=drawn: drawn
+    for key, tensor in plan.fixed():
+        drawn = draw(tensor, plan.spec.torch_dtype, 0, key)
+        shapes[key] = drawn.to("meta")
+        values[key] = lambda drawn=drawn: drawn
     if plan.spec.capabilities.owns_base_weight:
         block = torch.randn(1 << 24, generator=noise).mul_(0.02)
         for site in plan.sites:

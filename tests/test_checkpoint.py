@@ -80,6 +80,11 @@ def with_header(change: Callable[[dict], object]) -> Callable[[Path], None]:
     return damage
 
 
+def exchange_members(header: dict) -> None:
+    one, two = (next(g for g in header["groups"] if g["name"] == name) for name in ("0.up", "1.up"))
+    one["members"], two["members"] = two["members"], one["members"]
+
+
 def flip(content: bytes) -> bytes:
     return content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
 
@@ -115,6 +120,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "header without base": (with_header(lambda h: h.pop("base")), ["adapter.json", "base"]),
     "header with more": (with_header(lambda h: h.update(more=1)), ["adapter.json", "more"]),
     "header with a wrong type": (with_header(lambda h: h.update(seed="x")), ["adapter.json", "seed"]),
+    "members exchanged": (with_header(exchange_members), ["'0.up'", "members", "adapter.json"]),
+    "a layer left out": (with_header(lambda h: h["sites"].pop()), ["'1.down'", "absent there"]),
+    "another option": (
+        with_header(lambda h: h["sites"][1]["options"].update(alpha=3.0)),
+        ["'0.down'", "alpha 3.0 there"],
+    ),
+    "a weight that is not owned": (with_header(lambda h: h["owned"].append("0.up")), ["'0.up'", "absent here"]),
     "a newer format": (with_header(lambda h: h.update(format_version=99)), ["99", "upgrade peft-core"]),
     "format without a number": (with_header(lambda h: h.update(format_version=None)), ["format"]),
     "a tensor missing": (with_tensor(lambda t: t.pop("0.down.B")), ["'0.down.B'", "missing"]),

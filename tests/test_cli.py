@@ -1,5 +1,6 @@
 """The program: what each command prints, and a user's mistakes as one line and exit status 2."""
 
+import io
 import json
 import os
 import subprocess
@@ -94,6 +95,20 @@ def test_help_lists_the_commands(program) -> None:
         assert command in ran.out
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["plan", "--modle", "x"], ["--modle", "--model", "peft-core plan --help"]),
+        (["plan"], ["'--model'", "peft-core plan --help"]),
+        (["plna"], ["'plna'", "peft-core --help"]),
+        (["generate", "--max-new-tokens", "many"], ["'--max-new-tokens'", "integer"]),
+        (["new-method", "fresh", "-d", __file__], ["test_cli.py", "cannot be written"]),
+    ],
+)
+def test_mistakes_in_typing(mistake, arguments, words) -> None:
+    mistake(arguments, *words)
+
+
 def test_mistakes_in_plan(mistake, llama_directory, spec_file, tmp_path) -> None:
     plan = ["plan", "--model", llama_directory, "--spec"]
     mistake([*plan, tmp_path / "missing.yaml"], "missing.yaml")
@@ -124,6 +139,17 @@ def test_mistakes_in_generate(mistake, llama_directory, saved, tmp_path) -> None
     mistake([*generate, llama_directory, "--adapter", saved, "--dtype", "float31"], "'float31'", "float32")
     mistake([*generate, llama_directory, "--adapter", saved, "--device", "nonsense"], "nonsense")
     mistake([*generate, llama_directory, "--adapter", saved, "--chat"], "chat template")
+
+
+def test_a_prompt_that_is_not_utf8(mistake, llama_directory, saved, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    mistake(["generate", "--base", llama_directory, "--adapter", saved, "--prompt", "-"], "prompt", "UTF-8")
+
+
+def test_a_base_without_its_tokenizer(mistake, llama_directory, saved, tmp_path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((llama_directory / name).read_bytes())
+    mistake(["generate", "--base", tmp_path, "--adapter", saved, "--prompt", "x"], "tokenizer", "save_pretrained")
 
 
 def test_mistakes_in_quickstart(mistake, llama_directory, tmp_path) -> None:

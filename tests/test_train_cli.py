@@ -432,6 +432,10 @@ def test_what_cannot_be_resumed(llama_directory: Path, tmp_path: Path, refused: 
         started(run_file(tmp_path, llama_directory, method="miss" if "miss" in pc.methods() else "sound"), resume=True)
     with refused(RunError, "holds a run already", "--resume", "output_dir"):
         started(run_file(tmp_path, llama_directory))
+    for text, word in (("", "run.yaml"), ("model: {path: [", "not YAML"), ("model: 3", "model")):
+        (tmp_path / "out" / "run.yaml").write_text(text)
+        with refused(RunError, "run.yaml", word):
+            started(run_file(tmp_path, llama_directory), resume=True)
 
 
 # Mistakes in the configuration

@@ -339,6 +339,12 @@ def test_capabilities_depend_on_the_variant() -> None:
         assert can.additive and can.lowrank and can.dropout
 
 
+def test_dropout_is_refused_wherever_bat_is_asked_for() -> None:
+    for fields in ({"options": {"variant": "bat", "r": 3}}, {"overrides": {"up": {"variant": "bat", "r": 3}}}):
+        with pytest.raises(pc.SpecError, match="dropout"):
+            pc.AdapterSpec(method="miss", dropout=0.1, **fields)
+
+
 def test_an_adapters_own_tensors_are_nothing_of_the_base() -> None:
     model = nn.Sequential(nn.Linear(63, 60))
     pc.attach(model, pc.AdapterSpec(method="miss", options={"variant": "bat", "r": 3}), name="bat")

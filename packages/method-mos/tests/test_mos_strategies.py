@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import peft_core as pc
-from peft_core.bank import initial_bindings
+from peft_core.bank import initial_fixed
 from peft_method_mos.kernels import gather_factors
 from peft_method_mos.layout import Shards
 from peft_method_mos.naive import factors
@@ -40,9 +40,15 @@ def attached(seed=0, **options):
     return model, adapter
 
 
+def bound(model, plan, seed=0):
+    """Each site's binding, as first drawn."""
+    drawn = initial_fixed(model, plan, seed)
+    return {path: {name: drawn[key] for name, key in named.items()} for path, named in plan.bound().items()}
+
+
 def sites(model, adapter, seed=0):
     values = dict(adapter.named_parameters())
-    bindings = initial_bindings(model, adapter.plan, seed)
+    bindings = bound(model, adapter.plan, seed)
     keys = adapter.plan.borrowed()
     return {path: ({name: values[key] for name, key in keys[path].items()}, bindings[path]) for path in keys}
 
@@ -51,7 +57,7 @@ def indices(options, seed=0):
     """Module type → [L, 2 or 1, r, l], in the order of the layers."""
     model = Net()
     plan = pc.plan(model, pc.AdapterSpec(method="mos", options=options))
-    drawn = initial_bindings(model, plan, seed)
+    drawn = bound(model, plan, seed)
     return {group.name: torch.stack([drawn[p]["index"] for p in group.members]) for group in plan.groups}
 
 
@@ -155,7 +161,7 @@ def test_random_scaling_is_a_fixed_factor_between_a_and_b():
         Net(), pc.AdapterSpec(method="mos", options={"subset_selection": False, "equivalent_rank": 400,
                                                      "random_scaling": {"mean": 2.0, "std": 1.0}})
     )  # fmt: skip
-    drawn = torch.cat([binding["scaling"] for binding in initial_bindings(Net(), many, 0).values()])
+    drawn = torch.cat([binding["scaling"] for binding in bound(Net(), many).values()])
     assert abs(drawn.mean() - 1.0) < 0.02 and abs(drawn.std() - 0.5) < 0.02
 
 

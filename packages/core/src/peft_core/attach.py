@@ -18,11 +18,11 @@ from .bank import (
     Registry,
     device_of,
     forget,
-    initial_bindings,
+    homes,
+    initial_fixed,
     initial_state,
     initial_tensors,
     registry,
-    unwrap,
 )
 from .errors import AdapterError, MergeError, suggestion
 from .gradients import SharedGradient
@@ -124,7 +124,7 @@ class Adapter:
             for key, value in state.items():
                 bank.state[key].copy_(value)
             for path in bank.owned:
-                bank.write_owned_weight(bank.sites[path], stored[f"base_weight/{path}"])
+                bank.write_owned_weight(bank.sites[path], stored[f"{checkpoint.OWNED}{path}"])
         bank.seed, bank.steps = header.seed, header.steps
         bank.backwards, bank.fresh_gradient = 0, False
         bank.stepped_by.clear()
@@ -240,11 +240,13 @@ def attach(
             without them the adapter can be neither disabled nor detached.
 
     Raises:
-        TargetError, PlanError: the spec does not fit the model. AdapterError: the name is taken, or another adapter stands
+        TargetError, PlanError: the spec does not fit the model. AdapterError: the name is taken, the model is wrapped for
+        parallel training already, or another adapter stands
         on a site that one of the two needs for itself, sites that share tensors are on several devices, or a weight that the
         method starts from is offloaded. MergeError: the originals cannot be kept there. PluginError: an initialiser made
         another shape. The model is unchanged then.
     """
+    model = bases.unwrap(model, to_attach=True)
     _check_name(model, name)
     made = plan(model, spec)
     _refuse_divided(model, made)
@@ -253,7 +255,7 @@ def attach(
     return _install(
         bank,
         initial_tensors(model, made, seed),
-        initial_bindings(model, made, seed),
+        initial_fixed(model, made, seed),
         trainable=True,
         keep=keep,
         owned={},
@@ -271,8 +273,10 @@ def load(
 
     Raises:
         CheckpointError: the directory is no adapter, is damaged, or belongs to another base model.
-        PluginError: its method is not installed. AdapterError: the name is taken.
+        PluginError: its method is not installed. AdapterError: the name is taken, or the model is wrapped for parallel
+            training already.
     """
+    model = bases.unwrap(model, to_attach=True)
     _check_name(model, name)
     header = checkpoint.read_header(directory)
     checkpoint.check_fit(directory, header, model)
@@ -284,22 +288,16 @@ def load(
     bank.steps = header.steps
     if trainable:
         bank.state = checkpoint.read_state(directory, header, made)
-    tensors = {
-        f"{group.name}.{tensor}": stored[f"{group.name}.{tensor}"].to(device_of(model, group.members[0]))
-        for group in made.groups
-        for tensor in group.tensors
-    }
-    bound = {path: bank.bound_keys(path) for path in bank.sites}
-    first = {key: path for path in reversed(bound) for key in bound[path].values()}
-    fixed = {key: stored[key].to(device_of(model, path)) for key, path in first.items()}
-    bindings = {path: {local: fixed[key] for local, key in named.items()} for path, named in bound.items()}
-    owned = {path: stored[f"base_weight/{path}"] for path in header.owned}
-    return _install(bank, tensors, bindings, trainable=trainable, keep=keep, owned=owned)
+    home = homes(model, made)
+    tensors = {key: stored[key].to(home[key]) for key, _ in made.tensors()}
+    fixed = {key: stored[key].to(home[key]) for key, _ in made.fixed()}
+    owned = {path: stored[f"{checkpoint.OWNED}{path}"] for path in header.owned}
+    return _install(bank, tensors, fixed, trainable=trainable, keep=keep, owned=owned)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapters on a model by name, in the order in which they came."""
-    found = registry(unwrap(model))
+    found = registry(bases.unwrap(model))
     return {name: Adapter(bank) for name, bank in found.banks.items()} if found else {}
 
 
@@ -309,7 +307,7 @@ def activate(model: nn.Module, names: str | Sequence[str] | Mapping[str, float])
     Raises:
         AdapterError: no such adapter, a merged one, or two that one site cannot carry together.
     """
-    model = unwrap(model)
+    model = bases.unwrap(model)
     names = [names] if isinstance(names, str) else names
     for name in names:
         if not isinstance(name, str):
@@ -338,7 +336,7 @@ def _check_name(model: nn.Module, name: str) -> None:
 def _install(
     bank: Bank,
     tensors: Mapping[str, Tensor],
-    bindings: Mapping[str, Mapping[str, Tensor]],
+    fixed: Mapping[str, Tensor],
     trainable: bool,
     keep: str | Path,
     owned: Mapping[str, Tensor],
@@ -352,7 +350,7 @@ def _install(
     if not found.banks:
         found.frozen = {name: p.requires_grad for name, p in model.named_parameters()}
     found.banks[bank.name] = bank
-    bank.register(tensors, bindings, trainable)
+    bank.register(tensors, fixed, trainable)
     if not isinstance(model, AdaptedRoot):
         wear(model, AdaptedRoot)
     try:

@@ -22,7 +22,7 @@ from .method import Forward
 from .originals import Kept
 from .owned import OwnedWeight
 from .plan import ROOT_PREFIX, Plan
-from .sharing import FromBase, FromWeight, TensorSpec, as_declared, draw
+from .sharing import FromBase, FromWeight, TensorSpec, as_declared, draw, own_key
 from .sites import Site
 
 _REGISTRY = "_peft_adapters"
@@ -88,7 +88,7 @@ class Bank:
 
     def named_fixed(self) -> Iterator[tuple[str, Tensor]]:
         """(key, buffer) of every fixed tensor, each once."""
-        for key in {key: None for named in self._bound.values() for key in named.values()}:
+        for key, _ in self.plan.fixed():
             buffer = self.root._buffers[self.root_name(key)]
             assert buffer is not None
             yield key, buffer
@@ -111,17 +111,13 @@ class Bank:
         groups = (group for group in self.plan.groups if path in group.members)
         return {name: self.state[f"{group.name}.{name}"] for group in groups for name in group.state}
 
-    def register(
-        self, tensors: Mapping[str, Tensor], bindings: Mapping[str, Mapping[str, Tensor]], trainable: bool
-    ) -> None:
-        """Put the adapter's values on the root model; what is fixed in non-persistent buffers."""
+    def register(self, tensors: Mapping[str, Tensor], fixed: Mapping[str, Tensor], trainable: bool) -> None:
+        """Put the adapter's values on the root model, by key; what is fixed in non-persistent buffers."""
         for key, value in tensors.items():
             self.root._parameters[self.root_name(key)] = nn.Parameter(value, requires_grad=trainable)
-        for path, named in bindings.items():
-            for name, value in named.items():
-                buffer = self.root_name(self._bound[path][name])
-                self.root._buffers[buffer] = value
-                self.root._non_persistent_buffers_set.add(buffer)
+        for key, value in fixed.items():
+            self.root._buffers[self.root_name(key)] = value
+            self.root._non_persistent_buffers_set.add(self.root_name(key))
 
     def unregister(self) -> None:
         """Take everything off the root model."""
@@ -133,32 +129,41 @@ class Bank:
             self.root._non_persistent_buffers_set.discard(name)
 
 
-def initial_tensors(root: nn.Module, plan: Plan, seed: int) -> dict[str, Tensor]:
-    """First values of the trainable tensors, each on the device of its first borrower."""
-    devices = {member: device_of(root, member) for group in plan.groups for member in group.members[:1]}
+def homes(root: nn.Module, plan: Plan) -> dict[str, torch.device]:
+    """Key of every tensor, trainable or fixed → where it belongs: the device of its first borrower."""
     out = {}
     for group in plan.groups:
-        for name, spec in group.tensors.items():
-            device = devices[group.members[0]]
-            out[f"{group.name}.{name}"] = _first(root, spec, plan, device, seed, group.name, name)
+        device = device_of(root, group.members[0])
+        out.update({f"{group.name}.{name}": device for name in (*group.tensors, *group.fixed)})
+    for path, named in plan.bindings.items():
+        out.update({own_key(path, name): device_of(root, path) for name in named})
     return out
 
 
-def initial_bindings(root: nn.Module, plan: Plan, seed: int) -> dict[str, dict[str, Tensor]]:
-    """First values of the fixed tensors by site, drawn once in an adapter's life: one tensor for all that share it."""
-    out: dict[str, dict[str, Tensor]] = {
-        path: {
-            name: _first(root, spec, plan, device_of(root, path), seed, "binding", path, name)
-            for name, spec in named.items()
-        }
-        for path, named in plan.bindings.items()
+def initial_tensors(root: nn.Module, plan: Plan, seed: int) -> dict[str, Tensor]:
+    """First values of the trainable tensors, by key."""
+    home = homes(root, plan)
+    return {
+        (key := f"{group.name}.{name}"): _first(root, spec, plan, home[key], seed, group.name, name)
+        for group in plan.groups
+        for name, spec in group.tensors.items()
     }
-    for group in plan.groups:
-        for name, spec in group.fixed.items():
-            shared = _first(root, spec, plan, device_of(root, group.members[0]), seed, group.name, name)
-            for path in group.members:
-                out.setdefault(path, {})[name] = shared
-    return out
+
+
+def initial_fixed(root: nn.Module, plan: Plan, seed: int) -> dict[str, Tensor]:
+    """First values of the fixed tensors, by key: drawn once in an adapter's life."""
+    home = homes(root, plan)
+    own = {
+        (key := own_key(path, name)): _first(root, spec, plan, home[key], seed, "binding", path, name)
+        for path, named in plan.bindings.items()
+        for name, spec in named.items()
+    }
+    shared = {
+        (key := f"{group.name}.{name}"): _first(root, spec, plan, home[key], seed, group.name, name)
+        for group in plan.groups
+        for name, spec in group.fixed.items()
+    }
+    return {**own, **shared}
 
 
 def initial_state(plan: Plan, seed: int) -> dict[str, Tensor]:
@@ -244,17 +249,3 @@ def registry(model: nn.Module, create: bool = False) -> Registry | None:
 def forget(model: nn.Module) -> None:
     """Remove the registry of a model that has no adapter left."""
     model.__dict__.pop(_REGISTRY, None)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model that carries adapters inside DDP's and torch.compile's wrappers."""
-    while _REGISTRY not in model.__dict__:
-        inner = model._modules.get("_orig_mod") or model._modules.get("module")
-        if inner is None or type(model).__name__ not in (
-            "OptimizedModule",
-            "DistributedDataParallel",
-            "DataParallel",
-        ):
-            return model
-        model = inner
-    return model

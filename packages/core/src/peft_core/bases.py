@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import AdapterError
+
 # Prefix of everything that an adapter registers on the root model; no module path can contain it.
 ROOT_PREFIX = "peft_core/"
 
@@ -27,6 +29,14 @@ _BYPASSED = (
     ("FalconMambaMixer", "x_proj"),
     ("Mamba2Mixer", "out_proj"),
 )
+
+# Wrapper → the name under which it holds the model.
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+}
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,25 @@ def bypassed(parent: nn.Module, child: str) -> bool:
     """Whether `parent` is known to read this child's weight without calling it."""
     classes = {cls.__name__ for cls in type(parent).__mro__}
     return any(name == child and cls in classes for cls, name in _BYPASSED)
+
+
+def unwrap(model: nn.Module, to_attach: bool = False) -> nn.Module:
+    """The model inside the wrappers of torch.compile and of data parallelism.
+
+    Raises:
+        AdapterError: it is `to_attach` an adapter to, but is no loaded model, or is wrapped for parallel training: the wrapper
+            has its list of parameters already, and would leave new ones alone.
+    """
+    if to_attach and not isinstance(model, nn.Module):
+        raise AdapterError(f"attach and load need a loaded model (a torch.nn.Module), they were given {model!r:.80}")
+    while (found := _WRAPPERS.get(type(model).__name__)) is not None and found in model._modules:
+        if to_attach and found != "_orig_mod":
+            raise AdapterError(
+                f"the model is wrapped in {type(model).__name__}, which would not synchronise the adapter's gradients; attach "
+                "or load first, then wrap"
+            )
+        model = model.get_submodule(found)
+    return model
 
 
 def dense_weight(module: Any) -> Tensor:

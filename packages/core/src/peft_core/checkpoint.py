@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from . import files, plugins
+from . import files, plugins, sharing
 from .bank import Bank
 from .errors import CheckpointError, listed
 from .optim import check_stepped
 from .plan import Plan, base_info
 from .sites import Site
-from .spec import AdapterSpec
+from .spec import AdapterSpec, check_options
 
 FORMAT_VERSION = 1
+OWNED = "base_weight/"
 HEADER, TENSORS, STATE, CARD = "adapter.json", "adapter.safetensors", "state.safetensors", "README.md"
 
 
@@ -107,7 +109,7 @@ class AdapterFile(_Stored):
         """The sites, with validated options.
 
         Raises:
-            PluginError: the method is not installed.
+            PluginError: the method is not installed. SpecError: the installed version does not know an option.
         """
         info = plugins.method(self.method.name)
         return tuple(
@@ -117,32 +119,27 @@ class AdapterFile(_Stored):
                 site.out_features,
                 site.transposed,
                 _dtype(site.dtype),
-                info.options.model_validate(site.options),
+                check_options(info, site.options, f"'{site.path}'"),
             )
             for site in self.sites
         )
 
     def borrowed(self) -> dict[str, dict[str, str]]:
         """Site path → tensor name → key in the file."""
-        out: dict[str, dict[str, str]] = {site.path: {} for site in self.sites}
-        for group in self.groups:
-            for member in group.members:
-                if member in out:
-                    out[member].update({name: f"{group.name}.{name}" for name in group.tensors})
-        return out
+        return sharing.borrowed(self.groups, self._paths, HEADER)
 
     def bindings(self) -> dict[str, dict[str, str]]:
         """Site path → name of a fixed tensor → key in the file."""
-        out: dict[str, dict[str, str]] = {}
+        own: dict[str, list[str]] = {}
         for key in self.tensors:
-            if key.startswith("binding/"):
-                path, _, name = key.removeprefix("binding/").rpartition(".")
-                out.setdefault(path, {})[name] = key
-        for group in self.groups:
-            for name in group.fixed:
-                for member in group.members:
-                    out.setdefault(member, {})[name] = f"{group.name}.{name}"
-        return out
+            if key.startswith(sharing.OWN):
+                path, _, name = key.removeprefix(sharing.OWN).rpartition(".")
+                own.setdefault(path, []).append(name)
+        return sharing.bound(self.groups, self._paths, own, HEADER)
+
+    @property
+    def _paths(self) -> list[str]:
+        return [site.path for site in self.sites]
 
 
 def save(bank: Bank, directory: str | Path) -> None:
@@ -187,31 +184,44 @@ def describe(bank: Bank, tensors: Mapping[str, Tensor], checksums: dict[str, str
         ),
         seed=bank.seed,
         steps=bank.steps,
-        sites=tuple(
-            StoredSite(
-                path=site.path,
-                in_features=site.in_features,
-                out_features=site.out_features,
-                transposed=site.transposed,
-                dtype=_name(site.dtype),
-                options=site.options.model_dump(mode="json"),
-            )
-            for site in plan.sites
-        ),
-        groups=tuple(
-            StoredGroup(
-                name=group.name,
-                members=group.members,
-                tensors={name: tensor.shape for name, tensor in group.tensors.items()},
-                fixed={name: tensor.shape for name, tensor in group.fixed.items()},
-            )
-            for group in plan.groups
-        ),
+        sites=_stored_sites(plan.sites),
+        groups=_stored_groups(plan),
         trained={path: dict(named) for path, named in plan.trained.items()},
-        owned=tuple(bank.owned),
+        owned=_owned(plan),
         tensors={key: StoredTensor(shape=tuple(t.shape), dtype=_name(t.dtype)) for key, t in tensors.items()},
         checksums=checksums,
     )
+
+
+def _stored_sites(sites: Iterable[Site]) -> tuple[StoredSite, ...]:
+    return tuple(
+        StoredSite(
+            path=site.path,
+            in_features=site.in_features,
+            out_features=site.out_features,
+            transposed=site.transposed,
+            dtype=_name(site.dtype),
+            options=site.options.model_dump(mode="json"),
+        )
+        for site in sites
+    )
+
+
+def _stored_groups(plan: Plan) -> tuple[StoredGroup, ...]:
+    return tuple(
+        StoredGroup(
+            name=group.name,
+            members=group.members,
+            tensors={name: tensor.shape for name, tensor in group.tensors.items()},
+            fixed={name: tensor.shape for name, tensor in group.fixed.items()},
+        )
+        for group in plan.groups
+    )
+
+
+def _owned(plan: Plan) -> tuple[str, ...]:
+    """Sites whose base weight is stored."""
+    return tuple(site.path for site in plan.sites) if plan.spec.capabilities.owns_base_weight else ()
 
 
 def read_header(directory: str | Path) -> AdapterFile:
@@ -301,16 +311,28 @@ def check_fit(directory: str | Path, header: AdapterFile, model: nn.Module) -> N
 
 
 def check_plan(directory: str | Path, header: AdapterFile, plan: Plan) -> None:
-    """Refuse a plan whose tensors are not the stored ones: another version of the method may lay them out otherwise."""
-    here = {key: tuple(tensor.shape) for key, tensor in (*plan.tensors(), *plan.fixed())}
-    there = {f"{g.name}.{name}": shape for g in header.groups for name, shape in g.tensors.items()}
-    fixed = {key for named in header.bindings().values() for key in named.values()}
-    there |= {key: tensor.shape for key, tensor in header.tensors.items() if key in fixed}
-    if here != there:
-        key = next(key for key in [*there, *here] if here.get(key) != there.get(key))
+    """Refuse a plan that is not the stored one: another version of the method may lay its tensors out otherwise.
+
+    Raises:
+        CheckpointError: names the layer, group or tensor that differs.
+    """
+    # Options as the installed version completes them. A base of another dtype, or stored in the other orientation, will do.
+    here, there = (
+        _stored_sites(replace(site, transposed=False, dtype=torch.float32) for site in sites)
+        for sites in (plan.sites, header.site_list())
+    )
+    owned = _owned(plan)
+    shapes = {key: {"shape": tuple(tensor.shape)} for key, tensor in (*plan.tensors(), *plan.fixed())}
+    shapes |= {f"{OWNED}{site.path}": {"shape": (site.out_features, site.in_features)} for site in plan.sites if owned}
+    differs = _first_difference(
+        _layout(here, _stored_groups(plan), plan.trained, owned),
+        _layout(there, header.groups, header.trained, header.owned),
+    ) or _first_difference([shapes], [{key: {"shape": tensor.shape} for key, tensor in header.tensors.items()}])
+    if differs:
+        info = plan.spec.info
         raise CheckpointError(
-            f"'{directory}': tensor '{key}' is laid out otherwise by {plan.spec.info.distribution or plan.spec.method} "
-            f"{plan.spec.info.version} than by {header.method.version or 'the version'} that wrote it"
+            f"'{directory}' is laid out otherwise by {info.distribution or info.name} {info.version} than by "
+            f"{header.method.version or 'the version'} that wrote it, or {HEADER} was changed: {differs}"
         )
 
 
@@ -325,35 +347,51 @@ def check_layout(directory: str | Path, header: AdapterFile, bank: Bank) -> None
         raise CheckpointError(
             f"'{directory}' has the method '{header.method.name}', adapter '{bank.name}' '{mine.method.name}'"
         )
-    for here, there in (
-        (
-            {site.path: site.model_dump() for site in mine.sites},
-            {site.path: site.model_dump() for site in header.sites},
-        ),
-        (
-            {group.name: group.members for group in mine.groups},
-            {group.name: group.members for group in header.groups},
-        ),
-        (
-            {key: t.model_dump() for key, t in mine.tensors.items()},
-            {key: t.model_dump() for key, t in header.tensors.items()},
-        ),
-        (mine.trained, header.trained),
-    ):
-        for key in [*there, *here]:
-            if here.get(key) != there.get(key):
-                raise CheckpointError(
-                    f"'{directory}' has another layout than adapter '{bank.name}', so that its values cannot be taken over: "
-                    f"'{key}' {_difference(there.get(key), here.get(key))}; use load() for an adapter of its own"
-                )
+    differs = _first_difference(
+        [
+            *_layout(mine.sites, mine.groups, mine.trained, mine.owned),
+            {k: t.model_dump() for k, t in mine.tensors.items()},
+        ],
+        [
+            *_layout(header.sites, header.groups, header.trained, header.owned),
+            {k: t.model_dump() for k, t in header.tensors.items()},
+        ],
+    )
+    if differs:
+        raise CheckpointError(
+            f"'{directory}' has another layout than adapter '{bank.name}', so that its values cannot be taken over: "
+            f"{differs}; use load() for an adapter of its own"
+        )
+
+
+def _layout(
+    sites: Iterable[StoredSite],
+    groups: Iterable[StoredGroup],
+    trained: Mapping[str, Mapping[str, str]],
+    owned: Iterable[str],
+) -> list[dict[str, Any]]:
+    """What two descriptions of an adapter must agree on, by name."""
+    return [
+        {site.path: site.model_dump() for site in sites},
+        {group.name: {"members": group.members} for group in groups},
+        {path: dict(named) for path, named in trained.items()},
+        dict.fromkeys(owned, True),
+    ]
+
+
+def _first_difference(here: Iterable[Mapping[str, Any]], there: Iterable[Mapping[str, Any]]) -> str:
+    """`'q_proj' has r 4 there and 8 here` for the first entry in which two descriptions differ."""
+    for mine, theirs in zip(here, there, strict=True):
+        for key in [*theirs, *mine]:
+            if mine.get(key) != theirs.get(key):
+                return f"'{key}' {_difference(theirs.get(key), mine.get(key))}"
+    return ""
 
 
 def _difference(there: Any, here: Any) -> str:
     """`has r 4 there and 8 here`: where two descriptions differ."""
     if there is None or here is None:
         return f"is absent {'there' if there is None else 'here'}"
-    if not (isinstance(there, dict) and isinstance(here, dict)):
-        return "has other members there"
     name = next(name for name in [*there, *here] if there.get(name) != here.get(name))
     if isinstance(there.get(name), dict) and isinstance(here.get(name), dict):
         return _difference(there[name], here[name])
@@ -419,7 +457,7 @@ def _collect(bank: Bank) -> dict[str, Tensor]:
         tensors[key] = (whole() if whole is not None else parameter).detach()
     tensors.update(bank.named_fixed())
     for path in bank.owned:
-        tensors[f"base_weight/{path}"] = bank.owned_weight(bank.sites[path])
+        tensors[f"{OWNED}{path}"] = bank.owned_weight(bank.sites[path])
     return tensors
 
 

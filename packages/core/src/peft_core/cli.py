@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .errors import CheckpointError, ModelError, PeftCoreError, SpecError, listed, suggestion
+from .errors import CheckpointError, DataError, ModelError, PeftCoreError, SpecError, listed, suggestion
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .checkpoint import AdapterFile
 
 _USER_ERROR = 2
+_UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which some versions of typer bring along
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Base = Annotated[str, typer.Option(help="The base model: a checkpoint directory, or smollm2-135m.")]
@@ -36,10 +37,21 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: w
 def main() -> None:
     """Run the program. A user's mistake is one line on standard error and exit status 2."""
     try:
-        program()()
+        status = program()(standalone_mode=False)
     except PeftCoreError as error:
-        print(f"peft-core: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(_USER_ERROR)
+        mistake = str(error)
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            sys.exit(_USER_ERROR)
+        command = error.ctx.command_path if error.ctx else "peft-core"
+        mistake = f"{error.format_message().rstrip('.')}; see {command} --help"
+    except typer.Abort:
+        sys.exit(1)
+    else:
+        sys.exit(status)
+    print(f"peft-core: {' '.join(mistake.split())}", file=sys.stderr)
+    sys.exit(_USER_ERROR)
 
 
 def program() -> typer.Typer:
@@ -223,7 +235,7 @@ def generate(
     from .models import complete, load_base
 
     read_header(adapter)  # no adapter there: said before the base is loaded
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _from_stdin() if prompt == "-" else prompt
     model, tokenizer = load_base(base, _dtype(dtype, device), device)
     load(model, adapter)
     if chat:
@@ -261,6 +273,13 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise SpecError(f"--options {pair}: the value cannot be read as YAML") from error
     return options
+
+
+def _from_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"the prompt from standard input is not UTF-8: {error}") from None
 
 
 def _dtype(name: str, device: str) -> torch.dtype:

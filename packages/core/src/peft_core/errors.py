@@ -54,8 +54,10 @@ class DataError(PeftCoreError):
 
 
 def first_line(error: Exception) -> str:
-    """What another library says, without the lines that follow."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """What another library says, without the lines that follow: more than one only where the first ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    many = next((n for n, line in enumerate(lines, start=1) if not line.endswith(":")), len(lines))
+    return " ".join(lines[:many]) or type(error).__name__
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

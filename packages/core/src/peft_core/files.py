@@ -58,6 +58,14 @@ def whole_directory(target: str | Path, ours: Collection[str]) -> Iterator[Path]
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(path)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write a safetensors file and return its SHA-256."""
     ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}

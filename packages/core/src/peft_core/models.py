@@ -38,9 +38,16 @@ def load_base(
     try:
         with quiet_transformers():
             loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-            tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load {model!s} as a causal language model: {first_line(error)}") from error
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"cannot load the tokenizer of {model!s}: {first_line(error)}; save it beside the model with "
+            "tokenizer.save_pretrained"
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token serves
     return loaded.to(device).eval(), tokenizer

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,17 @@ from torch import nn
 from . import bases, plugins
 from .bases import ROOT_PREFIX as ROOT_PREFIX
 from .errors import ModelError, PlanError, listed
-from .sharing import FromBase, FromWeight, Initializer, Layout, SharingGroup, TensorSpec
+from .sharing import (
+    FromBase,
+    FromWeight,
+    Initializer,
+    Layout,
+    SharingGroup,
+    TensorSpec,
+    borrowed,
+    bound,
+    own_key,
+)
 from .sites import Site
 from .spec import AdapterSpec
 from .targets import choose, find_modules
@@ -111,18 +121,22 @@ class Plan:
         """(key, tensor) of every tensor that is saved but never trained; see `bound` for the key."""
         for path, named in self.bindings.items():
             for name, tensor in named.items():
-                yield f"binding/{path}.{name}", tensor
+                yield own_key(path, name), tensor
         for group in self.groups:
             for name, tensor in group.fixed.items():
                 yield f"{group.name}.{name}", tensor
 
     def borrowed(self) -> dict[str, dict[str, str]]:
         """Site path → tensor name → key of the tensor that the site borrows under that name."""
-        return _borrowed(self.groups, self.sites, f"method '{self.spec.method}'")
+        return borrowed(self.groups, self._paths, f"method '{self.spec.method}'")
 
     def bound(self) -> dict[str, dict[str, str]]:
         """Site path → name in its binding → key of that fixed tensor: `{group}.{tensor}`, or `binding/{path}.{name}`."""
-        return _bound(self.groups, self.sites, self.bindings, f"method '{self.spec.method}'")
+        return bound(self.groups, self._paths, self.bindings, f"method '{self.spec.method}'")
+
+    @property
+    def _paths(self) -> list[str]:
+        return [site.path for site in self.sites]
 
     def to_json(self) -> dict[str, Any]:
         """The plan's figures, as plain data."""
@@ -165,8 +179,7 @@ def plan(model: nn.Module | str | Path, spec: AdapterSpec) -> Plan:
         TargetError: the targets do not fit the model. PlanError: the method's options do not fit a site.
         ModelError: the directory holds no model configuration that can be read.
     """
-    if not isinstance(model, nn.Module):
-        model = meta_model(model)
+    model = bases.unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
     choice = choose(model, spec)
     if spec.capabilities.owns_base_weight:
         for site in choice.sites:
@@ -336,8 +349,8 @@ def _check(spec: AdapterSpec, sites: tuple[Site, ...], layout: Layout, groups: t
             raise PlanError(f"{where}: a binding is for '{path}', which is no site of the plan")
         for name, tensor in named.items():
             _check_tensor(tensor, f"{where}: '{name}' in the binding of '{path}'")
-    _borrowed(layout.groups, sites, where)
-    _bound(layout.groups, sites, layout.bindings, where)
+    borrowed(layout.groups, paths, where)
+    bound(layout.groups, paths, layout.bindings, where)
 
 
 def _check_tensor(tensor: Any, what: str) -> None:
@@ -347,34 +360,6 @@ def _check_tensor(tensor: Any, what: str) -> None:
         raise PlanError(f"{what}: its shape must be a tuple of positive integers, it is {tensor.shape!r}")
     if not isinstance(tensor.init, Initializer):
         raise PlanError(f"{what}: its init must be an Initializer such as pc.Zeros(), it is {tensor.init!r}")
-
-
-def _borrowed(groups: tuple[SharingGroup, ...], sites: tuple[Site, ...], where: str) -> dict[str, dict[str, str]]:
-    borrowed: dict[str, dict[str, str]] = {site.path: {} for site in sites}
-    for group in groups:
-        _lend(group, group.tensors, borrowed, f"{where}: '%s' borrows two tensors named")
-    return borrowed
-
-
-def _bound(
-    groups: tuple[SharingGroup, ...],
-    sites: tuple[Site, ...],
-    bindings: Mapping[str, Mapping[str, TensorSpec]],
-    where: str,
-) -> dict[str, dict[str, str]]:
-    bound = {site.path: {name: f"binding/{site.path}.{name}" for name in bindings.get(site.path, {})} for site in sites}
-    for group in groups:
-        _lend(group, group.fixed, bound, f"{where}: '%s' has two fixed tensors named")
-    return bound
-
-
-def _lend(group: SharingGroup, names: Iterable[str], lent: dict[str, dict[str, str]], twice: str) -> None:
-    """Enter the keys of a group's tensors at its members; modules trained in full are no sites, and are passed over."""
-    for member in group.members:
-        for name in names if member in lent else ():
-            if name in lent[member]:
-                raise PlanError(f"{twice % member} '{name}', from '{lent[member][name]}' and '{group.name}'")
-            lent[member][name] = f"{group.name}.{name}"
 
 
 def size(count: float) -> str:

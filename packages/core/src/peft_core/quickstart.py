@@ -130,7 +130,7 @@ def run(
     the report; what the user got wrong raises PeftCoreError before anything is trained.
     """
     begin = time.perf_counter()
-    training.require_matplotlib()
+    training.require("quickstart", matplotlib="the loss curve")
     spec = pc.AdapterSpec(method=method, targets="all-linear", options=dict(options or {}), base_model=model)
     device = str(models.checked_device(device))
     dtype = dtype or models.fast_dtype(device)

@@ -55,7 +55,10 @@ def read_rows(source: str, subset: str | None = None, split: str = "train") -> l
     if path.suffix in readers:
         if not path.is_file():
             raise DataError(f"there is no file '{source}'")
-        rows = list(readers[path.suffix](path))
+        try:
+            rows = list(readers[path.suffix](path))
+        except OSError as error:
+            raise DataError(f"'{source}' cannot be read: {error}") from None
     elif path.is_file():
         raise DataError(f"'{source}': files are read as {listed(FILES)}, by their suffix")
     else:

@@ -160,10 +160,11 @@ class RunConfig(_Section):
         return self
 
     @classmethod
-    def from_file(cls, path: str | Path, pretrain: bool = False) -> RunConfig:
+    def from_file(cls, path: str | Path, pretrain: bool = False, folder: Path | None = None) -> RunConfig:
         """Read a RUN.yaml.
 
         Args:
+            folder: what relative paths in it are relative to; by default its own.
             pretrain: whether to start from random weights, also where the file has no section `pretrain`.
 
         Raises:
@@ -180,7 +181,7 @@ class RunConfig(_Section):
             raise RunError(f"'{path}': expected the keys {listed(cls.model_fields)}, found {type(data).__name__}")
         if pretrain and data.get("pretrain") is None:
             data["pretrain"] = {}
-        return cls.from_data(data, path.parent, str(path))
+        return cls.from_data(data, path.parent if folder is None else folder, str(path))
 
     @classmethod
     def from_data(cls, data: dict[str, Any], folder: Path = Path(), what: str = "run") -> RunConfig:

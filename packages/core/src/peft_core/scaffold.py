@@ -111,7 +111,7 @@ def new_method(name: str, directory: str | Path) -> Path:
         The directory of the package.
 
     Raises:
-        PluginError: the name is taken by an installed method, is no Python name, or the directory exists.
+        PluginError: the name is taken by an installed method, is no Python name, or the directory exists or cannot be written.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise PluginError(f"'{name}' cannot name a method: use lower-case letters, digits and '_'")
@@ -123,14 +123,17 @@ def new_method(name: str, directory: str | Path) -> Path:
     if root.exists():
         raise PluginError(f"'{root}' exists already; choose another name or directory")
     source = root / "src" / module
-    source.mkdir(parents=True)
-    for path, template in (
-        (root / "pyproject.toml", _PROJECT),
-        (root / "README.md", _README),
-        (source / "__init__.py", _METHOD),
-    ):
-        path.write_text(template.substitute(name=name, module=module, versions=_versions()), encoding="utf-8")
-    (source / "py.typed").touch()
+    try:
+        source.mkdir(parents=True)
+        for path, template in (
+            (root / "pyproject.toml", _PROJECT),
+            (root / "README.md", _README),
+            (source / "__init__.py", _METHOD),
+        ):
+            path.write_text(template.substitute(name=name, module=module, versions=_versions()), encoding="utf-8")
+        (source / "py.typed").touch()
+    except OSError as error:
+        raise PluginError(f"'{root}' cannot be written: {error}") from None
     return root
 
 

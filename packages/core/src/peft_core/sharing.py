@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .errors import PluginError
+from .errors import PlanError, PluginError
 from .sites import Site
 
 
@@ -158,6 +159,62 @@ class Layout:
     groups: tuple[SharingGroup, ...]
     bindings: Mapping[str, Mapping[str, TensorSpec]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+OWN = "binding/"
+
+
+class Lender(Protocol):
+    """A sharing group, or what a file says of one: whose tensors, under which names."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def members(self) -> Sequence[str]: ...
+    @property
+    def tensors(self) -> Mapping[str, object]: ...
+    @property
+    def fixed(self) -> Mapping[str, object]: ...
+
+
+def borrowed(groups: Iterable[Lender], paths: Iterable[str], where: str) -> dict[str, dict[str, str]]:
+    """Site path → tensor name → key of the trainable tensor that the site borrows under that name: `{group}.{tensor}`.
+
+    Raises:
+        PlanError: `where` gives a site two of one name.
+    """
+    lent: dict[str, dict[str, str]] = {path: {} for path in paths}
+    for group in groups:
+        _lend(group, group.tensors, lent, f"{where}: '%s' borrows two tensors named")
+    return lent
+
+
+def bound(
+    groups: Iterable[Lender], paths: Iterable[str], own: Mapping[str, Iterable[str]], where: str
+) -> dict[str, dict[str, str]]:
+    """Site path → name in its binding → key of that fixed tensor: a group's, or, by the names in `own`, one of the site's own.
+
+    Raises:
+        PlanError: `where` gives a site two of one name.
+    """
+    lent = {path: {name: own_key(path, name) for name in own.get(path, ())} for path in paths}
+    for group in groups:
+        _lend(group, group.fixed, lent, f"{where}: '%s' has two fixed tensors named")
+    return lent
+
+
+def own_key(path: str, name: str) -> str:
+    """Key of a fixed tensor that a single site has for itself."""
+    return f"{OWN}{path}.{name}"
+
+
+def _lend(group: Lender, names: Iterable[str], lent: dict[str, dict[str, str]], twice: str) -> None:
+    """Enter the keys of a group's tensors at its members; modules trained in full are no sites, and are passed over."""
+    for member in group.members:
+        for name in names if member in lent else ():
+            if name in lent[member]:
+                raise PlanError(f"{twice % member} '{name}', from '{lent[member][name]}' and '{group.name}'")
+            lent[member][name] = f"{group.name}.{name}"
 
 
 def draw(spec: TensorSpec, dtype: torch.dtype, *key: object) -> Tensor:

@@ -80,13 +80,25 @@ class AdapterSpec(BaseModel):
         except ValidationError as error:
             raise SpecError(_explain("AdapterSpec", error, list(cls.model_fields))) from None
         info = plugins.method(spec.method)
-        complete = check_options(info, spec.options).model_dump(mode="json")
+        options = check_options(info, spec.options)
+        complete, general = options.model_dump(mode="json"), info.can(options)
+        if spec.dropout and not general.dropout:
+            raise SpecError(f"method '{spec.method}' does not allow dropout with these options; set dropout to 0")
         for pattern, different in spec.overrides.items():
-            check_options(info, {**complete, **different}, where=f"overrides['{pattern}']")
+            where = f"overrides['{pattern}']"
+            can = info.can(check_options(info, {**complete, **different}, where))
+            if spec.dropout and not can.dropout:
+                raise SpecError(
+                    f"method '{spec.method}' does not allow dropout with the options of {where}; set it to 0"
+                )
+            for whole in ("owns_base_weight", "optimizer_step"):
+                if getattr(can, whole) != getattr(general, whole):
+                    raise SpecError(
+                        f"{where}: with these options method '{spec.method}' differs in '{whole}' from the rest of the adapter; "
+                        "attach two adapters, each to its own targets"
+                    )
         # Frozen for users; completed here, before anybody sees it.
         spec.__dict__["options"] = complete
-        if spec.dropout and not spec.capabilities.dropout:
-            raise SpecError(f"method '{spec.method}' does not allow dropout with these options; set dropout to 0")
         return spec
 
     @property

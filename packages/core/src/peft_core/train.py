@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.progress import Progress
@@ -29,7 +28,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from . import jobs, models, pretrain, records, training
+from . import files, jobs, models, pretrain, records, training
 from .attach import attach
 from .batches import Examples, LikeLengths
 from .checkpoint import HEADER
@@ -122,7 +121,7 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
         PeftCoreError: of the kind that says what is wrong with the configuration, the data, the model or the run.
     """
     start = time.perf_counter()
-    training.require_matplotlib()
+    training.require("train", accelerate="the trainer", matplotlib="the loss curve")
     checkpoint = _start_or_resume(config, resume)
     held: list[records.Row] = []
     rows = records.read_rows(config.data.train, config.data.subset, config.data.split)
@@ -172,7 +171,7 @@ def _run(
         trainer.rates = _rates(config.training.module_lr, subject.in_full())
         evaluations = [{"step": 0.0, **trainer.measure()}] if job.evaluate else []
         if trainer.is_world_process_zero():
-            (out / _CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+            files.write_text(out / _CONFIG, config.to_yaml())
         trainer.train(resume_from_checkpoint=checkpoint)
         state = trainer.state
         evaluations += [
@@ -432,12 +431,9 @@ def _start_or_resume(config: RunConfig, resume: bool) -> str | None:
         except OSError as error:
             raise RunError(f"output_dir '{out}' cannot be made: {error}") from None
         return None
-    try:
-        stored = RunConfig.from_data(
-            yaml.safe_load((out / _CONFIG).read_text(encoding="utf-8")), what=str(out / _CONFIG)
-        )
-    except FileNotFoundError:
-        raise RunError(f"there is nothing to resume in '{out}': it has no {_CONFIG}; start without --resume") from None
+    if not (out / _CONFIG).is_file():
+        raise RunError(f"there is nothing to resume in '{out}': it has no {_CONFIG}; start without --resume")
+    stored = RunConfig.from_file(out / _CONFIG, folder=Path())
     if key := difference(stored, config):
         raise RunError(f"'{out}' holds a run with another {key}; resume it as it was, or choose another output_dir")
     return None if last is None else str(last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import math
 import sys
@@ -154,7 +155,6 @@ def plot_losses(
     unit: str = "nats per token",
 ) -> None:
     """Write the loss curve as a PNG, with the held-out loss before and after, or (step, loss) of evaluations, where given."""
-    require_matplotlib()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
@@ -172,12 +172,18 @@ def plot_losses(
     figure.savefig(path)
 
 
-def require_matplotlib() -> None:
-    """Raise TrainingError, with the remedy, where a loss curve could not be drawn at the end."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise TrainingError('the loss curve needs matplotlib: pip install "peft-core[quickstart]"') from error
+def require(extra: str, **uses: str) -> None:
+    """Say now what would be missing at the end.
+
+    Args:
+        extra: of peft-core, that brings the packages. uses: package → what needs it.
+
+    Raises:
+        TrainingError: a package is not installed.
+    """
+    for package, use in uses.items():
+        if importlib.util.find_spec(package) is None:
+            raise TrainingError(f'{use} needs {package}: pip install "peft-core[{extra}]"')
 
 
 def _accepted(model: torch.nn.Module, batch: dict[str, torch.Tensor], kept: int) -> dict[str, Any]:
