@@ -428,6 +428,22 @@ def test_a_plain_trainer_that_would_not_find_its_best_model_is_refused(stepper: 
     each = dict(save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True)
     with pytest.raises(pc.AdapterError, match=r"Trainer cannot load an adapter back .* use peft_core\.AdapterTrainer"):
         trained(model, tmp_path, Trainer, **each)
+    saving = model.save_pretrained  # as a decorator of some library would stand between the two
+    model.save_pretrained = lambda *args, **options: saving(*args, **options)
+    with pytest.raises(pc.AdapterError, match="Trainer cannot load an adapter back"):
+        trained(model, tmp_path, Trainer, **each)
+
+
+def test_a_user_saves_the_model_while_an_adapter_trainer_runs(stepper: Any, tmp_path: Path) -> None:
+    class Saving(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            model.save_pretrained(tmp_path / "mine")
+
+    model, _ = adapted()
+    each = dict(save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True)
+    args = settings(tmp_path / "run", **each)
+    pc.AdapterTrainer(model, args, train_dataset=rows(), eval_dataset=rows(6), callbacks=[Saving()]).train()
+    assert (tmp_path / "mine" / "adapter.json").is_file()
 
 
 def test_a_plain_trainer_on_a_plain_module(stepper: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -540,6 +541,20 @@ def _sharded_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
     return distribute_tensor(value.to(parameter.device), mesh, parameter.placements)  # type: ignore[attr-defined]
 
 
+def _plain_trainer() -> Any:
+    """A Trainer that is saving now and, at its end, would fail to load its best checkpoint, and go on with the last weights.
+
+    transformers tells a model nothing of who saves it; the Trainer is found among the callers.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        caller: Any = frame.f_locals.get("self")
+        if hasattr(caller, "_load_best_model") and getattr(caller.args, "load_best_model_at_end", False):
+            return None if hasattr(caller, "restores_adapters") else caller
+        frame = frame.f_back
+    return None
+
+
 class _AdapterSaver:
     """Stands in for `save_pretrained` on a model with adapters, which would save the base and drop them without a word."""
 
@@ -553,10 +568,9 @@ class _AdapterSaver:
             AdapterError: an adapter is merged (so it is not clear what is to be saved), `push_to_hub` is asked for, or
                 the caller is a plain Trainer that would at its end fail to load its best checkpoint, and go on.
         """
-        caller = sys._getframe(1).f_locals.get("self")
-        if getattr(getattr(caller, "args", None), "load_best_model_at_end", False):
+        if (trainer := _plain_trainer()) is not None:
             raise AdapterError(
-                f"{type(caller).__name__} cannot load an adapter back for load_best_model_at_end; use peft_core.AdapterTrainer "
+                f"{type(trainer).__name__} cannot load an adapter back for load_best_model_at_end; use peft_core.AdapterTrainer "
                 "(or AdapterTrainerMixin before the trainer's class)"
             )
         present = adapters(self.model)

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -380,7 +380,10 @@ class _Show(TrainerCallback):  # type: ignore[misc]
 
 def _arguments(config: RunConfig, evaluates: bool) -> TrainingArguments:
     asked = config.training
-    chosen = {} if asked.optimizer == "auto" else {"optim": _OPTIMIZERS[asked.optimizer]}
+    chosen: dict[str, Any] = {} if asked.optimizer == "auto" else {"optim": _OPTIMIZERS[asked.optimizer]}
+    known = {field.name for field in fields(TrainingArguments)}
+    renamed = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    chosen[renamed] = asked.checkpoint_activations
     return TrainingArguments(
         output_dir=str(config.output_dir / _CHECKPOINTS),
         num_train_epochs=asked.epochs or 1.0,
@@ -393,7 +396,6 @@ def _arguments(config: RunConfig, evaluates: bool) -> TrainingArguments:
         weight_decay=asked.weight_decay,
         max_grad_norm=asked.max_grad_norm,
         bf16=asked.autocast,
-        activation_checkpointing=asked.checkpoint_activations,
         eval_strategy="no" if not evaluates else "steps" if asked.evaluate_every else "epoch",
         eval_steps=asked.evaluate_every,
         save_strategy="steps" if asked.save_every else "epoch",

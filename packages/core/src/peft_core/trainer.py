@@ -50,6 +50,7 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
     """
 
     optimizer: Any
+    restores_adapters = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         signature = inspect.signature(super().__init__)

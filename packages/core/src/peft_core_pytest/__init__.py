@@ -1,24 +1,34 @@
 """pytest's side of the conformance suite: `pytest --pyargs peft_core.testing --method NAME`.
 
+The options are --peft-method and --peft-support; the short ones exist where the suite is named, so that no other project's
+options can clash with them.
+
 pytest loads this in every run of an environment that has peft-core, so it stands beside the package (importing a part of it
-imports torch), imports nothing and acts only on the suite.
+imports torch), imports next to nothing and acts only on the suite.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import pytest
 
+_SUITE = "PEFT_CORE_CONFORMANCE"
 BEGIN, END = "<!-- support: written by pytest --support -->", "<!-- /support -->"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("peft-core", "conformance of peft-core methods")
+    short = _SUITE in os.environ or any("peft_core.testing" in argument for argument in sys.argv)
+    if short:
+        os.environ[_SUITE] = "1"  # for xdist's workers, which are told the arguments, but not in sys.argv
     group.addoption(
-        "--method",
+        "--peft-method",
+        *(["--method"] if short else []),
         action="append",
         dest="peft_methods",
         default=[],
@@ -26,7 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the conformance suite on this method (repeatable; default: every installed one)",
     )
     group.addoption(
-        "--support",
+        "--peft-support",
+        *(["--support"] if short else []),
+        dest="peft_support",
         type=Path,
         metavar="FILE",
         help=f"write what passed, by model, topic and method, into FILE between '{BEGIN}' and '{END}'",
@@ -38,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "families(*names): model families that a conformance test runs on, instead of the core ones",
     )
-    path = config.getoption("--support")
+    path = config.getoption("peft_support")
     if path is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Support(path))
 
