@@ -149,3 +149,30 @@ def test_layers_of_one_type_and_two_shapes_do_not_share() -> None:
     model.b.add_module("dense", nn.Linear(48, 24))
     groups = {group.name for group in pc.plan(model, AdapterSpec(method="sound")).groups}
     assert {"pool.dense.48x24", "pool.dense.24x48"} <= groups
+
+
+def test_routers_are_no_products(sound_method) -> None:
+    class TopKRouter(nn.Linear):
+        def forward(self, input):
+            return super().forward(input).topk(1)
+
+    net = nn.ModuleDict({"router": TopKRouter(24, 24), "up": nn.Linear(24, 24)})
+    assert [site.path for site in pc.plan(net, AdapterSpec(method="sound", options={"r": 4})).sites] == ["up"]
+
+
+@pytest.mark.parametrize("name", ["norm1", "self_attn", "linear1", "out_proj"])
+def test_a_module_that_is_not_called_cannot_be_trained_in_full(sound_method, refused, name) -> None:
+    net = nn.ModuleDict({"layer": nn.TransformerEncoderLayer(24, 2, 32), "up": nn.Linear(24, 24)})
+    spec = AdapterSpec(method="sound", options={"r": 4}, targets=["up"], train_modules=[name])
+    with refused(pc.TargetError, f"{name}'", "without calling it"):
+        pc.plan(net, spec)
+    whole = AdapterSpec(method="sound", options={"r": 4}, targets=["up"], train_modules=["layer"])
+    assert "layer" in pc.plan(net, whole).trained
+
+
+def test_a_lazy_layer_is_named(sound_method, refused) -> None:
+    net = nn.Sequential(nn.Linear(24, 24), nn.LazyLinear(24))
+    with refused(pc.TargetError, "'1'", "run the model once"):
+        pc.plan(net, AdapterSpec(method="sound", options={"r": 4}))
+    net(torch.ones(24))
+    assert len(pc.plan(net, AdapterSpec(method="sound", options={"r": 4})).sites) == 2

@@ -345,9 +345,9 @@ def _install(
     model, made = bank.root, bank.plan
     check_choice(keep)
     _refuse_conflicts(model, made, bank.name)
-    functions = _functions(model, made)
     found = registry(model, create=True)
     assert found is not None
+    before = found.active
     if not found.banks:
         found.frozen = {name: p.requires_grad for name, p in model.named_parameters()}
     found.banks[bank.name] = bank
@@ -357,31 +357,31 @@ def _install(
     try:
         if made.spec.capabilities.owns_base_weight:
             _take_over(bank, owned, keep)
-        _dress(bank, functions)
+        _dress(bank, _functions(found, made))
+        _set_active(model, {bank.name: 1.0})
     except BaseException:
         bank.show_owned(False)
         _remove(model, bank)
+        if found.banks:
+            _set_active(model, before)
         raise
     for module in model.modules():
         for _, parameter in bases.own_parameters(module):
             parameter.requires_grad_(False)
     if hasattr(model, "save_pretrained"):
         model.__dict__["save_pretrained"] = _AdapterSaver(model)
-    _set_active(model, {bank.name: 1.0})
     optim.watch(bank)
     return Adapter(bank)
 
 
-def _functions(model: nn.Module, made: Plan) -> dict[str, Any]:
+def _functions(found: Registry, made: Plan) -> dict[str, Any]:
     """Each site's forward; one object for equal sites, so that compiled code serves all adapters of a layout."""
-    known = registry(model)
-    cache = known.forwards if known else {}
     out = {}
     for site in made.sites:
         key = (made.spec.method, repr(site))
-        if key not in cache:
-            cache[key] = plugins.call(made.spec.method, "peft_forward", site=site)
-        out[site.path] = cache[key]
+        if key not in found.forwards:
+            found.forwards[key] = plugins.call(made.spec.method, "peft_forward", site=site)
+        out[site.path] = found.forwards[key]
     return out
 
 
@@ -425,13 +425,12 @@ def _dress(bank: Bank, functions: Mapping[str, Any]) -> None:
 
 def _take_over(bank: Bank, owned: Mapping[str, Tensor], keep: str | Path) -> None:
     """Let the method move weight into the base: as it computes it, or as it was stored."""
-    weights = [(f"{path}.weight", bank.root.get_submodule(path).weight) for path in bank.sites]
-    merge.refuse_ties(bank.root, weights, "exclude the tied layer")
     for site in bank.plan.sites:
         module = bank.root.get_submodule(site.path)
         if bases.is_quantized(module) or module.weight.device.type == "meta":
             what = "quantized" if bases.is_quantized(module) else "on the meta device"
             raise AdapterError(f"'{site.path}' is {what}; method '{bank.plan.spec.method}' needs to write its weight")
+    merge.refuse_unwritable(bank.root, list(bank.sites))
     if keep == "none":  # there will be no way back: see first that the method can do it everywhere
         for site in bank.plan.sites:
             _moved(bank, site, owned)
@@ -463,6 +462,13 @@ def _moved(bank: Bank, site: Site, stored: Mapping[str, Tensor]) -> Tensor:
 
 def _refuse_conflicts(model: nn.Module, made: Plan, name: str) -> None:
     """A site whose weight is owned by a method can carry no other adapter; and a merged site must be left alone by it."""
+    for path in (*(site.path for site in made.sites), *made.trained):
+        slot = model.get_submodule(path).__dict__.get(SLOT)
+        if slot is not None and slot.root is not model:
+            raise AdapterError(
+                f"'{path}' carries an adapter of {type(slot.root).__name__}, another model that holds this layer; attach to that "
+                "one, or detach its adapters first"
+            )
     mine = made.spec.capabilities.owns_base_weight
     places = {site.path for site in made.sites}
     for other, adapter in adapters(model).items():

@@ -15,20 +15,27 @@ from .errors import AdapterError
 # Prefix of everything that an adapter registers on the root model; no module path can contain it.
 ROOT_PREFIX = "peft_core/"
 
-# Layers whose forward is never called, because their parent reads the weights itself: (parent class, child name).
-# An adapter there would do nothing.
-_BYPASSED = (
-    ("MultiheadAttention", "out_proj"),
-    ("TransformerEncoderLayer", "linear1"),
-    ("TransformerEncoderLayer", "linear2"),
-    ("MambaMixer", "dt_proj"),
-    ("MambaMixer", "out_proj"),
-    ("MambaMixer", "x_proj"),
-    ("FalconMambaMixer", "dt_proj"),
-    ("FalconMambaMixer", "out_proj"),
-    ("FalconMambaMixer", "x_proj"),
-    ("Mamba2Mixer", "out_proj"),
-)
+# Modules whose forward is never called, or not always, because their parent reads the weights itself: parent class → children.
+# An adapter there, or a copy that is trained, would do nothing.
+_MAMBA = ("conv1d", "dt_proj", "out_proj", "x_proj")
+_BYPASSED = {
+    "MultiheadAttention": ("out_proj",),
+    "TransformerEncoderLayer": ("linear1", "linear2", "norm1", "norm2", "self_attn"),  # by the fast path, in evaluation
+    "MambaMixer": _MAMBA,
+    "FalconMambaMixer": _MAMBA,
+    "JambaMambaMixer": _MAMBA,
+    "Mamba2Mixer": ("conv1d", "out_proj"),
+    "BambaMixer": ("conv1d", "out_proj"),
+    "Zamba2MambaMixer": ("conv1d", "out_proj"),
+    "FalconH1Mixer": ("conv1d", "out_proj"),
+    "GraniteMoeHybridMambaLayer": ("conv1d", "out_proj"),
+    "NemotronHMamba2Mixer": ("conv1d", "out_proj"),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
+}
+
+# Kinds of Linear, beside routers, whose forward gives more than x Wᵀ + b.
+_NO_PRODUCT = ("DeepseekV4GroupedLinear", "IdeficsDecoupledLinear")
 
 # Wrapper → the name under which it holds the model.
 _WRAPPERS = {
@@ -63,6 +70,11 @@ def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
+def uninitialized(module: nn.Module) -> bool:
+    """Whether this is a lazy layer that has seen no input."""
+    return any(nn.parameter.is_lazy(parameter) for _, parameter in own_parameters(module))
+
+
 def describe(module: nn.Module) -> Base | None:
     """What is known of this layer, or None if it is none that can be adapted."""
     weight = getattr(module, "weight", None)
@@ -75,6 +87,8 @@ def describe(module: nn.Module) -> Base | None:
     if not all(isinstance(size, int) for size in sizes):
         return None
     inside, outside = int(sizes[0] or 0), int(sizes[1] or 0)
+    if any(name.endswith("Router") or name in _NO_PRODUCT for name in kind):
+        return None
     if tuple(weight.shape) == (outside, inside) and weight.dtype.is_floating_point:
         plain = type(module).forward is nn.Linear.forward or _worn_linear(module)
         return Base(inside, outside, False, plain, weight.dtype)
@@ -109,8 +123,7 @@ def _dequantized_dtype(module: Any) -> torch.dtype:
 
 def bypassed(parent: nn.Module, child: str) -> bool:
     """Whether `parent` is known to read this child's weight without calling it."""
-    classes = {cls.__name__ for cls in type(parent).__mro__}
-    return any(name == child and cls in classes for cls, name in _BYPASSED)
+    return any(child in _BYPASSED.get(cls.__name__, ()) for cls in type(parent).__mro__)
 
 
 def unwrap(model: nn.Module, to_attach: bool = False) -> nn.Module:

@@ -168,7 +168,7 @@ def save(bank: Bank, directory: str | Path) -> None:
 def describe(bank: Bank, tensors: Mapping[str, Tensor], checksums: dict[str, str]) -> AdapterFile:
     """The header of an adapter's files."""
     plan, info = bank.plan, bank.plan.spec.info
-    base = plan.base
+    base = base_info(bank.root, plan.spec.base_model)  # as it is now: its embeddings may have been resized
     return AdapterFile(
         format_version=FORMAT_VERSION,
         spec=plan.spec.model_dump(mode="json"),

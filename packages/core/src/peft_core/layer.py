@@ -150,7 +150,8 @@ class Slot:
 class AdaptedLinear:
     """What an adapted layer wears above its own class."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor | None = None, *, x: Tensor | None = None) -> Tensor:
+        x = _named(x) if input is None else input
         slot: Slot = self.__dict__[SLOT]
         if slot.dense is not None:
             return _dense(self, slot, x)
@@ -170,7 +171,8 @@ class AdaptedLinear:
 class HookedLinear(AdaptedLinear):
     """For a layer whose instance has a `forward` of its own (Accelerate's hooks): that one runs, adapters are added to it."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, input: Tensor | None = None, *, x: Tensor | None = None) -> Tensor:
+        x = _named(x) if input is None else input
         y: Tensor = nn.Module.__call__(self, x)  # type: ignore[arg-type]
         slot: Slot = self.__dict__[SLOT]
         if "forward" not in self.__dict__ or not slot.active or slot.dense is not None:
@@ -179,6 +181,13 @@ class HookedLinear(AdaptedLinear):
 
     def __reduce__(self) -> Any:
         return _rebuild, (undressed(type(self)), HookedLinear), self.__dict__
+
+
+def _named(x: Tensor | None) -> Tensor:
+    """The input, given by the name that Conv1D has for it (Linear's is `input`)."""
+    if x is None:
+        raise TypeError("forward() is missing its argument 'input'")
+    return x
 
 
 class Trained:
@@ -194,7 +203,7 @@ class Trained:
         # A hook on the instance (Accelerate's) would put the base's parameters back; all of them stand in, so it is not needed.
         hooked = self.__dict__.pop("forward", None)
         try:
-            with torch.nn.utils.stateless._reparametrize_module(self, slot.tensors(self)):  # type: ignore[arg-type]
+            with torch.nn.utils.stateless._reparametrize_module(self, slot.tensors(self), tie_weights=True):  # type: ignore[arg-type]
                 return super().__call__(*args, **kwargs)  # type: ignore[misc]
         finally:
             if hooked is not None:
@@ -208,7 +217,7 @@ class TrainedSlot:
     """The stand-ins of a module that is trained in full: adapter → ((parameter name, name on the root), …)."""
 
     def __init__(self, root: nn.Module) -> None:
-        self.parameters = root._parameters
+        self.root, self.parameters = root, root._parameters
         self.members: dict[str, tuple[tuple[str, str], ...]] = {}
         self.active = ""
 
@@ -314,7 +323,16 @@ garments = {AdaptedLinear, HookedLinear, Trained, AdaptedRoot, AdaptedGenerator}
 
 
 def add_to(module: Any, slot: Slot, uses: list[Use], x: Tensor, y: Tensor) -> Tensor:
-    """The path for bases that cannot be fused: what the active adapters add to the base's output."""
+    """The path for bases that cannot be fused: what the active adapters add to the base's output.
+
+    Raises:
+        AdapterError: the base's own forward returns something else than one tensor.
+    """
+    if not isinstance(y, Tensor):
+        raise AdapterError(
+            f"'{slot.active[0][0].site.path}' is a {undressed(type(module)).__name__}, whose forward returns {type(y).__name__}, "
+            "not the product alone: no Δ can be added to it; exclude it"
+        )
     if _paired(slot):
         with torch.autocast(x.device.type, enabled=False):
             return FusedDelta.apply(x.to(y.dtype), y, uses, module.training, *_edges(uses))  # type: ignore[no-any-return]
@@ -333,6 +351,7 @@ def _paired(slot: Slot) -> bool:
         and not torch.compiler.is_compiling()
         and kernels.chosen() != "naive"
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._is_tracing()
     )
 
 
@@ -440,6 +459,10 @@ class FusedLinear(torch.autograd.Function):
         *edges: Tensor,
     ) -> Tensor:
         y = nn.functional.linear(x, weight.t() if transposed else weight, bias)
+        if (
+            y._is_view()
+        ):  # of something inside linear: a caller may not change a function's view in place, a tensor it may
+            y = torch.ops.aten._unsafe_view(y, y.shape)
         _add_all(ctx, uses, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), dropout, weight)
         ctx.transposed = transposed
         return y
@@ -467,10 +490,10 @@ class FusedDelta(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, uses: list[Use], dropout: bool, *edges: Tensor) -> Tensor:
-        flat, total = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]).clone()
-        _add_all(ctx, uses, flat, total, dropout)
+        total = y.clone(memory_format=torch.contiguous_format)
+        _add_all(ctx, uses, x.reshape(-1, x.shape[-1]), total.view(-1, y.shape[-1]), dropout)
         ctx.shape = x.shape
-        return total.view(y.shape)
+        return total
 
     @staticmethod
     @_once

@@ -83,9 +83,9 @@ def merge(root: nn.Module, registry: Registry, bank: Bank, scale: float, keep: s
                 f"'{path}': the weight is offloaded or on the meta device; load the model without offloading, "
                 "or merge the checkpoint files with peft-export"
             )
-    refuse_ties(root, [(f"{path}.weight", module.weight) for path, module in sites], "exclude the tied layer")
+    refuse_unwritable(root, [path for path, _ in sites])
     trained = [(f"{path}.{name}", key) for path, named in bank.plan.trained.items() for name, key in named.items()]
-    refuse_ties(root, [(name, root.get_parameter(name)) for name, _ in trained], "name both in train_modules")
+    _refuse_ties(root, [name for name, _ in trained], bank.plan.trained, "name both in train_modules")
     scales = {**registry.active, bank.name: scale}
     if keep == "none":  # there will be no way back: see first that every site can be merged
         for path, _ in sites:
@@ -256,16 +256,36 @@ def _trained_value(registry: Registry, names: list[str], path: str) -> Tensor | 
     return None
 
 
-def refuse_ties(root: nn.Module, changed: list[tuple[str, Any]], remedy: str) -> None:
-    """Refuse to change a tensor that somebody outside of the adapter holds, too.
+def refuse_unwritable(root: nn.Module, paths: Sequence[str]) -> None:
+    """Refuse layers whose weight cannot be given another value without more being changed.
+
+    Raises:
+        MergeError: names the layer, and the other holder of its weight.
+    """
+    for path in paths:
+        module = root.get_submodule(path)
+        if module._parameters.get("weight") is None:
+            raise MergeError(
+                f"'{path}': its weight is computed at every forward (weight_norm, pruning or another parametrization), so that "
+                "nothing can be merged into it; make it a plain parameter first, or exclude the layer"
+            )
+    _refuse_ties(root, [f"{path}.weight" for path in paths], (), "exclude the tied layer")
+
+
+def _refuse_ties(root: nn.Module, names: Sequence[str], within: Iterable[str], remedy: str) -> None:
+    """Refuse to change a parameter that another module holds, too, beside those that lie `within` one of these.
 
     Raises:
         MergeError: names both holders and the remedy.
     """
-    names = {name for name, _ in changed}
-    holders: dict[int, list[str]] = {}
-    for name, parameter in root.named_parameters(remove_duplicate=False):
-        holders.setdefault(id(parameter), []).append(name)
-    for name, parameter in changed:
-        if others := [other for other in holders.get(id(parameter), []) if other not in names]:
+    inside = {id(module) for path in within for module in root.get_submodule(path).modules()}
+    holders: dict[int, dict[int, str]] = {}  # parameter → module → name; a module may have several names itself
+    for path, module in root.named_modules():
+        for local, parameter in bases.own_parameters(module):
+            holders.setdefault(id(parameter), {})[id(module)] = f"{path}.{local}"
+    for name in names:
+        path, _, local = name.rpartition(".")
+        mine = root.get_submodule(path)
+        there = holders[id(mine.get_parameter(local))]
+        if others := [other for module, other in there.items() if module != id(mine) and module not in inside]:
             raise MergeError(f"'{name}' is the same tensor as '{others[0]}': merging would change both; {remedy}")

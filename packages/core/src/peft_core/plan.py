@@ -18,7 +18,7 @@ from torch import nn
 
 from . import bases, plugins
 from .bases import ROOT_PREFIX as ROOT_PREFIX
-from .errors import ModelError, PlanError, listed
+from .errors import ModelError, PlanError, SpecError, listed
 from .sharing import (
     FromBase,
     FromWeight,
@@ -177,8 +177,12 @@ def plan(model: nn.Module | str | Path, spec: AdapterSpec) -> Plan:
 
     Raises:
         TargetError: the targets do not fit the model. PlanError: the method's options do not fit a site.
-        ModelError: the directory holds no model configuration that can be read.
+        ModelError: the directory holds no model configuration that can be read. SpecError: `spec` is no AdapterSpec.
     """
+    if not isinstance(spec, AdapterSpec):
+        raise SpecError(
+            f"a plan needs an AdapterSpec, it was given {spec!r:.80}: AdapterSpec.model_validate(...) makes one"
+        )
     model = bases.unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
     choice = choose(model, spec)
     if spec.capabilities.owns_base_weight:

@@ -39,6 +39,10 @@ def choose(model: nn.Module, spec: AdapterSpec) -> Choice:
     Raises:
         TargetError: nothing matches, a pattern of several matches nothing, or a match cannot be adapted.
     """
+    if lazy := [path for path, module in model.named_modules() if bases.uninitialized(module)]:
+        raise TargetError(
+            f"'{lazy[0]}' has no weights yet: run the model once, so that its lazy layers get their shapes"
+        )
     known = {path: base for path, module in model.named_modules() if path and (base := bases.describe(module))}
     skipped = _unreachable(model, known)
     notes: list[str] = []
@@ -88,6 +92,13 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
         for path in paths:
             if not any(True for _ in modules[path].parameters()):
                 raise TargetError(f"train_modules: '{path}' has no parameters to train")
+            parent, _, child = path.rpartition(".")
+            if bases.bypassed(model.get_submodule(parent), child):
+                kind = type(model.get_submodule(parent))
+                raise TargetError(
+                    f"train_modules: a {kind.__name__} reads the weights of '{path}' without calling it, so that a trained copy "
+                    f"would do nothing; name '{parent}' as a whole, or leave it out"
+                )
             kind = type(modules[path])
             if kind.forward is nn.Module.forward:
                 raise TargetError(

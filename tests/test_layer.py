@@ -1,0 +1,218 @@
+"""Adapted layers in models that use them in unusual ways."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.optim.swa_utils import AveragedModel
+
+import peft_core as pc
+from peft_core import AdapterSpec
+from peft_core.testing.checks import Snapshot, randomise
+
+pytestmark = pytest.mark.usefixtures("sound_method")
+
+
+def attached(model: nn.Module, name: str = "default", **fields) -> pc.Adapter:
+    return pc.attach(model, AdapterSpec(method="sound", options={"r": 4}, **fields), name=name)
+
+
+class Net(nn.Module):
+    """One layer, called as `call` says."""
+
+    def __init__(self, layer: nn.Module, call) -> None:
+        super().__init__()
+        self.layer, self.call = layer, call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.layer, x)
+
+
+class Scaled(nn.Linear):
+    """A Linear with a forward of its own, so that its product cannot be fused."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+def halved(layer: nn.Module, x: Tensor) -> Tensor:
+    y = layer(x)
+    y /= 2
+    return y
+
+
+@pytest.mark.parametrize("kernels", ["auto", "naive"])
+@pytest.mark.parametrize("shape", [(24,), (3, 24), (2, 3, 24)], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("kind", [nn.Linear, Scaled])
+def test_the_output_may_be_changed_in_place(kind, bias: bool, shape: tuple[int, ...], kernels: str) -> None:
+    net = Net(kind(24, 20, bias=bias), halved)
+    adapter = randomise(attached(net))
+    x = torch.randn(shape, requires_grad=True)
+    with pc.kernels(kernels):
+        y = net(x)
+        y.square().sum().backward()
+    expected = net.layer(x) / 2
+    torch.testing.assert_close(y, expected)
+    found = [p.grad.clone() for p in adapter.parameters()]
+    wanted = torch.autograd.grad(expected.square().sum(), list(adapter.parameters()))
+    torch.testing.assert_close(found, list(wanted))
+
+
+def test_the_input_may_be_named() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    x = torch.randn(2, 24)
+    for layer, call in ((nn.Linear(24, 20), "input"), (Conv1D(20, 24), "x")):
+        net = Net(layer, lambda layer, x, name=call: layer(**{name: x}))
+        randomise(attached(net))
+        torch.testing.assert_close(net(x), net.layer(x))
+        with pytest.raises(TypeError, match="'input'"):
+            net.layer()
+
+
+def test_a_layer_that_returns_more_than_its_product_is_named(refused) -> None:
+    class Pair(nn.Linear):
+        def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(input), input
+
+    net = Net(Pair(24, 20), lambda layer, x: layer(x)[0])
+    attached(net)
+    with refused(pc.AdapterError, "'layer'", "Pair", "tuple", "exclude"):
+        net(torch.randn(2, 24))
+
+
+def test_tracing_records_the_adapted_model() -> None:
+    net = Net(nn.Linear(24, 20), lambda layer, x: layer(x))
+    randomise(attached(net))
+    x = torch.randn(5, 24)
+    with torch.no_grad():
+        traced = torch.jit.trace(net, torch.randn(2, 24))
+    torch.testing.assert_close(traced(x), net(x))
+
+
+def test_a_module_trained_in_full_keeps_the_ties_within_it() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(24, 24), nn.Linear(24, 24)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x)))
+
+    net = nn.ModuleDict({"trunk": nn.Linear(24, 24), "head": Head()})
+    adapter = attached(net, targets=["trunk"], train_modules=["head"])
+    x = torch.randn(3, 24)
+    net["head"](x).sum().backward()
+    plain = Head()
+    plain.load_state_dict(net["head"].state_dict())
+    plain.b.weight = plain.a.weight
+    plain(x).sum().backward()
+    torch.testing.assert_close(dict(adapter.named_parameters())["head.a.weight"].grad, plain.a.weight.grad)
+    adapter.merge()
+    adapter.unmerge()
+
+
+def tied() -> nn.Module:
+    net = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
+    net[1].weight = net[0].weight
+    return net
+
+
+def twice() -> nn.Module:
+    net = nn.ModuleDict({"a": nn.Linear(24, 24)})
+    net["b"] = net["a"]
+    return net
+
+
+def test_two_layers_with_one_weight_cannot_be_merged(refused) -> None:
+    net = tied()
+    adapter = randomise(attached(net))
+    before = Snapshot.of(net)
+    with refused(pc.MergeError, "'0.weight'", "'1.weight'", "exclude"):
+        adapter.merge()
+    before.assert_restored(net)
+
+
+def test_one_layer_under_two_names_can() -> None:
+    net = twice()
+    adapter = randomise(attached(net))
+    x = torch.randn(3, 24)
+    on = net["b"](x)
+    adapter.merge()
+    torch.testing.assert_close(net["b"](x), on)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [parametrizations.weight_norm, parametrizations.orthogonal, nn.utils.spectral_norm],
+    ids=lambda f: f.__name__,
+)
+def test_a_computed_weight_cannot_be_merged(wrap, refused) -> None:
+    net = nn.Sequential(wrap(nn.Linear(24, 24))).eval()
+    adapter = randomise(attached(net))
+    x = torch.randn(3, 24)
+    on = net(x)
+    for merge in (adapter.merge, adapter.merge_and_detach):
+        with refused(pc.MergeError, "'0'", "computed at every forward"):
+            merge()
+    torch.testing.assert_close(net(x), on)
+
+
+def test_a_layer_belongs_to_one_root(refused) -> None:
+    trunk = nn.Sequential(nn.Linear(24, 24))
+    whole = nn.ModuleDict({"trunk": trunk, "head": nn.Linear(24, 8)})
+    attached(trunk)
+    before = Snapshot.of(whole)
+    with refused(pc.AdapterError, "'trunk.0'", "Sequential", "detach"):
+        attached(whole, "other")
+    before.assert_restored(whole)
+    assert not pc.adapters(whole)
+
+
+def test_an_attach_that_fails_late_leaves_what_was_active(monkeypatch) -> None:
+    attach = sys.modules["peft_core.attach"]  # the package's name for it is the function
+    net = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
+    randomise(attached(net))
+    before, on = Snapshot.of(net), net(torch.ones(24))
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("late")
+
+    dress = attach._dress
+    monkeypatch.setattr(attach, "_dress", lambda *arguments: (dress(*arguments), fail()))
+    with pytest.raises(RuntimeError, match="late"):
+        attached(net, "other")
+    before.assert_restored(net)
+    assert list(pc.adapters(net)) == ["default"] and torch.equal(net(torch.ones(24)), on)
+
+
+def test_an_average_of_weights_follows_the_adapter() -> None:
+    net = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
+    adapter = attached(net)
+    average = AveragedModel(net, use_buffers=True)
+    values = []
+    for _ in range(3):
+        randomise(adapter)
+        average.update_parameters(net)
+        values.append({key: p.detach().clone() for key, p in adapter.named_parameters()})
+    held = dict(pc.adapters(average.module)["default"].named_parameters())
+    for key, value in held.items():
+        torch.testing.assert_close(value, sum(v[key] for v in values) / 3)
+    torch.testing.assert_close(average.module[0].weight, net[0].weight)
+
+
+def test_embeddings_resized_after_attaching(tmp_path, llama) -> None:
+    adapter = randomise(attached(llama, targets=["q_proj"]))
+    llama.resize_token_embeddings(llama.config.vocab_size + 3)
+    adapter.save(tmp_path)
+    ids = torch.arange(4)[None]
+    expected = llama(ids).logits
+    adapter.detach()
+    pc.load(copy.deepcopy(llama), tmp_path)
+    pc.load(llama, tmp_path)
+    torch.testing.assert_close(llama(ids).logits, expected)
