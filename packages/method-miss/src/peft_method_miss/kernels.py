@@ -29,8 +29,9 @@ def indicator(
     count: int, r: int, interleaved: bool, sizes: tuple[int, ...] | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """E [r, count]: E[i, j] = 1 where column j belongs to shard i."""
-    shards = naive.shard_of(count, r, interleaved, sizes)
-    return torch.nn.functional.one_hot(shards, r).T.contiguous().to(device=device, dtype=dtype)
+    with torch.inference_mode(False):  # it is kept, and training may be next
+        shards = naive.shard_of(count, r, interleaved, sizes, device)
+        return (shards == torch.arange(r, device=device)[:, None]).to(dtype)
 
 
 def starts(sizes: tuple[int, ...], device: torch.device) -> Tensor:
@@ -64,8 +65,13 @@ class Shards:
         else:
             y.addmm_(S, self._members(y), alpha=scale)
 
+    def repeat(self, S: Tensor) -> Tensor:
+        """y_j = S_i for every column j of shard i, differentiable: S [..., r] → y [..., count]."""
+        return S @ self._members(S)
+
     def _members(self, like: Tensor) -> Tensor:
-        make = _indicator if type(like) is Tensor else indicator  # a fake tensor (tracing) must not be kept
+        # What is made while tracing must not be kept; compiled code makes it anew, r numbers a column.
+        make = _indicator if type(like) is Tensor and not torch.compiler.is_compiling() else indicator
         return make(self.count, self.r, self.interleaved, self.sizes, like.dtype, like.device)
 
     def _runs(self, like: Tensor) -> tuple[Tensor | None, int]:
@@ -86,7 +92,7 @@ def efficient(k: int, d: int, r: int, interleaved: bool, scale: float) -> Forwar
     shards = Shards(k, r, interleaved)
 
     def reference(x: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
-        if torch.compiler.is_compiling() and use_triton(x):  # an operator, in place of atomic additions
+        if torch.compiler.is_compiling():  # a product or an operator, in place of scattered additions
             S = shards.sum(x.reshape(-1, k))
             return (S @ tiled(tensors["D"], x.dtype) * scale).view(*x.shape[:-1], d)
         return naive.mini(x, tensors["D"], shard_of.to(x.device), scale, d)
@@ -125,6 +131,8 @@ def expand(d: int, r: int, sizes: tuple[int, ...] | None, scale: float) -> Forwa
     shards = Shards(d, r, False, sizes)
 
     def reference(x: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
+        if torch.compiler.is_compiling():
+            return shards.repeat(x @ tensors["D"].to(x.dtype).T) * scale
         return naive.expand(x, tensors["D"], shard_of.to(x.device), scale)
 
     def add_(x: Tensor, y: Tensor, tensors: Tensors, binding: Tensors) -> tuple[Tensor, ...]:

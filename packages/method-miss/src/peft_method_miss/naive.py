@@ -6,16 +6,22 @@ import torch
 from torch import Tensor
 
 
-def shard_of(count: int, r: int, interleaved: bool, sizes: tuple[int, ...] | None = None) -> Tensor:
+def shard_of(
+    count: int,
+    r: int,
+    interleaved: bool,
+    sizes: tuple[int, ...] | None = None,
+    device: torch.device | str = "cpu",  # whatever the default device is
+) -> Tensor:
     """The shard that each of `count` columns belongs to, as int64 [count].
 
     Interleaved: j mod r. Otherwise runs of columns, of the given sizes or as equal as possible, longer first.
     """
-    # On the CPU whatever the default device is: the result is kept.
+    column = torch.arange(count, device=device)
     if interleaved:
-        return torch.arange(count, device="cpu") % r
-    lengths = sizes or [count // r + (i < count % r) for i in range(r)]
-    return torch.tensor([i for i, length in enumerate(lengths) for _ in range(length)], device="cpu")
+        return column % r
+    lengths = torch.tensor(sizes or [count // r + (i < count % r) for i in range(r)], device=device)
+    return torch.bucketize(column, lengths.cumsum(0), right=True)
 
 
 def shard_sum(x: Tensor, shards: Tensor, r: int) -> Tensor:

@@ -32,7 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Say of each test what it shows, for the table of `--support`."""
     about = getattr(item, "callspec", None)
-    if item.config.getoption("--support") is None or about is None or "trial" not in about.params:
+    if item.config.getoption("peft_support") is None or about is None or "trial" not in about.params:
         return
     family, module = about.params.get("family"), item.getparent(pytest.Module)
     trial = about.params["trial"]
