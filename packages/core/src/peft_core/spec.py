@@ -173,13 +173,16 @@ def _mapping(data: Any) -> dict[str, Any]:
 
 def _explain(what: str, error: ValidationError, known: list[str]) -> str:
     """pydantic's findings in one line, with the nearest valid name for each unknown one."""
-    return f"{what}: " + "; ".join(_finding(detail, known) for detail in error.errors())
+    details = error.errors()
+    found = "; ".join(_finding(detail, known) for detail in details)
+    unknown = any(detail["type"] == "extra_forbidden" for detail in details)
+    return f"{what}: {found}" + (f"; the fields are {listed(known, 20)}" if unknown else "")
 
 
 def _finding(detail: ErrorDetails, known: list[str]) -> str:
     place = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return f"'{place}' is not a field{suggestion(place, known)}; the fields are {listed(known, 20)}"
+        return f"'{place}' is not a field{suggestion(place, known)}"
     if detail["type"] == "missing":
         return f"'{place}' is required"
     message = detail["msg"].removeprefix("Value error, ")

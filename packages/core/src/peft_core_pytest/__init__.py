@@ -50,6 +50,10 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "families(*names): model families that a conformance test runs on, instead of the core ones",
     )
+    config.addinivalue_line(
+        "markers",
+        "methods(**capabilities): a conformance test for methods with these capabilities only",
+    )
     path = config.getoption("peft_support")
     if path is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Support(path))

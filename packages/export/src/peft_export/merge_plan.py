@@ -177,7 +177,7 @@ def _untied(
             other = next(member for member in members if member != changed)
             raise MergeError(
                 f"'{changed}' is the same tensor as '{other}': merging would change both; exclude the tied layer, or part "
-                f"them with --untie (the checkpoint grows by {entry.nbytes / 1e6:.1f} MB)"
+                f"them with untie=True (--untie; the checkpoint grows by {entry.nbytes / 1e6:.1f} MB)"
             )
         out.update(dict.fromkeys(members, entry))
     return out

@@ -29,6 +29,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("family", [FAMILIES[name] for name in names], ids=names)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what does not concern a method: `methods(exclusive=False)` is for those whose capabilities say so."""
+    concerned: list[pytest.Item] = []
+    others: list[pytest.Item] = []
+    for item in items:
+        marker, about = item.get_closest_marker("methods"), getattr(item, "callspec", None)
+        can = about.params["trial"].can if marker and about else None
+        fits = all(getattr(can, name) == value for name, value in marker.kwargs.items()) if marker else True
+        (concerned if fits else others).append(item)
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = concerned
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Say of each test what it shows, for the table of `--support`."""
     about = getattr(item, "callspec", None)

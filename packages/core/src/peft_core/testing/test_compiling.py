@@ -40,10 +40,9 @@ def test_compiled_model_agrees_in_forward_and_gradients(trial: Trial, family: Fa
     )
 
 
+@pytest.mark.methods(owns_base_weight=False)
 @pytest.mark.families("odd")
 def test_switching_adapters_of_one_layout_compiles_once(trial: Trial, family: Family) -> None:
-    if trial.can.owns_base_weight:
-        return  # one adapter per site
     model = family.build()
     names = [f"adapter{number}" for number in range(ADAPTERS)]
     for number, name in enumerate(names):

@@ -202,10 +202,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(trial: Trial, family: F
         assert_near(found[key], expected[key], 1e-6, f"gradient of '{key}'")
 
 
+@pytest.mark.methods(exclusive=False)
 @pytest.mark.families("odd", "gpt2")
 def test_two_adapters_get_their_own_gradients(trial: Trial, family: Family, partner: Trial) -> None:
-    if trial.can.exclusive:
-        return  # test_several holds that a second one is refused
     model, first = adapted(family, trial)
     second = randomise(pc.attach(model, partner.spec(family, train_modules=()), name="second"), seed=1)
     pc.activate(model, ["default", "second"])

@@ -143,10 +143,9 @@ def test_dropout_keeps_the_mean_and_stops_in_evaluation(trial: Trial, family: Fa
     assert relative(samples.mean(0), delta[0], spread.expand_as(delta[0])) < 0.03, "dropout shifts the mean"
 
 
+@pytest.mark.methods(dropout=True)
 @pytest.mark.families("odd")
 def test_dropout_has_the_gradient_of_what_forward_dropped(trial: Trial, family: Family) -> None:
-    if not trial.can.dropout:
-        return  # the test above holds that it is refused
     model, adapter = adapted(family, trial, torch.float64, dropout=0.3, dtype="float64")
     model.train()
     outputs, found = [], []
@@ -163,10 +162,9 @@ def test_dropout_has_the_gradient_of_what_forward_dropped(trial: Trial, family: 
         assert_near(gradient, reference, TOLERANCE[torch.float64], f"gradient of '{name}'")
 
 
+@pytest.mark.methods(exclusive=False)
 @pytest.mark.families("odd")
 def test_run_time_scale_multiplies_what_the_adapter_adds(trial: Trial, family: Family) -> None:
-    if trial.can.exclusive:
-        return
     model, adapter = adapted(family, trial)
     site = adapter.plan.sites[0]
     module, x = model.get_submodule(site.path), torch.randn(4, site.in_features)

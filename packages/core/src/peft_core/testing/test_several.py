@@ -37,9 +37,8 @@ def test_two_adapters_on_one_site_add_up_or_are_refused(trial: Trial, family: Fa
         assert_near(both[path] - none[path], delta, 1e-5, f"'{path}' with both adapters")
 
 
+@pytest.mark.methods(owns_base_weight=False)
 def test_attach_activates_only_the_new_one(trial: Trial, family: Family, partner: Trial) -> None:
-    if trial.can.owns_base_weight:
-        return  # the test above holds that a second one is refused
     model, first = adapted(family, trial)
     alone = run(family, model)
     second = _second(model, family, partner)
@@ -53,9 +52,8 @@ def test_attach_activates_only_the_new_one(trial: Trial, family: Family, partner
     assert same_bits(run(family, model), base)
 
 
+@pytest.mark.methods(owns_base_weight=False)
 def test_detaching_one_leaves_the_other(trial: Trial, family: Family, partner: Trial) -> None:
-    if trial.can.owns_base_weight:
-        return
     model = family.build()
     before = Snapshot.of(model)
     first = randomise(pc.attach(model, trial.spec(family)))
@@ -95,10 +93,9 @@ def test_adapters_on_different_layers(trial: Trial, family: Family, partner: Tri
     assert same_bits(run(family, model), one)
 
 
+@pytest.mark.methods(exclusive=False)
 @pytest.mark.families("odd", "gpt2", "bert")
 def test_merging_one_beside_an_active_one(trial: Trial, family: Family, partner: Trial) -> None:
-    if trial.can.exclusive:
-        return
     model, first = adapted(family, trial)
     _second(model, family, partner, train_modules=())
     pc.activate(model, ["default", "second"])
