@@ -102,7 +102,8 @@ def verify(
     """Compare an export with the adapted model, or with the golden logits that an earlier comparison left in it.
 
     Args:
-        export: what `merge`, `export_lora` or `export_onnx` wrote. base: checkpoint directory; needed with `adapters`, and for a LoRA.
+        export: what `merge`, `export_lora` or `export_onnx` wrote.
+        base: checkpoint directory; needed with `adapters`, and for a LoRA.
         adapters: what it was made from; None: compare with the golden logits.
         prompts: texts; none: built-in ones. max_kl: the only limit, in place of `MAX_KL` and `MAX_DIFFERENCE`.
         dtype: what both models are run in. float32 shows what the export's rounding does, and nothing else; `auto`, the
@@ -140,7 +141,8 @@ def verify(
     else:
         if prompts:
             raise MergeError(
-                "golden logits are those of the prompts that they were made with; for others give base and adapters (--base, --adapter)"
+                "golden logits are those of the prompts that they were made with; for others give base and adapters "
+                "(--base, --adapter)"
             )
         architecture = output.read_marker(directory)["architecture"]
         inputs, expected, written = _read_golden(directory)
@@ -261,7 +263,8 @@ def _read_golden(directory: Path) -> tuple[list[Prompt], list[Tensor], Tensor | 
     path = directory / FOLDER / GOLDEN
     if not path.is_file():
         raise MergeError(
-            f"'{directory}' carries no golden logits yet; compare it once with base and adapters (--base, --adapter), and they are kept in it"
+            f"'{directory}' carries no golden logits yet; compare it once with base and adapters "
+            "(--base, --adapter), and they are kept in it"
         )
     try:
         results = json.loads((directory / FOLDER / RESULTS).read_text(encoding="utf-8"))
