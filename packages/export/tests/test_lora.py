@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,20 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import peft_core as pc
 import peft_export
 from peft_core.testing.checks import Trial
-from peft_export import svd
+from peft_export import running, svd
 from peft_export.runtimes import RUNTIMES, runtime
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+TINY: dict[str, Any] = dict(
+    vocab_size=60, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4
+)
 
 
 def by_peft(made: Any, directory: Path) -> torch.Tensor:
@@ -64,6 +70,70 @@ def test_embeddings_and_head_trained_together(any_method: Trial, make: Callable[
     made = make(any_method, train_modules=("embed_tokens", "lm_head"))
     peft_export.export_lora(made.base, made.adapter, tmp_path / "out")
     torch.testing.assert_close(by_peft(made, tmp_path / "out"), made.output(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "modules", "task"),
+    [
+        ("Roberta", ("classifier.dense", "classifier.out_proj"), None),
+        ("Roberta", ("classifier",), "SEQ_CLS"),
+        ("Roberta", ("out_proj",), None),
+        ("DistilBert", ("classifier", "pre_classifier"), "SEQ_CLS"),
+        ("DistilBert", ("classifier",), None),
+    ],
+)
+def test_heads_of_several_layers(
+    kind: str, modules: tuple[str, ...], task: str | None, any_method: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    """With a task, PEFT looks for all of `classifier`; without, too, for every module whose name ends like one saved."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**TINY, hidden_dim=72, max_position_embeddings=32, num_labels=3)
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
+    made = make(any_method, "bert", model=model, targets=r".*(query|q_lin)", train_modules=modules)
+    peft_export.export_lora(made.base, made.adapter, tmp_path / "out")
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["task_type"] == task
+    torch.testing.assert_close(by_peft(made, tmp_path / "out"), made.output(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [r".*_proj", r".*mlp.*(gate|up)_proj"])
+@pytest.mark.parametrize("kind", ["DeepseekV3", "Glm4Moe"])
+def test_what_peft_would_take_for_experts(
+    kind: str, targets: str, lone: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A dense layer and shared experts beside stacked experts, whose names in the files are the same."""
+    made = make(lone, model=mixture(kind), targets=targets)
+    report = peft_export.export_lora(made.base, made.adapter, tmp_path / "out")
+    assert any("PEFT would take" in note and "target_parameters" in note for note in report.notes)
+    torch.testing.assert_close(by_peft(made, tmp_path / "out"), made.output(), atol=1e-5, rtol=1e-5)
+
+
+def test_ranks_of_what_peft_would_take_for_experts(inexact: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(inexact, model=mixture("Glm4Moe"), targets=["q_proj", "o_proj", "up_proj", "down_proj"])
+    report = peft_export.export_lora(made.base, made.adapter, tmp_path / "out", svd_rank=30)
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert any(re.fullmatch(key, f"{site.path}.weight") for key in config["rank_pattern"] for site in report.sites)
+    ours = running.with_lora(type(made.model).from_pretrained(made.base).eval(), tmp_path / "out")
+    torch.testing.assert_close(by_peft(made, tmp_path / "out"), made.output(ours), atol=1e-5, rtol=1e-5)
+
+
+def mixture(kind: str) -> torch.nn.Module:
+    """A dense layer, and one of stacked and shared experts."""
+    torch.manual_seed(0)
+    latent = dict(q_lora_rank=24, kv_lora_rank=24, qk_nope_head_dim=12, qk_rope_head_dim=6, v_head_dim=12)
+    config = getattr(transformers, f"{kind}Config")(
+        **TINY,
+        **(latent if kind == "DeepseekV3" else {"head_dim": 12}),
+        num_key_value_heads=4,
+        max_position_embeddings=32,
+        moe_intermediate_size=24,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+    )
+    model: torch.nn.Module = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    return model
 
 
 def test_padding_changes_nothing(exact: Trial, make: Callable[..., Any], tmp_path: Path) -> None:

@@ -94,6 +94,27 @@ def test_classifier_trained_on_a_language_model(any_method: Trial, make: Callabl
         assert peft_export.verify(tmp_path / kind, tmp_path / "language").ok
 
 
+@pytest.mark.parametrize(("kind", "modules"), [("DistilBert", "pre_classifier"), ("DebertaV2", "pooler")])
+def test_classifier_whose_head_has_a_layer_before_the_last(
+    kind: str, modules: str, any_method: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The number of classes is that of the last, whatever the order in which they were named."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**TINY, hidden_dim=72, max_position_embeddings=32)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path / "encoder")
+    cls = getattr(transformers, f"{kind}ForSequenceClassification")
+    model = cls.from_pretrained(tmp_path / "encoder", num_labels=3).eval()
+    made = make(any_method, "bert", model=model, train_modules=("classifier", modules))
+    expected = made.output()
+    peft_export.merge(tmp_path / "encoder", made.adapter, tmp_path / "out")
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(made.output(merged), expected, atol=1e-5, rtol=1e-5)
+    peft_export.export_lora(tmp_path / "encoder", made.adapter, tmp_path / "lora")
+    assert "num_labels=3" in (tmp_path / "lora/README.md").read_text()
+    for written in ("out", "lora"):
+        assert peft_export.verify(tmp_path / written, tmp_path / "encoder", made.adapter).mean_kl < 1e-9
+
+
 def test_legacy_names(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
     """Old BERT checkpoints say LayerNorm.gamma: transformers renames it, and so the names are asked of transformers."""
     made = make(any_method, "bert")

@@ -15,6 +15,7 @@ import onnxruntime
 import onnxruntime_genai
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -257,8 +258,15 @@ def test_bad_input(
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").touch()
     assert "exists; choose another directory" in fails(*arguments)
-    for family, reason in (("vit", "takes pixel_values"), ("mamba", "no cache of keys and values")):
-        other = make(any_method, family, name=family)
+    short = dict(layer_types=["conv", "full_attention"], vocab_size=60, hidden_size=48, intermediate_size=72)
+    heads = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    hybrid = transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**short, **heads))
+    for family, reason, model in (
+        ("vit", "takes pixel_values", None),
+        ("mamba", "no cache of keys and values", None),
+        ("llama", "Lfm2ForCausalLM cannot be run on a cache of keys and values alone", hybrid),
+    ):
+        other = make(any_method, family, name=family, model=model)
         there = ("--base", other.base, "--adapter", other.adapter, "--out", tmp_path / f"out-{family}")
         assert reason in fails("export", "onnx", *there)
         assert not (tmp_path / f"out-{family}").exists()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import peft_core as pc
@@ -106,6 +107,19 @@ def test_bad_input(any_method: Trial, make: Callable[..., Any], fails: Callable[
     golden.write_bytes(golden.read_bytes()[:500])
     assert "is cut short" in fails("verify", out, "--base", made.base)
     assert "for others give base and adapters" in fails("verify", out, "--base", made.base, "--prompt", "Hello")
+
+
+def test_what_needs_more_than_text(
+    any_method: Trial, make: Callable[..., Any], fails: Callable[..., str], tmp_path: Path
+) -> None:
+    """CLIP's main input is token ids, and it wants an image with them."""
+    tower = dict(hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4, projection_dim=24)
+    text = {**tower, "vocab_size": 60, "max_position_embeddings": 32}
+    config = transformers.CLIPConfig(text_config=text, vision_config={**tower, "image_size": 16, "patch_size": 8})
+    made = make(any_method, model=transformers.CLIPModel(config).eval())
+    peft_export.merge(made.base, made.adapter, tmp_path / "out")
+    said = fails("verify", tmp_path / "out", "--base", made.base, "--adapter", made.adapter)
+    assert "CLIPModel cannot be run on token ids alone" in said and "only models of text are compared" in said
 
 
 def test_comparison() -> None:

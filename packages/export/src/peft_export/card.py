@@ -49,8 +49,9 @@ def merged(base: Path, adapters: Sequence[AdapterFiles], report: MergeReport) ->
     return _card(base, headers, "transformers", "merge", f"{what[0]} merged", lines)
 
 
-def lora(base: Path, header: AdapterFile, report: LoraReport) -> str:
-    """The card of a lowered adapter."""
+def lora(base: Path, header: AdapterFile, report: LoraReport, labels: Mapping[str, Any]) -> str:
+    """The card of a lowered adapter. `labels`: see `merge_plan.head_labels`."""
+    classes = f", num_labels={len(labels['id2label'])}" if labels else ""
     worst = max((site.error for site in report.sites), default=0.0)
     exact = "exactly" if worst == 0.0 else f"by truncated SVD, with a relative error of up to {worst:.2e} per layer"
     auto = _auto_class(header.base.architecture)
@@ -66,7 +67,7 @@ def lora(base: Path, header: AdapterFile, report: LoraReport) -> str:
         f"from transformers import {auto}",
         "from peft import PeftModel",
         "",
-        f"base = {auto}.from_pretrained('{base_name(base, header) or 'BASE'}')",
+        f"base = {auto}.from_pretrained('{base_name(base, header) or 'BASE'}'{classes})",
         "model = PeftModel.from_pretrained(base, 'path/to/this/directory')",
         "```",
         *_shell(report.command, auto),

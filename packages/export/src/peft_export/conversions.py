@@ -1,13 +1,15 @@
-"""What transformers does to a checkpoint's tensors as it loads them: renames, and tensors that it stacks, splits or turns.
+"""What only transformers knows: how it renames, stacks, splits or turns a checkpoint's tensors as it loads them, and which
+parameter of a classifier grows with its classes.
 
-Only here are transformers' model classes imported, and only for a checkpoint that names and shapes do not explain: the
-model is built on the meta device, without weights.
+Only here are transformers' model classes imported, for classifiers and for a checkpoint that names and shapes do not
+explain: the model is built on the meta device, without weights.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ def ask_transformers(checkpoint: Checkpoint, architecture: str, wanted: list[Wan
     Raises:
         CheckpointError: the configuration cannot be read. MergeError: this version of transformers converts otherwise.
     """
-    model = _meta_model(checkpoint, architecture)
+    model = _meta_model(checkpoint.directory, architecture)
     if model is None:
         return None
     try:
@@ -66,18 +68,35 @@ def ask_transformers(checkpoint: Checkpoint, architecture: str, wanted: list[Wan
     return Names(keys, ties, conversions, absent)
 
 
-def _meta_model(checkpoint: Checkpoint, architecture: str) -> Any:
+def class_count(directory: Path, architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """The number of classes of a model of these shapes; None where transformers knows no such architecture, or no head.
+
+    Raises:
+        CheckpointError: the configuration cannot be read.
+    """
+    counts = (3, 5)
+    models = [_meta_model(directory, architecture, num_labels=count) for count in counts]
+    if None in models:
+        return None
+    few, many = ({name: parameter.shape for name, parameter in model.named_parameters()} for model in models)
+    for name, shape in few.items():
+        grown = [axis for axis, sizes in enumerate(zip(shape, many.get(name, ()), strict=False)) if sizes == counts]
+        ours = shapes.get(name) or shapes.get(name.removesuffix(".weight"))
+        if grown and ours:
+            return ours[grown[0]]
+    return None
+
+
+def _meta_model(directory: Path, architecture: str, **fields: Any) -> Any:
     import transformers
 
     cls = getattr(transformers, architecture, None)
     if cls is None or not hasattr(cls, "_from_config"):
         return None
     try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.directory)
+        config = transformers.AutoConfig.from_pretrained(directory, **fields)
     except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(
-            f"'{checkpoint.directory}': config.json cannot be read: {' '.join(str(error).split())}"
-        ) from None
+        raise CheckpointError(f"'{directory}': config.json cannot be read: {' '.join(str(error).split())}") from None
     try:
         with torch.device("meta"):
             return cls._from_config(config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,10 @@ from .streaming import dtype_code
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# In a model with stacked experts PEFT takes these, as `target_modules`, for its experts, whatever the path before them.
+_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+# With a task, PEFT also keeps a copy of every module whose name ends so, which then must be in the file.
+_HEADS = ("classifier", "score")
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ def export_lora(
         shown = {path: rank if uniform else ranks[path] for path in ranks}
         output.write_json(temporary / CONFIG, _peft_config(directory, source, config, rank, shown))
         request = _request(directory, out, source)
+        labels = head_labels(directory, source.header, config)
         report = LoraReport(
             out=str(out),
             base=str(base),
@@ -150,9 +155,9 @@ def export_lora(
             problems=(*target.problems(request), *_rank_problems(target, ranks, uniform)) if target else (),
             notes=tuple(_notes(source, ranks, rank, uniform)),
         )
-        marker = output.marker("lora", [source.header], head_labels(source.header, config), report.to_json())
+        marker = output.marker("lora", [source.header], labels, report.to_json())
         output.write_json(temporary / output.MARKER, marker)
-        (temporary / card.NAME).write_text(card.lora(directory, source.header, report), encoding="utf-8")
+        (temporary / card.NAME).write_text(card.lora(directory, source.header, report, labels), encoding="utf-8")
     return report
 
 
@@ -310,7 +315,8 @@ def _peft_config(
 ) -> dict[str, Any]:
     """`adapter_config.json`. The scale lies in B: alpha equals the rank everywhere."""
     header = source.header
-    pattern = {re.escape(path): own for path, own in ranks.items() if own != rank}
+    parameters = _target_parameters(source)
+    pattern = {re.escape(parameters.get(path, path)): own for path, own in ranks.items() if own != rank}
     return {
         "alpha_pattern": pattern,
         "auto_mapping": None,
@@ -323,36 +329,58 @@ def _peft_config(
         "layers_to_transform": None,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "modules_to_save": list(header.trained) or None,
+        "modules_to_save": _saved_modules(source) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": pattern,
         "revision": None,
-        "target_modules": _target_modules(source),
-        "task_type": _task(header.base.architecture, bool(header.trained), bool(config.get("is_encoder_decoder"))),
+        "target_modules": _target_modules(source, source.sites.keys() - parameters),
+        **({"target_parameters": sorted(parameters.values())} if parameters else {}),
+        "task_type": _task(source, bool(config.get("is_encoder_decoder"))),
         "use_dora": False,
         "use_rslora": False,
     }
 
 
-def _target_modules(source: AdapterFiles) -> list[str]:
-    """Layer types, where every layer of these types is adapted and nothing else is called so; else whole paths."""
-    types = {site.type for site in source.sites.values()}
-    modules = set(source.header.base.shapes)
-    modules |= {name.rpartition(".")[0] for name in modules}
-    alike = {path for path in modules if path.rpartition(".")[2] in types}
-    return sorted(types) if alike == set(source.sites) else sorted(source.sites)
+def _target_parameters(source: AdapterFiles) -> dict[str, str]:
+    """Layers that PEFT finds by their weight only → its name: what it would take for experts, and are none."""
+    shapes = source.header.base.shapes.items()
+    if not any(len(shape) == 3 and name.endswith((".gate_up_proj", ".down_proj")) for name, shape in shapes):
+        return {}
+    return {path: f"{path}.weight" for path in source.sites if path.rpartition(".")[2] in _EXPERTS}
 
 
-def _task(architecture: str, head: bool, two_sided: bool) -> str | None:
+def _target_modules(source: AdapterFiles, sites: Set[str]) -> list[str]:
+    """These sites as layer types, where every layer of the types is one and nothing else is called so; else whole paths."""
+    types = {source.sites[path].type for path in sites}
+    alike = {path for path in _modules(source) if path.rpartition(".")[2] in types}
+    return sorted(types) if alike == sites else sorted(sites)
+
+
+def _saved_modules(source: AdapterFiles) -> list[str]:
+    """The modules trained in full, each by a name that nothing else ends in: PEFT would look for that, too."""
+    trained = source.header.trained
+    others = _modules(source) - trained.keys()
+    return [f"model.{path}" if any(other.endswith(path) for other in others) else path for path in trained]
+
+
+def _modules(source: AdapterFiles) -> set[str]:
+    """Every module with parameters, and what holds it."""
+    names = [name.split(".") for name in source.header.base.shapes]
+    return {".".join(parts[:count]) for parts in names for count in range(1, len(parts) + 1)}
+
+
+def _task(source: AdapterFiles, two_sided: bool) -> str | None:
     """PEFT's name of the task, where it has one for this architecture."""
+    architecture, trained = source.header.base.architecture, source.header.trained
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
     if architecture.endswith("ForConditionalGeneration") and two_sided:
         return "SEQ_2_SEQ_LM"
-    # With these, PEFT keeps a copy of the head, which then must be in the file.
+    if not trained or not {path for path in _modules(source) if path.endswith(_HEADS)} <= trained.keys():
+        return None
     tasks = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
-    return next((task for ending, task in tasks.items() if head and architecture.endswith(ending)), None)
+    return next((task for ending, task in tasks.items() if architecture.endswith(ending)), None)
 
 
 def _request(base: Path, out: str | Path, source: AdapterFiles) -> Request:
@@ -374,3 +402,8 @@ def _notes(source: AdapterFiles, ranks: Mapping[str, int], rank: int, uniform: b
         yield f"ranks of {spread} are filled up with zeros to {rank}"
     if source.header.trained:
         yield f"{listed(source.header.trained)}, trained in full, are part of the adapter (PEFT's modules_to_save)"
+    if found := _target_parameters(source):
+        yield (
+            f"PEFT would take {listed(found, 3)} for experts: they are named by their weights (target_parameters), which "
+            "takes peft 0.17 or later, and a base that is not quantized"
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft_core import MergeError
@@ -97,7 +98,7 @@ def plan_merge(
         if change is not None and change.trained is not None:
             shape, code = change.trained[0].shape(change.trained[1]), dtype or checkpoint.dtype
             outputs.append(Output(_new_item(names.new_key(parameter), code, shape), None, change))
-    edits, notes = _edits(adapters[0].header, names, changes, config, bool(untied))
+    edits, notes = _edits(checkpoint.directory, adapters[0].header, names, changes, config, bool(untied))
     return MergePlan(outputs, changes, edits, (*notes, *_remarks(checkpoint, adapters, names, changes)))
 
 
@@ -209,7 +210,12 @@ def _tied_sets(
 
 
 def _edits(
-    header: AdapterFile, names: Names, changes: Mapping[str, Change], config: Mapping[str, Any], untied: bool
+    base: Path,
+    header: AdapterFile,
+    names: Names,
+    changes: Mapping[str, Change],
+    config: Mapping[str, Any],
+    untied: bool,
 ) -> tuple[dict[str, Any], list[str]]:
     """Fields of the configuration that no longer hold, and remarks on them."""
     edits: dict[str, Any] = {}
@@ -223,24 +229,20 @@ def _edits(
         notes.append(f"the trained head makes this a {header.base.architecture}: config.json says so now")
     if left := [parameter for parameter in names.absent if parameter not in changes]:
         notes.append(f"'{left[0]}' is neither in the base nor in the adapter: whoever loads the result starts it anew")
-    edits.update(head_labels(header, config))
+    edits.update(head_labels(base, header, config))
     return edits, notes
 
 
-def head_labels(header: AdapterFile, config: Mapping[str, Any]) -> dict[str, Any]:
+def head_labels(base: Path, header: AdapterFile, config: Mapping[str, Any]) -> dict[str, Any]:
     """`id2label` and `label2id` for a classifier that was trained with another number of classes than the base states."""
-    if "Classification" not in header.base.architecture:
+    if not config or "Classification" not in header.base.architecture:
         return {}
-    heads = [
-        header.base.shapes[name][0]
-        for path, named in header.trained.items()
-        for name in (path, *(f"{path}.{local.removesuffix('.weight')}" for local in named))
-        if len(header.base.shapes.get(name, ())) == 2
-    ]
-    stated = len(config.get("id2label") or ()) or config.get("num_labels") or 2
-    if not heads or heads[-1] == stated:
+    from .conversions import class_count
+
+    count = class_count(base, header.base.architecture, header.base.shapes)
+    if count in (None, len(config.get("id2label") or ()) or config.get("num_labels") or 2):
         return {}
-    labels = {str(number): f"LABEL_{number}" for number in range(heads[-1])}
+    labels = {str(number): f"LABEL_{number}" for number in range(count)}
     return {"id2label": labels, "label2id": {label: int(number) for number, label in labels.items()}}
 
 

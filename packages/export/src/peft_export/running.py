@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import peft_core as pc
 from peft_core import CheckpointError, MergeError, ModelError
 from peft_core.checkpoint import AdapterFile
+from peft_core.errors import first_line
 from peft_core.models import quiet_transformers
 
 from . import output
@@ -65,24 +66,42 @@ def logits(model: nn.Module, prompts: Sequence[Prompt]) -> list[Tensor]:
     """Each prompt's logits in float32 on the CPU: [tokens, vocabulary], or [1, classes].
 
     Raises:
-        ModelError: the model takes no token ids, or answers without logits.
+        ModelError: the model does not answer to token ids, or answers without logits.
     """
     config: Any = getattr(model, "config", None)
-    if getattr(model, "main_input_name", "input_ids") != "input_ids":
-        raise ModelError(f"{type(model).__name__} takes {model.main_input_name}; only models of text are compared")
+    check_text(model, "only models of text are compared")
     out = []
     for prompt in prompts:
         ids = prompt.ids[None]
         inputs = {"input_ids": ids}
         if getattr(config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = shifted(ids, decoder_start(config))
-        with torch.no_grad():
-            answer = model(**inputs)
+        answer = run(model, inputs, "token ids alone", "only models of text are compared")
         if getattr(answer, "logits", None) is None:
             raise ModelError(f"{type(model).__name__} has no logits to compare: it has no head")
         found = answer.logits.float()
         out.append(found.reshape(-1, found.shape[-1]).cpu())
     return out
+
+
+def check_text(model: nn.Module, remedy: str) -> None:
+    """Raises ModelError for a model whose main input is not token ids."""
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise ModelError(f"{type(model).__name__} takes {model.main_input_name}; {remedy}")
+
+
+@torch.no_grad()
+def run(model: nn.Module, inputs: Mapping[str, Any], kind: str, remedy: str) -> Any:
+    """The model's answer to inputs of a kind that not every model is content with.
+
+    Raises:
+        ModelError: this one is not.
+    """
+    try:
+        return model(**inputs)
+    except Exception as error:  # a model that misses an input fails in whatever way
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(f"{type(model).__name__} cannot be run on {kind} ({what}); {remedy}") from error
 
 
 @torch.no_grad()
@@ -118,7 +137,7 @@ def adapted_model(base: Path, adapters: Mapping[str, float], header: AdapterFile
         CheckpointError: an adapter does not fit. ModelError: the base cannot be loaded.
     """
     config = output.read_config(base)
-    model = load_model(base, header.base.architecture, dtype, head_labels(header, config))
+    model = load_model(base, header.base.architecture, dtype, head_labels(base, header, config))
     active = {f"adapter{number}": weight for number, weight in enumerate(adapters.values())}
     for name, directory in zip(active, adapters, strict=True):
         pc.load(model, directory, name=name)
@@ -176,8 +195,8 @@ def with_lora(model: nn.Module, directory: Path) -> nn.Module:
         if path == name:
             _replace(module, name.rpartition(".")[2], A)
         else:
-            escaped = re.escape(path)
-            scale = alphas.get(escaped, default[0]) / ranks.get(escaped, default[1])
+            own = next((key for key in map(re.escape, (path, f"{path}.weight")) if key in {**alphas, **ranks}), "")
+            scale = alphas.get(own, default[0]) / ranks.get(own, default[1])
             module.register_forward_hook(_add(A, tensors[f"{path}.lora_B.weight"], scale))
     return model
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from peft_core import ModelError
 
+from ..running import check_text, run
+
 Tensors = dict[str, Tensor]
 
 MODEL, ENCODER, DECODER = "model", "encoder", "decoder"
@@ -48,10 +50,7 @@ def graphs(model: nn.Module) -> list[Graph]:
         ModelError: it takes no token ids, or keeps a state other than keys and values.
     """
     config: Any = model.config
-    if getattr(model, "main_input_name", "input_ids") != "input_ids":
-        raise ModelError(
-            f"{type(model).__name__} takes {model.main_input_name}; only models of text are exported to ONNX"
-        )
+    check_text(model, "only models of text are exported to ONNX")
     with torch.no_grad():
         if getattr(config, "is_encoder_decoder", False) and _generates(model):
             return _two_sided(model)
@@ -142,7 +141,7 @@ def _causal(model: nn.Module) -> Graph:
     ids = _tokens(model, _BATCH, _SEQUENCE)
     cache = DynamicCache()
     _check_caches(model)
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    _run(model, {"input_ids": ids, "past_key_values": cache, "use_cache": True}, "a cache of keys and values alone")
     past = _example(_checked(model, cache), "past_key_values.{}.{}", _PAST)
     mask = torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.long)
     inputs: Tensors = {"input_ids": ids, "attention_mask": mask}
@@ -166,7 +165,7 @@ def _plain(model: nn.Module) -> Graph:
     if "attention_mask" in inputs:
         inputs["attention_mask"] += 1
     settings = {"use_cache": False} if _accepts(model, "use_cache") else {}
-    answer = model(**inputs, **settings)
+    answer = _run(model, {**inputs, **settings}, "token ids alone")
     outputs = [name for name, value in answer.items() if isinstance(value, Tensor)]
     axes = {key: {0: "batch", 1: "sequence"} for key in names}
     return Graph(MODEL, Plain(model, outputs, settings), inputs, tuple(outputs), axes)
@@ -180,7 +179,8 @@ def _two_sided(model: nn.Module) -> list[Graph]:
     mask = torch.ones_like(source)
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     ids = _tokens(model, _BATCH, _SEQUENCE)
-    answer = model(input_ids=source, decoder_input_ids=ids, past_key_values=cache, use_cache=True)
+    example = {"input_ids": source, "decoder_input_ids": ids, "past_key_values": cache, "use_cache": True}
+    answer = _run(model, example, "a cache of keys and values alone")
     hidden_size = answer.encoder_last_hidden_state.shape[-1]
     own = _example(_checked(model, cache.self_attention_cache), "past_key_values.{}.decoder.{}", _PAST)
     cross = _example(_checked(model, cache.cross_attention_cache), "past_key_values.{}.encoder.{}", _SOURCE)
@@ -249,6 +249,10 @@ def _check_caches(model: nn.Module) -> None:
         raise ModelError(
             f"{type(model).__name__} has no cache of keys and values (past_key_values); its ONNX export is not supported"
         )
+
+
+def _run(model: nn.Module, inputs: Mapping[str, Any], kind: str) -> Any:
+    return run(model, inputs, kind, "its ONNX export is not supported")
 
 
 def _generates(model: nn.Module) -> bool:
