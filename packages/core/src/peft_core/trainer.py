@@ -100,7 +100,7 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
         chosen = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None or self.args.optim != default
         make = None if chosen else own_optimizer(in_training(held))
         if make is None:
-            return super().create_optimizer(model)
+            return super().create_optimizer(*([] if model is None else [model]))  # older trainers take none
         decaying = set(self.get_decay_parameter_names(held))
         trained = [(name, parameter) for name, parameter in held.named_parameters() if parameter.requires_grad]
         groups = [  # the trainer's own two, even where one is empty: a checkpoint can be resumed with either optimizer
