@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable
 
 import pytest
+from transformers import AutoTokenizer
 
 import peft_core as pc
-from peft_core import AdapterSpec
+from peft_core import AdapterSpec, models
 from peft_core.testing.checks import randomise
 from peft_core.testing.families import FAMILIES
 
@@ -139,6 +140,16 @@ def test_mistakes_in_generate(mistake, llama_directory, saved, tmp_path) -> None
     mistake([*generate, llama_directory, "--adapter", saved, "--dtype", "float31"], "'float31'", "float32")
     mistake([*generate, llama_directory, "--adapter", saved, "--device", "nonsense"], "nonsense")
     mistake([*generate, llama_directory, "--adapter", saved, "--chat"], "chat template")
+    given = ["generate", "--base", llama_directory, "--adapter", saved, "--prompt"]
+    mistake([*given, " ".join(["w1"] * 40)], "40 tokens", "takes 32", "shorten the prompt")
+    mistake([*given, os.fsdecode(b"caf\xe9")], "--prompt", "\\udce9", "not UTF-8")
+
+
+def test_writing_ends_with_the_models_positions(llama_directory) -> None:
+    model, tokenizer = FAMILIES["gpt2"].build(), AutoTokenizer.from_pretrained(llama_directory)
+    model.generation_config.eos_token_id = None
+    written = models.complete(model, tokenizer, " ".join(["w1"] * 29), max_new_tokens=64)
+    assert written == models.complete(model, tokenizer, " ".join(["w1"] * 29), max_new_tokens=3) != ""
 
 
 def test_a_prompt_that_is_not_utf8(mistake, llama_directory, saved, monkeypatch) -> None:

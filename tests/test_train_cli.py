@@ -12,10 +12,16 @@ import pytest
 import torch
 import yaml
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertTokenizerFast,
+)
 
 import peft_core as pc
-from peft_core import batches, jobs, records, train
+from peft_core import batches, jobs, models, records, train
 from peft_core.data import IGNORED, Tokens
 from peft_core.runs import RunConfig, RunError, difference
 from peft_core.testing.families import FAMILIES
@@ -274,6 +280,124 @@ def test_a_run_in_bfloat16_with_everything_on(llama_directory: Path, tmp_path: P
     model = {"path": str(llama_directory), "dtype": "bfloat16", "device": "cpu"}
     report = started(run_file(tmp_path, llama_directory, model=model, training=fields))
     assert report.dtype == "bfloat16" and all(loss == loss for loss in report.losses)
+
+
+# How models read batches
+
+
+def _decoder(kind: str, **changed: Any) -> Any:
+    """A tiny random model that takes positions, padding, labels or lengths in its own way."""
+    common = {"vocab_size": 60, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2, "max_position_embeddings": 34}
+    more = {
+        "roberta": {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 1, "num_attention_heads": 2}
+        | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        "rwkv": {"hidden_size": 24, "num_hidden_layers": 2, "context_length": 34},
+        "bart": {
+            "d_model": 24,
+            "decoder_layers": 1,
+            "decoder_attention_heads": 2,
+            "decoder_ffn_dim": 36,
+            "dropout": 0.0,
+        },
+        "xlnet": {"d_model": 24, "n_layer": 1, "n_head": 2, "d_inner": 36},
+    }[kind]
+    if kind in ("rwkv", "xlnet"):
+        del common["max_position_embeddings"]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **common, **{"is_decoder": True, **more, **changed})
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, 0.0, 0.2)
+    return model
+
+
+def _reference(model: Any, examples: Sequence[Tokens]) -> float:
+    """Loss of a token that should be learnt, each example read alone and as the model itself does."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for tokens in examples:
+            logits = model(input_ids=torch.tensor([tokens.input_ids])).logits[0, :-1]
+            labels = torch.tensor(tokens.labels[1:])
+            total += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+            count += int((labels != IGNORED).sum())
+    return total / count
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [
+        ("llama", jobs.Reading(left=True, shifts=True)),
+        ("gpt2", jobs.Reading(left=True, shifts=True)),
+        ("mamba", jobs.Reading(left=True, shifts=True)),
+        ("roberta", jobs.Reading(left=False, shifts=True)),  # its positions start after the padding's index
+        ("rwkv", jobs.Reading(left=False, shifts=True)),  # what comes first enters its state, padding as well
+        ("bart", jobs.Reading(left=False, shifts=False)),  # takes no positions; its loss is that of the same token
+    ],
+)
+def test_a_batch_is_read_as_its_examples_alone(
+    kind: str, expected: jobs.Reading, tmp_path: Path, llama_directory: Path
+) -> None:
+    model: Any = FAMILIES[kind].build() if expected.left else _decoder(kind)
+    tokenizer = AutoTokenizer.from_pretrained(llama_directory)
+    rows = [records.Row(row, "here") for row in TEXTS]
+    examples = records.prepare_causal(rows, "text", tokenizer, 32).tokens
+    assert jobs.reading_of(model, examples, tokenizer.pad_token_id) == expected
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    write(tmp_path / "data.jsonl", TEXTS)
+    data = {"train": "data.jsonl", "evaluation": "data.jsonl"}
+    report = started(run_file(tmp_path, tmp_path / "base", data, training={"steps": 1, "batch_size": 24}))
+    alone = _reference(model, examples)
+    assert report.losses == [pytest.approx(alone, rel=1e-4)]
+    assert report.evaluations[0]["loss"] == pytest.approx(alone, rel=1e-5)
+
+
+def test_labels_can_be_viewed_as_one_row() -> None:
+    """As the losses of many models do; where no logits are needed, there are none."""
+    examples = [Tokens([3, 4, 5, 6], [IGNORED, IGNORED, IGNORED, 6]), Tokens([7, 8, 9], [IGNORED, IGNORED, 9])]
+    batch = batches.CausalBatch(FAMILIES["llama"].build(), 0)(examples)
+    assert batch["logits_to_keep"] == 2
+    assert batch["labels"].view(-1).tolist() == [IGNORED, 6, IGNORED, 9]
+
+
+def test_a_model_that_sees_what_it_should_predict_is_refused(refused: Any) -> None:
+    examples = [Tokens(list(range(5, 15)), [IGNORED, *range(6, 15)])]
+    with refused(RunError, "RobertaForCausalLM", "those that follow", "is_decoder"):
+        jobs.reading_of(_decoder("roberta", is_decoder=False), examples, 0)
+    with refused(RunError, "XLNetLMHeadModel", "those that follow"):
+        jobs.reading_of(_decoder("xlnet"), examples, 0)
+
+
+def test_the_shortest_examples_tell_as_much() -> None:
+    """Two tokens: one to read, one to predict."""
+    examples = [Tokens([7, 9], [IGNORED, 9])]
+    assert jobs.reading_of(FAMILIES["llama"].build(), examples, 0) == jobs.Reading()
+    assert jobs.reading_of(_decoder("bart"), examples, 0) == jobs.Reading(left=False, shifts=False)
+
+
+def test_the_longest_text_of_a_model(llama_directory: Path, tmp_path: Path, refused: Any) -> None:
+    assert models.most_tokens(_decoder("xlnet")) is None  # it says -1
+    assert models.most_tokens(FAMILIES["gpt2"].build()) == 32
+    model = _decoder("roberta")
+    assert models.most_tokens(model) == 32
+    model(input_ids=torch.full((1, 32), 7))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, 33), 7))
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(llama_directory).save_pretrained(tmp_path / "base")
+    write(tmp_path / "data.jsonl", [{"text": words(*range(60))}] * 4)
+    started(run_file(tmp_path, tmp_path / "base", training={"steps": 1}))
+    with refused(RunError, "data.max_length: 33", "32 tokens"):
+        started(run_file(tmp_path, tmp_path / "base", {"train": "data.jsonl", "max_length": 33}, output_dir="other"))
+
+
+def test_a_classifier_of_any_length(llama_directory: Path, tmp_path: Path) -> None:
+    _decoder("xlnet").save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(llama_directory).save_pretrained(tmp_path / "base")
+    write(tmp_path / "data.jsonl", LABELLED)
+    assert started(run_file(tmp_path, tmp_path / "base", training={"steps": 1})).steps == 1
 
 
 # Packing
@@ -584,6 +708,11 @@ def test_a_bad_line_is_named(tmp_path: Path, refused: Any) -> None:
             "the label 'maybe' does not occur in the training data; there: no, yes",
         ),
         ("label", {"text": "", "label": "no"}, "'text' is empty"),
+        ("text", {"text": "w1 \ud800"}, "\\ud800 is no character"),
+        ("prompt", {"prompt": "\udfff", "completion": "w1"}, "\\udfff is no character"),
+        ("prompt", {"prompt": "w1", "completion": "\ud800"}, "\\ud800 is no character"),
+        ("messages", {"messages": [*CHATS[0]["messages"], {"role": "user", "content": "\ud800"}]}, "\\ud800 is no"),
+        ("label", {"text": "w1", "label": "\ud800"}, "\\ud800 is no character"),
     ],
 )
 def test_a_bad_row_is_named(kind: str, values: dict[str, Any], found: str, chat_directory: Path, refused: Any) -> None:

@@ -77,6 +77,7 @@ def test_a_split_always_leaves_both_parts() -> None:
         ('["prompt"]', "line 2: not a JSON object"),
         ('{"prompt": "a", "completion": ""}', "line 2: prompt and completion must be text"),
         ('{"prompt": 1, "completion": "b"}', "line 2: prompt and completion must be text"),
+        ('{"prompt": "\\ud800", "completion": "b"}', r"line 2: .*no character"),
     ],
 )
 def test_a_bad_line_is_named_by_number(tmp_path: Path, line: str, message: str) -> None:
@@ -125,6 +126,15 @@ def test_collate_pads_on_the_left() -> None:
     assert batch["attention_mask"].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
     assert batch["position_ids"].tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
     assert batch["labels"].tolist() == [[-100, -100, -100, 6], [-100, -100, 9, 1]]
+
+
+def test_collate_pads_on_the_right_and_leaves_counting_to_the_model() -> None:
+    batch = data.collate([data.Tokens([5, 6], [-100, 6]), data.Tokens([7, 8, 9], [-100, -100, 9])], 0, left=False)
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[5, 6, 0], [7, 8, 9]],
+        "attention_mask": [[1, 1, 0], [1, 1, 1]],
+        "labels": [[-100, 6, -100], [-100, -100, 9]],
+    }
 
 
 def test_batches_depend_on_the_seed_alone_and_visit_everything() -> None:

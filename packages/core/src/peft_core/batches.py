@@ -57,18 +57,18 @@ class LikeLengths(Sampler[int]):
 
 
 class CausalBatch:
-    """Padded on the left, so that logits are needed for the last positions only, if the model can leave out others."""
+    """Padded, with logits of the last positions only, where labels are, if the model can leave out others."""
 
-    def __init__(self, model: nn.Module, pad: int) -> None:
-        self.known, self.pad = set(inspect.signature(model.forward).parameters), pad
+    def __init__(self, model: nn.Module, pad: int, left: bool = True) -> None:
+        self.known, self.pad, self.left = set(inspect.signature(model.forward).parameters), pad, left
 
     def __call__(self, examples: Sequence[Tokens]) -> Batch:
-        batch: Batch = collate(examples, self.pad)
+        batch: Batch = collate(examples, self.pad, self.left)
         labels = batch["labels"]
         if "logits_to_keep" in self.known:
             first = int((labels != IGNORED).any(0).nonzero()[0])
             kept = labels.shape[1] - first + 1  # a label is predicted one position earlier
-            batch.update(labels=labels[:, -kept:], logits_to_keep=kept)
+            batch.update(labels=labels[:, -kept:].contiguous(), logits_to_keep=kept)
         return {name: value for name, value in batch.items() if name in self.known}
 
 

@@ -232,10 +232,11 @@ def generate(
     """Write on from a prompt with a base model and a saved adapter, always taking the likeliest token."""
     from .attach import load
     from .checkpoint import read_header
+    from .data import whole_text
     from .models import complete, load_base
 
     read_header(adapter)  # no adapter there: said before the base is loaded
-    text = _from_stdin() if prompt == "-" else prompt
+    text = _from_stdin() if prompt == "-" else whole_text(prompt, "--prompt")
     model, tokenizer = load_base(base, _dtype(dtype, device), device)
     load(model, adapter)
     if chat:

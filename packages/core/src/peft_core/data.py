@@ -97,6 +97,7 @@ def read_pairs(path: Path) -> list[Example]:
             raise DataError(f"{path}, line {number}: not a JSON object with prompt and completion") from error
         if not (isinstance(prompt, str) and isinstance(completion, str) and completion.strip()):
             raise DataError(f"{path}, line {number}: prompt and completion must be text, the completion not empty")
+        whole_text(prompt + completion, f"{path}, line {number}")
         pairs.append(Example(prompt, completion, module=str(row.get("module", number)), name=f"line {number}"))
     if len(pairs) < 2:
         raise DataError(f"{path} has {len(pairs)} pairs; training and holding out need at least two")
@@ -140,6 +141,21 @@ def tokenise(example: Example, tokenizer: Any, max_length: int) -> Tokens:
     return Tokens(prompt + kept, [IGNORED] * len(prompt) + kept, truncated)
 
 
+def whole_text(text: str, place: str) -> str:
+    """``text``, if a tokenizer can take it. JSON can hold half of a character, an argument bytes that are not UTF-8.
+
+    Raises DataError naming the place.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: {text[error.start]} is no character, but half of a surrogate pair or a byte that is not UTF-8; "
+            "take it out"
+        ) from None
+    return text
+
+
 def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
     """Tokens of a prompt, with what the tokenizer puts at the start of a text; never empty."""
     ids = list(tokenizer(prompt)["input_ids"])
@@ -156,23 +172,25 @@ def cut_middle(ids: list[int], length: int) -> list[int]:
     return ids[: length - tail] + ids[len(ids) - tail :]
 
 
-def collate(batch: Sequence[Tokens], pad_id: int) -> dict[str, torch.Tensor]:
+def collate(batch: Sequence[Tokens], pad_id: int, left: bool = True) -> dict[str, torch.Tensor]:
     """Input ids, ``attention_mask``, ``position_ids`` and ``labels``, [batch, length], padded on the left.
 
     On the left, so that completions end together and the vocabulary's logits are needed for a few last
-    positions only.
+    positions only. With ``left`` false on the right, where no token sees the padding, and without
+    ``position_ids``: the model counts as it does for one example.
     """
     length = max(len(tokens.input_ids) for tokens in batch)
     ids = torch.full((len(batch), length), pad_id)
     mask = torch.zeros((len(batch), length), dtype=torch.long)
     labels = torch.full((len(batch), length), IGNORED)
     for row, tokens in enumerate(batch):
-        start = length - len(tokens.input_ids)
-        ids[row, start:] = torch.tensor(tokens.input_ids)
-        labels[row, start:] = torch.tensor(tokens.labels)
-        mask[row, start:] = 1
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
+        start = length - len(tokens.input_ids) if left else 0
+        end = start + len(tokens.input_ids)
+        ids[row, start:end] = torch.tensor(tokens.input_ids)
+        labels[row, start:end] = torch.tensor(tokens.labels)
+        mask[row, start:end] = 1
+    positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if left else {}
+    return {"input_ids": ids, "attention_mask": mask, **positions, "labels": labels}
 
 
 def batches(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +14,23 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from . import models, records, training
 from .batches import Batch, CausalBatch, LabelledBatch, PackedBatch, length_of
-from .data import Tokens
+from .data import IGNORED, Tokens, collate
 from .errors import ModelError, first_line
 from .records import Prepared
 from .runs import RunConfig, RunError
 from .spec import DTYPES, AdapterSpec
+
+
+class Reading(NamedTuple):
+    """How a causal language model takes a batch.
+
+    Attributes:
+        left: padding on the left beside positions from 0 changes nothing for it; else `collate` pads on the right.
+        shifts: its own loss is that of the next token, as labels are given to transformers' models.
+    """
+
+    left: bool = True
+    shifts: bool = True
 
 
 @dataclass
@@ -63,17 +75,18 @@ def causal(config: RunConfig, kind: str, rows: list[records.Row], held: list[rec
     prepared, held_out = prepare(rows), prepare(held) if held else Prepared(())
     pad = int(tokenizer.pad_token_id)
     examples: Sequence[Any] = prepared.tokens
-    batch: Callable[[Sequence[Any]], Batch] = CausalBatch(model, pad)
+    reading = reading_of(model, prepared.tokens, pad)
+    batch: Callable[[Sequence[Any]], Batch] = CausalBatch(model, pad, reading.left)
     if config.data.packing:
         model.config.use_cache = False  # as in training; beside a cache, transformers looks for no packed rows
         check_packing(model, prepared.tokens)
         examples, batch = records.pack(prepared.tokens, length), PackedBatch(pad)
     evaluate = None
     if held_out.tokens:
-        size = 2 * config.training.batch_size
+        groups = _by_length(held_out.tokens, length_of, config)
 
         def evaluate() -> dict[str, float]:
-            return {"loss": training.evaluate(model, held_out.tokens, pad, size)}
+            return {"loss": _token_loss(model, (collate(some, pad, reading.left) for some in groups))}
 
     return Job(
         model,
@@ -87,6 +100,7 @@ def causal(config: RunConfig, kind: str, rows: list[records.Row], held: list[rec
         evaluate,
         labels=[],
         unit="nats per token",
+        loss=None if reading.shifts else _next_token_loss,
         packed=config.data.packing,
     )
 
@@ -126,9 +140,8 @@ def classifier(config: RunConfig, rows: list[records.Row], held: list[records.Ro
     batch = LabelledBatch(tokenizer)
     evaluate = None
     if held_out.tokens:
-        size = 2 * config.training.batch_size
-        shown = sorted(zip(held_out.tokens, held_out.classes, strict=True), key=lambda pair: len(pair[0].input_ids))
-        batches = [shown[at : at + size] for at in range(0, len(shown), size)]
+        shown = list(zip(held_out.tokens, held_out.classes, strict=True))
+        batches = _by_length(shown, lambda pair: length_of(pair[0]), config)
 
         def evaluate() -> dict[str, float]:
             return _accuracy(model, [batch(some) for some in batches])
@@ -175,13 +188,58 @@ def _dtype(config: RunConfig) -> torch.dtype:
 
 def _max_length(config: RunConfig, model: Any, tokenizer: Any) -> int:
     """Tokens of the longest example: as asked for, if both model and tokenizer can take it."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = min(int(positions or 10**9), int(min(tokenizer.model_max_length, 10**9)))
+    limits = [models.most_tokens(model), tokenizer.model_max_length]
+    limit = int(min((one for one in limits if one is not None and one > 0), default=10**9))
     if (config.data.max_length or 0) > limit:
         raise RunError(
             f"data.max_length: {config.data.max_length} is more than the {limit} tokens that the model can take"
         )
     return config.data.max_length or min(512, limit)
+
+
+def _by_length(shown: Sequence[Any], length: Callable[[Any], int], config: RunConfig) -> list[list[Any]]:
+    """What is evaluated, in batches of little padding."""
+    size = 2 * config.training.batch_size
+    ordered = sorted(shown, key=length)
+    return [ordered[at : at + size] for at in range(0, len(ordered), size)]
+
+
+@torch.no_grad()
+def reading_of(model: Any, examples: Sequence[Tokens], pad: int) -> Reading:
+    """How the model must be given a batch to read each example as it reads one alone.
+
+    Raises:
+        RunError: a token sees those that follow, which it should predict.
+    """
+    if getattr(model, "is_quantized", False):
+        return Reading()  # its kernels may need the GPU, where it is not yet
+    ids = max(examples, key=length_of).input_ids[:32]
+    first = len(ids) // 2
+    rows = torch.tensor([ids, ids[:first] + ids[: len(ids) - first]])  # they begin alike
+    own = model(input_ids=rows, labels=rows)
+    alone, otherwise = own.logits[:, :first].float()
+    if (off := _off(otherwise, alone)) > _tolerance(model):
+        raise RunError(
+            f"{type(model).__name__} lets a token see those that follow (logits are off by {off:.1%}), so that "
+            "there is nothing to predict; take a causal model, or set is_decoder to true in the config.json of one like BERT"
+        )
+    known = inspect.signature(model.forward).parameters
+    pair = [Tokens(some, some) for some in (ids[:first], ids)]
+
+    def in_batch(left: bool) -> float:
+        batch = collate(pair, pad, left)
+        del batch["labels"]
+        logits = model(**{name: value for name, value in batch.items() if name in known}).logits.float()
+        start = logits.shape[1] - first if left else 0
+        return max(_off(logits[0, start : start + first], alone), _off(logits[1, :first], alone))
+
+    off = in_batch(left=True)
+    following = _next_token_loss(own, rows)
+    same = cross_entropy(own.logits.flatten(0, 1).float(), rows.flatten())
+    return Reading(
+        left=off <= _tolerance(model) or off <= 2 * in_batch(left=False),  # both: by rounding
+        shifts=bool((own.loss - following).abs() <= (own.loss - same).abs()),
+    )
 
 
 @torch.no_grad()
@@ -199,12 +257,41 @@ def check_packing(model: Any, examples: Sequence[Tokens]) -> None:
         found: Tensor = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
         return found[0].float()
 
-    mine, expected = logits([first, second])[len(first.input_ids) :], logits([second])
-    off = ((mine - expected).norm() / expected.norm()).item()
-    if off > (1e-4 if model.dtype == torch.float32 else 3e-2):
+    off = _off(logits([first, second])[len(first.input_ids) :], logits([second]))
+    if off > _tolerance(model):
         raise RunError(
             f"{type(model).__name__} lets packed examples see each other (logits are off by {off:.1%}); {remedy}"
         )
+
+
+def _off(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def _tolerance(model: Any) -> float:
+    """What rounding may change of logits, as a part of them."""
+    return 1e-4 if model.dtype == torch.float32 else 3e-2
+
+
+def _next_token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """Mean over all labels of a step, however they are divided into forward passes."""
+    wanted = labels[:, 1:]
+    total = cross_entropy(
+        outputs.logits[:, :-1].flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total / ((wanted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+@torch.no_grad()
+def _token_loss(model: Any, batches: Iterable[Batch]) -> float:
+    was_training = model.training
+    model.eval()
+    loss, count = 0.0, 0
+    for batch in batches:
+        total, tokens = training.completion_loss(model, batch)
+        loss, count = loss + total.item(), count + tokens
+    model.train(was_training)
+    return loss / count
 
 
 def _class_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:

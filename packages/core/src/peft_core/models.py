@@ -75,17 +75,35 @@ def base_path(model: str | Path) -> str:
 
 @torch.no_grad()
 def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 32) -> str:
-    """What the model writes after ``prompt``, always taking the likeliest token; without special tokens."""
+    """What the model writes after ``prompt``, always taking the likeliest token; without special tokens.
+
+    It ends at the latest where the model's positions do. Raises ModelError if the prompt leaves none.
+    """
     ids = torch.tensor([prompt_ids(prompt, tokenizer)], device=model.device)
+    length, limit = ids.shape[1], most_tokens(model)
+    if limit is not None and length >= limit:
+        raise ModelError(
+            f"the prompt has {length} tokens, and the model takes {limit} with what it writes; shorten the prompt"
+        )
     with quiet_transformers():
         written = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - length),
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
-    return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+    return str(tokenizer.decode(written[0, length:], skip_special_tokens=True))
+
+
+def most_tokens(model: Any) -> int | None:
+    """Tokens of the longest text that the model can take; None: it sets no limit."""
+    declared = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if declared is None or declared <= 0:  # XLNet says -1
+        return None
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    padding = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
+    return int(declared) - max((index + 1 for index in padding), default=0)  # RoBERTa counts from after the padding's
 
 
 def checked_device(device: torch.device | str) -> torch.device:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .data import IGNORED, Example, Tokens, tokenise
+from .data import IGNORED, Example, Tokens, tokenise, whole_text
 from .errors import DataError, first_line, listed, suggestion
 from .runs import FILES
 
@@ -207,7 +207,7 @@ def text_of(row: Row, column: str = "text") -> str:
     if not isinstance(value, str) or not value.strip():
         what = "is missing" if value is None else "is empty" if isinstance(value, str) else f"is {value!r}, not text"
         raise DataError(f"{row.place}: '{column}' {what}")
-    return value
+    return whole_text(value, row.place)
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
@@ -281,7 +281,7 @@ def _dataset(name: str, subset: str | None, split: str) -> Iterator[Row]:
 def _label(row: Row) -> str:
     value = row.values.get("label")
     if isinstance(value, bool) or (isinstance(value, (int, str)) and str(value).strip()):
-        return str(value).strip()
+        return whole_text(str(value).strip(), row.place)
     what = "is missing" if value is None or value == "" else f"is {value!r}: classes are text or whole numbers"
     raise DataError(f"{row.place}: 'label' {what}")
 
@@ -304,7 +304,7 @@ def _prompt_tokens(row: Row, tokenizer: Any, max_length: int) -> Tokens:
     prompt = row.values.get("prompt")
     if not isinstance(prompt, str):
         raise DataError(f"{row.place}: 'prompt' {'is missing' if prompt is None else f'is {prompt!r}, not text'}")
-    return tokenise(Example(prompt, text_of(row, "completion")), tokenizer, max_length)
+    return tokenise(Example(whole_text(prompt, row.place), text_of(row, "completion")), tokenizer, max_length)
 
 
 def _chat_tokens(row: Row, tokenizer: Any, max_length: int) -> Tokens:
@@ -312,7 +312,7 @@ def _chat_tokens(row: Row, tokenizer: Any, max_length: int) -> Tokens:
     messages = [_message(row, number, message) for number, message in enumerate(_list(row), start=1)]
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(f"{row.place}: no message is the assistant's: there is nothing to learn")
-    whole = _rendered(row, tokenizer, messages, False)
+    whole = whole_text(_rendered(row, tokenizer, messages, False), row.place)
     spans = []
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
