@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -83,10 +83,10 @@ def causal(config: RunConfig, kind: str, rows: list[records.Row], held: list[rec
         examples, batch = records.pack(prepared.tokens, length), PackedBatch(pad)
     evaluate = None
     if held_out.tokens:
-        groups = _by_length(held_out.tokens, length_of, config)
+        size = 2 * config.training.batch_size
 
         def evaluate() -> dict[str, float]:
-            return {"loss": _token_loss(model, (collate(some, pad, reading.left) for some in groups))}
+            return {"loss": training.evaluate(model, held_out.tokens, pad, size, left=reading.left)}
 
     return Job(
         model,
@@ -140,8 +140,9 @@ def classifier(config: RunConfig, rows: list[records.Row], held: list[records.Ro
     batch = LabelledBatch(tokenizer)
     evaluate = None
     if held_out.tokens:
-        shown = list(zip(held_out.tokens, held_out.classes, strict=True))
-        batches = _by_length(shown, lambda pair: length_of(pair[0]), config)
+        size = 2 * config.training.batch_size
+        shown = sorted(zip(held_out.tokens, held_out.classes, strict=True), key=lambda pair: len(pair[0].input_ids))
+        batches = [shown[at : at + size] for at in range(0, len(shown), size)]
 
         def evaluate() -> dict[str, float]:
             return _accuracy(model, [batch(some) for some in batches])
@@ -195,13 +196,6 @@ def _max_length(config: RunConfig, model: Any, tokenizer: Any) -> int:
             f"data.max_length: {config.data.max_length} is more than the {limit} tokens that the model can take"
         )
     return config.data.max_length or min(512, limit)
-
-
-def _by_length(shown: Sequence[Any], length: Callable[[Any], int], config: RunConfig) -> list[list[Any]]:
-    """What is evaluated, in batches of little padding."""
-    size = 2 * config.training.batch_size
-    ordered = sorted(shown, key=length)
-    return [ordered[at : at + size] for at in range(0, len(ordered), size)]
 
 
 @torch.no_grad()
@@ -280,18 +274,6 @@ def _next_token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = Non
         outputs.logits[:, :-1].flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="sum"
     )
     return total / ((wanted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
-
-
-@torch.no_grad()
-def _token_loss(model: Any, batches: Iterable[Batch]) -> float:
-    was_training = model.training
-    model.eval()
-    loss, count = 0.0, 0
-    for batch in batches:
-        total, tokens = training.completion_loss(model, batch)
-        loss, count = loss + total.item(), count + tokens
-    model.train(was_training)
-    return loss / count
 
 
 def _class_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:

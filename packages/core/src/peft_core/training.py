@@ -91,8 +91,9 @@ def evaluate(
     batch_size: int = 16,
     console: Console | None = None,
     title: str = "evaluating",
+    left: bool = True,
 ) -> float:
-    """Mean loss of a completion token over ``examples``, in nats, in evaluation mode."""
+    """Mean loss of a completion token over ``examples``, in nats, in evaluation mode. ``left``: see `data.collate`."""
     was_training = model.training
     model.eval()
     by_length = sorted(examples, key=lambda tokens: len(tokens.input_ids))  # little padding, same mean
@@ -101,7 +102,7 @@ def evaluate(
         task = progress.add_task(title, total=len(by_length), note="")
         for start in range(0, len(by_length), batch_size):
             batch = by_length[start : start + batch_size]
-            loss, tokens = completion_loss(model, collate(batch, pad_id))
+            loss, tokens = completion_loss(model, collate(batch, pad_id, left))
             total, count = total + loss.item(), count + tokens
             progress.update(task, advance=len(batch), note=f"loss {total / count:.3f}")
     model.train(was_training)
@@ -109,7 +110,7 @@ def evaluate(
 
 
 def completion_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """``(sum of the completion tokens' losses in nats, how many they are)`` of a batch padded on the left."""
+    """``(sum of the completion tokens' losses in nats, how many they are)`` of a batch."""
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     labels = batch.pop("labels")
