@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 import peft_core as pc
-from peft_core import data, models, training
+from peft_core import data, models, reporting, training
 
 ROOT = Path(__file__).resolve().parent.parent
 GRID = (5e-4, 2e-3, 8e-3)
@@ -93,7 +93,7 @@ def run_all(results: dict[str, Any], path: Path) -> None:
             try:
                 training.train(base, optimizer, batches, steps=setting["steps"])
                 loss: float | None = training.evaluate(base, held_out, tokenizer.pad_token_id)
-            except training.TrainingError:  # it diverged: a result, too
+            except reporting.TrainingError:  # it diverged: a result, too
                 loss = None
             run = {"name": name, "seed": seed, "lr": rate, "loss": loss, "parameters": adapter.num_trainable}
             adapter.detach()

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import peft_core as pc
-from peft_core import batches, jobs, models, records, train
+from peft_core import batches, jobs, models, records, train, training
 from peft_core.data import IGNORED, Tokens
 from peft_core.runs import RunConfig, RunError, difference
 from peft_core.testing.families import FAMILIES
@@ -180,7 +180,7 @@ def test_a_run_learns_and_its_adapter_is_loaded(llama_directory: Path, tmp_path:
     tokenizer = AutoTokenizer.from_pretrained(llama_directory)
     rows = records.read_rows(str(tmp_path / "data.jsonl"))
     _, held = records.hold_out(rows, 0.1, 0)
-    again = train.training.evaluate(model, records.prepare_causal(held, "prompt", tokenizer, 512).tokens, 0)
+    again = training.evaluate(model, records.prepare_causal(held, "prompt", tokenizer, 512).tokens, 0)
     assert again == pytest.approx(report.result["loss"], rel=1e-4)
 
 
@@ -417,7 +417,7 @@ def test_packed_examples_do_not_see_each_other(llama_directory: Path) -> None:
     assert sorted(map(repr, (t for row in packed for t in row))) == sorted(map(repr, examples))
     batch = batches.PackedBatch(0)(packed)
     model.config.use_cache = False
-    alone = train.training.evaluate(model, examples, 0)
+    alone = training.evaluate(model, examples, 0)
     assert model(**batch).loss.item() == pytest.approx(alone, rel=1e-5)
 
 
@@ -763,7 +763,7 @@ def test_a_datasets_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse
 def test_a_run_that_diverges_says_so(llama_directory: Path, tmp_path: Path, refused: Any) -> None:
     write(tmp_path / "data.jsonl", PAIRS)
     each = {"lr": 1e30, "optimizer": "sgd", "warmup": 0, "max_grad_norm": 0, "steps": 6}
-    with refused(train.training.TrainingError, "lower training.lr"):
+    with refused(train.reporting.TrainingError, "lower training.lr"):
         started(run_file(tmp_path, llama_directory, training=each))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from peft_core import data, models, training
+from peft_core import data, models, reporting, training
 
 ROWS = [data.Tokens([3, 4, 5, 6], [-100, -100, 5, 6]), data.Tokens([7, 8], [-100, 8])]
 
@@ -73,12 +73,12 @@ def test_a_loss_that_diverges_is_an_error(checkpoint: Path) -> None:
     model, _ = models.load_base(checkpoint)
     torch.nn.init.constant_(model.lm_head.weight, math.nan)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    with pytest.raises(training.TrainingError, match="nan at step 1; lower the learning rate"):
+    with pytest.raises(reporting.TrainingError, match="nan at step 1; lower the learning rate"):
         training.train(model, optimizer, data.batches(ROWS, 2, 0, 0), steps=3)
 
 
 def test_peak_memory_and_loss_curve(tmp_path: Path) -> None:
-    peak = training.peak_memory()
+    peak = reporting.peak_memory()
     assert peak is None or peak > 10_000_000
-    training.plot_losses([3.0, 2.0, 1.5], tmp_path / "loss.png", "three steps", held_out=(3.1, 1.6))
+    reporting.plot_losses([3.0, 2.0, 1.5], tmp_path / "loss.png", "three steps", held_out=(3.1, 1.6))
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import _torch
 from .method import Gradient, Rows
 
 
@@ -45,7 +46,7 @@ class SharedGradient:
 
     def edge(self, parameter: Tensor) -> Tensor:
         """What a borrower takes as an input in the parameter's stead. The parameter may be another at every call."""
-        if self._buffers and torch._C._current_graph_task_id() == -1:
+        if self._buffers and _torch.backward_number() == -1:
             self._buffers.clear()  # no backward runs: a failed one left this
         if self._parameter is not parameter or self._edge is None:
             with torch.enable_grad():
@@ -57,12 +58,12 @@ class SharedGradient:
     def add_(self, gradient: Gradient) -> None:
         """Add one borrower's contribution, in the order in which the engine reaches the borrowers."""
         assert self._parameter is not None
-        task = torch._C._current_graph_task_id()
+        task = _torch.backward_number()
         buffer = self._buffers.get(task)
         if buffer is None:
             buffer = self._buffers[task] = torch.zeros_like(self._parameter, requires_grad=False)
             # A backward that wants no gradient of this tensor never reaches the gate.
-            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._drop, task))
+            _torch.after_backward(functools.partial(self._drop, task))
         if isinstance(gradient, Rows):
             buffer.index_add_(0, gradient.index, gradient.values.to(buffer.dtype))
         else:
@@ -72,7 +73,7 @@ class SharedGradient:
         self._buffers.pop(task, None)
 
     def _take(self) -> Tensor | None:
-        return self._buffers.pop(torch._C._current_graph_task_id(), None)
+        return self._buffers.pop(_torch.backward_number(), None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedGradient:
         return SharedGradient()

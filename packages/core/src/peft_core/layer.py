@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import bases, kernels, plugins
+from . import _torch, bases, kernels, plugins
 from .errors import AdapterError, PluginError
 from .gradients import SharedGradient
 from .method import Capabilities, Forward
@@ -203,7 +203,7 @@ class Trained:
         # A hook on the instance (Accelerate's) would put the base's parameters back; all of them stand in, so it is not needed.
         hooked = self.__dict__.pop("forward", None)
         try:
-            with torch.nn.utils.stateless._reparametrize_module(self, slot.tensors(self), tie_weights=True):  # type: ignore[arg-type]
+            with _torch.standing_in(self, slot.tensors(self)):  # type: ignore[arg-type]
                 return super().__call__(*args, **kwargs)  # type: ignore[misc]
         finally:
             if hooked is not None:
@@ -350,8 +350,8 @@ def _paired(slot: Slot) -> bool:
         slot.paired
         and not torch.compiler.is_compiling()
         and kernels.chosen() != "naive"
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._is_tracing()
+        and not _torch.transforms_functions()
+        and not _torch.is_tracing()
     )
 
 
@@ -481,8 +481,7 @@ class FusedLinear(torch.autograd.Function):
         return (dx, None, None, None, None, None, *_grad_all(ctx, flat, rows, saved, needs[6:]))
 
 
-# What torch.autograd.Function.apply does when no functorch transform is active, without looking for its wrappers.
-_apply_linear = super(torch.autograd.Function, FusedLinear).apply
+_apply_linear = _torch.apply(FusedLinear)
 
 
 class FusedDelta(torch.autograd.Function):

@@ -22,7 +22,7 @@ from rich.table import Table
 import peft_core as pc
 
 from . import data as pairs
-from . import models, training
+from . import models, reporting, training
 from .errors import DataError
 
 # How far merging may move the logits, as part of how far the adapter moved them: the rounding of one weight.
@@ -130,7 +130,7 @@ def run(
     the report; what the user got wrong raises PeftCoreError before anything is trained.
     """
     begin = time.perf_counter()
-    training.require("quickstart", matplotlib="the loss curve")
+    reporting.require("quickstart", matplotlib="the loss curve")
     spec = pc.AdapterSpec(method=method, targets="all-linear", options=dict(options or {}), base_model=model)
     device = str(models.checked_device(device))
     dtype = dtype or models.fast_dtype(device)
@@ -184,7 +184,7 @@ def run(
         # What nothing was moved by counts as the rounding of the base's own output.
         moved = max(_rms(adapted_logits - base_logits), torch.finfo(dtype).eps * _rms(base_logits))
         merge_error = _rms(merged_logits - adapted_logits) / moved
-        training.plot_losses(log.losses, out / "loss.png", f"{method} on {model}", (before, after))
+        reporting.plot_losses(log.losses, out / "loss.png", f"{method} on {model}", (before, after))
 
     failures = []
     if not after < before:
@@ -213,7 +213,7 @@ def run(
         adapter_bytes=(out / "adapter" / "adapter.safetensors").stat().st_size,
         seconds_per_step=log.seconds_per_step,
         total_seconds=time.perf_counter() - begin,
-        peak_memory_bytes=training.peak_memory(),
+        peak_memory_bytes=reporting.peak_memory(),
         held_out_before=before,
         held_out_after=after,
         merge_error=merge_error,

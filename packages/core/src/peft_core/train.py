@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from . import files, jobs, models, pretrain, records, training
+from . import files, jobs, models, pretrain, records, reporting
 from .attach import attach
 from .batches import Examples, LikeLengths
 from .checkpoint import HEADER
@@ -121,7 +121,7 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
         PeftCoreError: of the kind that says what is wrong with the configuration, the data, the model or the run.
     """
     start = time.perf_counter()
-    training.require("train", accelerate="the trainer", matplotlib="the loss curve")
+    reporting.require("train", accelerate="the trainer", matplotlib="the loss curve")
     checkpoint = _start_or_resume(config, resume)
     held: list[records.Row] = []
     rows = records.read_rows(config.data.train, config.data.subset, config.data.split)
@@ -156,7 +156,7 @@ def _run(
     out, model = config.output_dir, job.model
     dtype = str(model.dtype).removeprefix("torch.")
     subject = _FullModel(job) if job.spec is None else _Adapted(job.model, job.spec, config.training.seed)
-    with training.progress_bar(console) as progress:
+    with reporting.progress_bar(console) as progress:
         trainer = subject.trainer(
             model=model,
             args=_arguments(config, job.evaluate is not None),
@@ -203,7 +203,7 @@ def _run(
         optimizer=type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__,
         steps=state.global_step,
         seconds=time.perf_counter() - start,
-        peak_memory_bytes=training.peak_memory(),
+        peak_memory_bytes=reporting.peak_memory(),
         adapter_bytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
         losses=[float(entry["loss"]) for entry in state.log_history if "loss" in entry],
         evaluations=evaluations,
@@ -214,7 +214,7 @@ def _run(
         (out / _METRICS).write_text(report.to_json() + "\n", encoding="utf-8")
         curve = [(int(entry["step"]), entry["loss"]) for entry in evaluations]
         title = f"{report.method} on {report.model}"
-        training.plot_losses(report.losses, out / "loss.png", title, evaluations=curve, unit=job.unit)
+        reporting.plot_losses(report.losses, out / "loss.png", title, evaluations=curve, unit=job.unit)
     return report
 
 
@@ -372,7 +372,7 @@ class _Show(TrainerCallback):  # type: ignore[misc]
             if name not in logs:
                 continue
             if not math.isfinite(logs[name]):
-                raise training.TrainingError(
+                raise reporting.TrainingError(
                     f"the {shown} is {logs[name]} at step {state.global_step}; lower training.lr"
                 )
             self.progress.update(self.task, note=f"{shown} {logs[name]:.3f}")

@@ -87,7 +87,7 @@ def export_onnx(
         raise SpecError(f"no precision '{precision}'{near}; there are {listed(PRECISIONS)}")
     if block_size not in BLOCK_SIZES:
         raise SpecError(f"block_size is {block_size}; it is one of {listed(map(str, BLOCK_SIZES))}")
-    from peft_core.training import peak_memory
+    from peft_core.reporting import peak_memory
 
     started = time.perf_counter()
     source = Path(base)

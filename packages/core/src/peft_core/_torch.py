@@ -1,0 +1,35 @@
+"""What torch does without a public name for it: the file to read when torch moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
+
+transforms_functions = torch._C._are_functorch_transforms_active
+"""Whether vmap, grad or another transform of functions is active."""
+
+is_tracing = torch._C._is_tracing
+"""Whether torch.jit.trace is recording."""
+
+backward_number = torch._C._current_graph_task_id
+"""The number of the backward pass that runs in this thread; -1: none."""
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call this when the backward pass that runs has ended."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def apply(function: type[torch.autograd.Function]) -> Any:
+    """What `function.apply` does where no transform of functions is active, without looking for one."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def standing_in(module: nn.Module, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+    """These in place of the module's own parameters, under all names that a parameter has in it."""
+    return _reparametrize_module(module, dict(tensors), tie_weights=True)
