@@ -58,6 +58,27 @@ def test_a_place_that_cannot_be_written(blocks, adapter, tmp_path, refused) -> N
     before.assert_restored(blocks)
 
 
+def test_a_disk_that_fills_up_on_the_way(blocks, tmp_path, monkeypatch, refused) -> None:
+    import safetensors.torch
+
+    spec = AdapterSpec(method="sound", options={"r": 4}, targets=["up"], train_modules=["down"])
+    adapter = randomise(pc.attach(blocks, spec))
+    before, on = Snapshot.of(blocks), run(ODD, blocks)
+    save, left = safetensors.torch.save_file, [3]  # of four
+
+    def save_file(*arguments, **named) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        save(*arguments, **named)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
+    with refused(pc.MergeError, "cannot be written", "No space"):
+        adapter.merge(tmp_path / "originals")
+    before.assert_restored(blocks)
+    assert adapter.active and not adapter.merged and same_bits(run(ODD, blocks), on)
+
+
 def test_originals_not_kept(blocks, adapter, refused) -> None:
     adapter.merge(keep="none")
     merged = run(ODD, blocks)

@@ -91,9 +91,9 @@ def merge(root: nn.Module, registry: Registry, bank: Bank, scale: float, keep: s
         for path, _ in sites:
             _combined(root, registry, path, [*_merged_there(registry, path), bank.name], scales)
     hidden = not all(owned.shown for owned in bank.owned.values())
-    bank.show_owned(
-        True
-    )  # a method that owns the weight is merged into what it moved, not into what the base held before
+    # A method that owns the weight is merged into what it moved, not into what the base held before.
+    bank.show_owned(True)
+    values = dict(bank.named_parameters())
     try:
         for path, module in sites:
             if path not in registry.merged:
@@ -104,19 +104,18 @@ def merge(root: nn.Module, registry: Registry, bank: Bank, scale: float, keep: s
             if path in bank.owned:
                 assert not isinstance(kept.original, Packed)
                 bank.owned[path].cover(kept.original)
+        for name, key in trained:
+            parameter = root.get_parameter(name)
+            if name not in registry.merged:
+                registry.merged[name] = MergedSite(put_aside(parameter, name, keep))
+            registry.merged[name].adapters.append(bank.name)
+            with torch.no_grad():
+                parameter.copy_(values[key])
     except BaseException:
         if keep != "none":
             unmerge(root, registry, bank)
             bank.show_owned(not hidden)
         raise
-    values = dict(bank.named_parameters())
-    for name, key in trained:
-        parameter = root.get_parameter(name)
-        if name not in registry.merged:
-            registry.merged[name] = MergedSite(put_aside(parameter, name, keep))
-        registry.merged[name].adapters.append(bank.name)
-        with torch.no_grad():
-            parameter.copy_(values[key])
 
 
 def unmerge(root: nn.Module, registry: Registry, bank: Bank) -> None:
