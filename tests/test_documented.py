@@ -78,3 +78,15 @@ def test_every_capability_is_explained_to_authors() -> None:
     text = (ROOT / "docs" / "writing-a-method.md").read_text(encoding="utf-8")
     assert not [field.name for field in dataclasses.fields(pc.Capabilities) if f"`{field.name}=" not in text]
     assert not [hook for hook in HOOKS if hook != "peft_cli" and f"`{hook}`" not in text]
+
+
+@pytest.mark.parametrize("package", METHOD_PACKAGES, ids=lambda path: path.name)
+def test_methods_import_what_authors_may_import(package: Path) -> None:
+    """But for a module that reads another library's files, which does what core's own loading does."""
+    guide = (ROOT / "docs" / "writing-a-method.md").read_text(encoding="utf-8")
+    table = guide.partition("## What a package may import")[2].partition("\n## ")[0]
+    allowed = set(re.findall(r"`peft_core\.(\w+)`", table))
+    for path in package.glob("src/**/*.py"):
+        if path.name != "exchange.py":
+            used = set(re.findall(r"from peft_core\.(\w+)", path.read_text(encoding="utf-8")))
+            assert used <= allowed, f"{path}: {used - allowed}"

@@ -12,9 +12,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from peft_core import Forward, Rows, lowrank
+from peft_core import Forward, Rows, Tensors, lowrank
 from peft_core.kernels import use_triton
-from peft_core.method import Gradient, Tensors
+from peft_core.method import Gradient
 
 from . import naive
 

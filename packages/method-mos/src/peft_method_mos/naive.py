@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peft_core import lowrank
-from peft_core.method import Tensors
+from peft_core import Tensors, lowrank
 
 
 def factors(tensors: Tensors, binding: Tensors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

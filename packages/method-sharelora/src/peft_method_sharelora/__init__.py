@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peft_core import Capabilities, Forward, Layout, LowRank, MethodInfo, Site, hookimpl, lowrank
-from peft_core.method import Tensors
+from peft_core import Capabilities, Forward, Layout, LowRank, MethodInfo, Site, Tensors, hookimpl, lowrank
 
 from .layout import lay_out
 from .options import ShareLoRAOptions

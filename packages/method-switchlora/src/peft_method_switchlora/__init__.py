@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 import peft_core as pc
-from peft_core import hookimpl, lowrank
-from peft_core.method import Tensors
+from peft_core import Tensors, hookimpl, lowrank
 
 from . import layout, naive, switching
 from .optimizer import RowAdamW
