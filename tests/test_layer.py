@@ -180,11 +180,15 @@ def test_an_attach_that_fails_late_leaves_what_was_active(monkeypatch) -> None:
     randomise(attached(net))
     before, on = Snapshot.of(net), net(torch.ones(24))
 
-    def fail(*arguments: object) -> None:
-        raise RuntimeError("late")
+    activate, left = attach.Slot.activate, [1]
 
-    dress = attach._dress
-    monkeypatch.setattr(attach, "_dress", lambda *arguments: (dress(*arguments), fail()))
+    def fail_at_the_second(slot, scales) -> None:
+        left[0] -= 1
+        activate(slot, scales)
+        if left[0] < 0 and "other" in scales:
+            raise RuntimeError("late")
+
+    monkeypatch.setattr(attach.Slot, "activate", fail_at_the_second)
     with pytest.raises(RuntimeError, match="late"):
         attached(net, "other")
     before.assert_restored(net)
@@ -204,6 +208,14 @@ def test_an_average_of_weights_follows_the_adapter() -> None:
     for key, value in held.items():
         torch.testing.assert_close(value, sum(v[key] for v in values) / 3)
     torch.testing.assert_close(average.module[0].weight, net[0].weight)
+
+
+def test_a_head_resized_after_attaching_is_not_saved(tmp_path, llama, refused) -> None:
+    adapter = attached(llama, targets=["q_proj"], train_modules=["lm_head"])
+    llama.resize_token_embeddings(llama.config.vocab_size + 3)
+    with refused(pc.CheckpointError, "'lm_head'", "resize first"):
+        adapter.save(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_embeddings_resized_after_attaching(tmp_path, llama) -> None:

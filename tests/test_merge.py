@@ -1,5 +1,7 @@
 """Where the originals wait while an adapter is merged, and what is refused."""
 
+import copy
+
 import pytest
 import torch
 
@@ -25,27 +27,50 @@ def test_originals_in_a_directory(blocks, adapter, tmp_path) -> None:
     assert same_bits(run(ODD, blocks), on)
 
 
-@pytest.mark.parametrize("keep", ["hots", "nnone", ""])
+@pytest.mark.parametrize("keep", ["hots", "nnone", "", "memory", " none", None, True])
 def test_a_misspelt_place_is_no_directory(blocks, spec, keep, refused, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
-    with refused(pc.MergeError, f"keep='{keep}'", "'host'", "'none'", "directory"):
+    words = (f"keep={str(keep)!r}", "'host'", "'none'", "'./originals'")
+    with refused(pc.MergeError, *words):
         pc.attach(blocks, spec, keep=keep)
     assert not pc.adapters(blocks)
     adapter = pc.attach(blocks, spec)
-    with refused(pc.MergeError, f"keep='{keep}'", "'host'", "'none'", "directory"):
+    with refused(pc.MergeError, *words):
         adapter.merge(keep)
     assert not adapter.merged and not any(tmp_path.iterdir())
+    adapter.merge("./originals")
+    assert len([*tmp_path.glob("originals/*")]) == 4
+    monkeypatch.chdir("/")
+    adapter.unmerge()
 
 
-def test_two_models_cannot_keep_their_originals_in_one_place(blocks, adapter, spec, tmp_path, refused) -> None:
-    other = ODD.build(seed=1)
-    on, second = run(ODD, blocks), pc.attach(other, spec)
+def test_one_place_serves_several_models_and_copies(blocks, adapter, spec, tmp_path) -> None:
+    other = ODD.build()
+    second = randomise(pc.attach(other, spec))
+    on = run(ODD, blocks)
     adapter.merge(tmp_path)
-    with refused(pc.MergeError, str(tmp_path), "another model", "directory of its own"):
-        second.merge(tmp_path)
-    assert second.active and not second.merged
+    second.merge(tmp_path)
+    copied = copy.deepcopy(blocks)
     adapter.unmerge()
     assert same_bits(run(ODD, blocks), on)
+    for handle, model in ((pc.adapters(copied)["default"], copied), (second, other)):
+        handle.unmerge()
+        assert same_bits(run(ODD, model), on)
+    assert not any(tmp_path.iterdir())
+
+
+def test_originals_that_are_gone(blocks, adapter, tmp_path, refused) -> None:
+    adapter.merge(tmp_path)
+    merged = run(ODD, blocks)
+    file = sorted(tmp_path.iterdir())[-1]
+    held = file.read_bytes()
+    for damage in (file.unlink, lambda: file.write_bytes(held[:-8])):
+        damage()
+        with refused(pc.MergeError, file.name, "cannot be read"):
+            adapter.unmerge()
+        assert adapter.merged and same_bits(run(ODD, blocks), merged)
+    file.write_bytes(held)
+    adapter.unmerge()
 
 
 def test_a_place_that_cannot_be_written(blocks, adapter, tmp_path, refused) -> None:

@@ -156,8 +156,13 @@ def test_routers_are_no_products(sound_method) -> None:
         def forward(self, input):
             return super().forward(input).topk(1)
 
-    net = nn.ModuleDict({"router": TopKRouter(24, 24), "up": nn.Linear(24, 24)})
-    assert [site.path for site in pc.plan(net, AdapterSpec(method="sound", options={"r": 4})).sites] == ["up"]
+    class PlainRouter(nn.Linear):
+        pass
+
+    net = nn.ModuleDict({"router": TopKRouter(24, 24), "plain": PlainRouter(24, 24), "up": nn.Linear(24, 24)})
+    plan = pc.plan(net, AdapterSpec(method="sound", options={"r": 4}))
+    assert [site.path for site in plan.sites] == ["plain", "up"]
+    assert plan.base.shapes["router"] == (24, 24)
 
 
 @pytest.mark.parametrize("name", ["norm1", "self_attn", "linear1", "out_proj"])

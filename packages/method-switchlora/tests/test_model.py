@@ -432,3 +432,21 @@ def test_two_processes_switch_as_one(tmp_path):
         torch.testing.assert_close(ranks[0][name], tensor, rtol=1e-9, atol=1e-9)
         if not tensor.is_floating_point():
             assert torch.equal(ranks[0][name], tensor)
+
+
+@pytest.mark.parametrize("keep", ["host", "directory", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_while_merged_is_refused(dtype, keep, tmp_path):
+    model = make(dtype)
+    adapter = pc.attach(model, pc.AdapterSpec(method="switchlora", targets=["first", "second"], options=OPTIONS))
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    model(batch(0, dtype)).square().sum().backward()
+    adapter.merge(tmp_path if keep == "directory" else keep)
+    before = everything(model, adapter)
+    with pytest.raises(pc.OptimizerStepError, match="is merged.*unmerge it"):
+        optimizer.step()
+    after = everything(model, adapter)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    if keep != "none":
+        adapter.unmerge()
+        optimizer.step()

@@ -79,7 +79,7 @@ class Adapter:
     @property
     def merged(self) -> bool:
         """Whether it is merged into the base's weights."""
-        return any(self.name in kept.adapters for kept in self._registry().merged.values())
+        return self._registry().is_merged(self.name)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trainable parameters: what an optimizer is given."""
@@ -213,8 +213,6 @@ class Adapter:
         if lost := [path for path, owned in self._bank.owned.items() if owned.original is None]:
             raise MergeError(f"'{lost[0]}': the original weight was not kept (attach with keep='host' to detach)")
         self._bank.show_owned(False)
-        for owned in self._bank.owned.values():
-            drop(owned.original)
         _remove(self.model, self._bank)
 
     def __repr__(self) -> str:
@@ -555,7 +553,8 @@ def _plain_trainer() -> Any:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         caller: Any = frame.f_locals.get("self")
-        if hasattr(caller, "_load_best_model") and getattr(caller.args, "load_best_model_at_end", False):
+        asked = getattr(getattr(caller, "args", None), "load_best_model_at_end", False)
+        if asked and hasattr(caller, "_load_best_model"):
             return None if hasattr(caller, "restores_adapters") else caller
         frame = frame.f_back
     return None
@@ -599,6 +598,8 @@ def _remove(model: nn.Module, bank: Bank) -> None:
     found = registry(model)
     assert found is not None
     optim.forget(bank)
+    for owned in bank.owned.values():
+        drop(owned.original)
     del found.banks[bank.name]
     if bank.name in found.active:
         found.active = {name: scale for name, scale in found.active.items() if name != bank.name}

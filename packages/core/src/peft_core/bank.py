@@ -233,6 +233,10 @@ class Registry:
         self.forwards: dict[Any, Forward] = {}
         self.watches: dict[str, Any] = {}
 
+    def is_merged(self, name: str) -> bool:
+        """Whether an adapter is merged into the base's weights."""
+        return any(name in kept.adapters for kept in self.merged.values())
+
     def __getstate__(self) -> dict[str, Any]:
         # Functions of plugins do not pickle; layers ask for them again.
         return {**self.__dict__, "forwards": {}}

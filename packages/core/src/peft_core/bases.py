@@ -23,7 +23,7 @@ _BYPASSED = {
     "TransformerEncoderLayer": ("linear1", "linear2", "norm1", "norm2", "self_attn"),  # by the fast path, in evaluation
     "MambaMixer": _MAMBA,
     "FalconMambaMixer": _MAMBA,
-    "JambaMambaMixer": _MAMBA,
+    "JambaMambaMixer": ("conv1d", "dt_proj"),
     "Mamba2Mixer": ("conv1d", "out_proj"),
     "BambaMixer": ("conv1d", "out_proj"),
     "Zamba2MambaMixer": ("conv1d", "out_proj"),
@@ -87,14 +87,19 @@ def describe(module: nn.Module) -> Base | None:
     if not all(isinstance(size, int) for size in sizes):
         return None
     inside, outside = int(sizes[0] or 0), int(sizes[1] or 0)
-    if any(name.endswith("Router") or name in _NO_PRODUCT for name in kind):
-        return None
     if tuple(weight.shape) == (outside, inside) and weight.dtype.is_floating_point:
         plain = type(module).forward is nn.Linear.forward or _worn_linear(module)
         return Base(inside, outside, False, plain, weight.dtype)
     if is_quantized(module):
         return Base(inside, outside, False, False, _dequantized_dtype(module))
     return None
+
+
+def gives_more(module: nn.Module) -> bool:
+    """Whether this kind of Linear has a forward that gives something else than x Wᵀ + b: a router's, say."""
+    kind = {cls.__name__ for cls in type(module).__mro__}
+    known = any(name.endswith("Router") or name in _NO_PRODUCT for name in kind)
+    return known and not _worn_linear(module)
 
 
 def _worn_linear(module: nn.Module) -> bool:

@@ -146,11 +146,13 @@ def save(bank: Bank, directory: str | Path) -> None:
     """Write an adapter. Other files in the directory stay; an adapter that stood there is replaced in one step.
 
     Raises:
-        CheckpointError: the directory cannot be written; what was there is unchanged.
+        CheckpointError: the directory cannot be written, or a module trained in full was resized since; what was there is
+            unchanged.
         OptimizerStepError: the method needs optimizer steps, gradients came, and no step was seen.
         AdapterError: it owns base weights, and was merged without keeping them.
     """
     check_stepped(bank)
+    _refuse_resized(bank)
     tensors = _collect(bank)
     state = bank.state
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
@@ -191,6 +193,17 @@ def describe(bank: Bank, tensors: Mapping[str, Tensor], checksums: dict[str, str
         tensors={key: StoredTensor(shape=tuple(t.shape), dtype=_name(t.dtype)) for key, t in tensors.items()},
         checksums=checksums,
     )
+
+
+def _refuse_resized(bank: Bank) -> None:
+    shapes = {key: tensor.shape for key, tensor in bank.plan.tensors()}
+    for path, named in bank.plan.trained.items():
+        for local, key in named.items():
+            if tuple(bank.root.get_parameter(f"{path}.{local}").shape) != shapes[key]:
+                raise CheckpointError(
+                    f"'{path}' was resized or replaced after the adapter was attached, so that its trained copy fits no "
+                    "model; resize first, then attach"
+                )
 
 
 def _stored_sites(sites: Iterable[Site]) -> tuple[StoredSite, ...]:

@@ -459,9 +459,8 @@ class FusedLinear(torch.autograd.Function):
         *edges: Tensor,
     ) -> Tensor:
         y = nn.functional.linear(x, weight.t() if transposed else weight, bias)
-        if (
-            y._is_view()
-        ):  # of something inside linear: a caller may not change a function's view in place, a tensor it may
+        # A view of something inside linear: callers may not change a function's view in place, a tensor they may.
+        if y._is_view():
             y = torch.ops.aten._unsafe_view(y, y.shape)
         _add_all(ctx, uses, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), dropout, weight)
         ctx.transposed = transposed

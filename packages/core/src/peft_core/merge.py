@@ -18,7 +18,7 @@ from .bank import Bank, MergedSite, Packed, Registry
 from .errors import MergeError
 from .layer import SLOT
 from .method import Tensors
-from .originals import Kept, check_choice, drop, look_up, put_aside
+from .originals import Kept, check, check_choice, drop, look_up, put_aside
 from .plan import ROOT_PREFIX
 from .sites import Site
 
@@ -83,7 +83,7 @@ def merge(root: nn.Module, registry: Registry, bank: Bank, scale: float, keep: s
                 f"'{path}': the weight is offloaded or on the meta device; load the model without offloading, "
                 "or merge the checkpoint files with peft-export"
             )
-    refuse_unwritable(root, [path for path, _ in sites])
+    refuse_unwritable(root, [path for path, module in sites if not bases.is_quantized(module)])  # those are not written
     trained = [(f"{path}.{name}", key) for path, named in bank.plan.trained.items() for name, key in named.items()]
     _refuse_ties(root, [name for name, _ in trained], bank.plan.trained, "name both in train_modules")
     scales = {**registry.active, bank.name: scale}
@@ -122,13 +122,15 @@ def unmerge(root: nn.Module, registry: Registry, bank: Bank) -> None:
     """Restore the original weights, and merge the other merged adapters again.
 
     Raises:
-        MergeError: the originals were not kept. Nothing has changed then.
+        MergeError: the originals were not kept, or cannot be read. Nothing has changed then.
     """
     mine = {path: kept for path, kept in registry.merged.items() if bank.name in kept.adapters}
     if lost := [path for path, kept in mine.items() if kept.original is None]:
         raise MergeError(
             f"'{lost[0]}': the original weight was not kept (merge with keep='host' to be able to unmerge)"
         )
+    for kept in mine.values():
+        check(kept.original)
     for path, kept in mine.items():
         kept.adapters.remove(bank.name)
         if path in bank.plan.base.shapes and bases.describe(_module(root, path)) is not None:

@@ -228,13 +228,19 @@ def _served(optimizer: Optimizer) -> Iterator[tuple[Bank, list[StepMember]]]:
     """Adapters, and their sites, whose parameters this optimizer is about to step.
 
     Raises:
-        OptimizerStepError: a site's parameters are divided between optimizers.
+        OptimizerStepError: a site's parameters are divided between optimizers; an adapter that owns weights is merged.
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for bank, watched in sorted(_watches.items(), key=lambda item: item[0].name):
         watched.hook_gradients()
         if not any(id(p) in held and p.grad is not None for _, p in bank.named_parameters()):
             continue
+        found = registry(bank.root)
+        if bank.owned and found is not None and found.is_merged(bank.name):
+            raise OptimizerStepError(
+                f"adapter '{bank.name}' is merged, and method '{bank.plan.spec.method}' changes the weight that it was merged "
+                "into; unmerge it before the optimizer steps"
+            )
         members = []
         for site in bank.plan.sites:
             tensors = bank.tensors(site.path)

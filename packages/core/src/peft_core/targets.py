@@ -43,7 +43,11 @@ def choose(model: nn.Module, spec: AdapterSpec) -> Choice:
         raise TargetError(
             f"'{lazy[0]}' has no weights yet: run the model once, so that its lazy layers get their shapes"
         )
-    known = {path: base for path, module in model.named_modules() if path and (base := bases.describe(module))}
+    known = {
+        path: base
+        for path, module in model.named_modules()
+        if path and (base := bases.describe(module)) and not bases.gives_more(module)
+    }
     skipped = _unreachable(model, known)
     notes: list[str] = []
     if spec.targets == "all-linear":
