@@ -443,7 +443,7 @@ def test_a_step_while_merged_is_refused(dtype, keep, tmp_path):
     model(batch(0, dtype)).square().sum().backward()
     adapter.merge(tmp_path if keep == "directory" else keep)
     before = everything(model, adapter)
-    with pytest.raises(pc.OptimizerStepError, match="is merged.*unmerge it"):
+    with pytest.raises(pc.OptimizerStepError, match=r"is merged.*unmerge it"):
         optimizer.step()
     after = everything(model, adapter)
     assert all(torch.equal(value, after[name]) for name, value in before.items())
