@@ -8,6 +8,7 @@ from torch import nn
 
 import peft_core as pc
 from peft_core import AdapterSpec
+from peft_core.testing.checks import randomise
 
 
 def chosen(model: nn.Module, **fields) -> list[str]:
@@ -181,3 +182,21 @@ def test_a_lazy_layer_is_named(sound_method, refused) -> None:
         pc.plan(net, AdapterSpec(method="sound", options={"r": 4}))
     net(torch.ones(24))
     assert len(pc.plan(net, AdapterSpec(method="sound", options={"r": 4})).sites) == 2
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_bloom_reads_two_weights_itself_only_where_it_is_slow(sound_method, slow) -> None:
+    from transformers import BloomConfig, BloomModel
+
+    sizes = dict(vocab_size=40, hidden_size=32, n_layer=1, n_head=2)
+    net = BloomModel(BloomConfig(**sizes, pretraining_tp=2, slow_but_exact=slow)).eval()
+    found = chosen(net, options={"r": 4})
+    assert len(found) == (2 if slow else 4)
+    randomise(pc.attach(net, AdapterSpec(method="sound", options={"r": 4})))
+    ids = torch.arange(6)[None]
+    for path in found:
+        module, called = net.get_submodule(path), []
+        hook = module.register_forward_hook(lambda *_, called=called: called.append(1))
+        net(ids)
+        hook.remove()
+        assert called, f"'{path}' is never called"
