@@ -240,10 +240,9 @@ def attach(
 
     Raises:
         TargetError, PlanError: the spec does not fit the model. AdapterError: the name is taken, the model is wrapped for
-        parallel training already, or another adapter stands
-        on a site that one of the two needs for itself, sites that share tensors are on several devices, or a weight that the
-        method starts from is offloaded. MergeError: the originals cannot be kept there. PluginError: an initialiser made
-        another shape. The model is unchanged then.
+        parallel training already, another adapter stands on a site that one of the two needs for itself, sites that share
+        tensors are on several devices, or a weight that the method starts from is offloaded. MergeError: the originals
+        cannot be kept there. PluginError: an initialiser made another shape. The model is unchanged then.
     """
     model = bases.unwrap(model, to_attach=True)
     _check_name(model, name)
@@ -251,10 +250,11 @@ def attach(
     _refuse_divided(model, made)
     bank = Bank(model, name, made, seed)
     bank.state = initial_state(made, seed)
+    home = homes(model, made)
     return _install(
         bank,
-        initial_tensors(model, made, seed),
-        initial_fixed(model, made, seed),
+        initial_tensors(model, made, seed, home),
+        initial_fixed(model, made, seed, home),
         trainable=True,
         keep=keep,
         owned={},
@@ -319,7 +319,7 @@ def activate(model: nn.Module, names: str | Sequence[str] | Mapping[str, float])
             raise AdapterError(
                 f"no adapter '{name}' on this model{suggestion(name, known)}; there are: {', '.join(known) or 'none'}"
             )
-        if Adapter(known[name]).merged:
+        if found and found.is_merged(name):
             raise AdapterError(f"adapter '{name}' is merged; unmerge it to make it active")
     _set_active(model, {name: float(scale) for name, scale in wanted.items()})
 
@@ -505,7 +505,7 @@ def _set_active(model: nn.Module, scales: dict[str, float]) -> None:
     _refuse_together(found, scales)
     # Sites at which nothing was active and nothing will be are left alone: the cost does not grow with idle adapters.
     concerned = [found.banks[name] for name in {**found.active, **scales}]
-    owning = [bank for bank in concerned if bank.owned and not Adapter(bank).merged]
+    owning = [bank for bank in concerned if bank.owned and not found.is_merged(bank.name)]
     for bank in owning:
         hides = bank.name in found.active and bank.name not in scales
         if hides and any(owned.original is None for owned in bank.owned.values()):

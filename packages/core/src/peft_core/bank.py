@@ -140,9 +140,8 @@ def homes(root: nn.Module, plan: Plan) -> dict[str, torch.device]:
     return out
 
 
-def initial_tensors(root: nn.Module, plan: Plan, seed: int) -> dict[str, Tensor]:
-    """First values of the trainable tensors, by key."""
-    home = homes(root, plan)
+def initial_tensors(root: nn.Module, plan: Plan, seed: int, home: Mapping[str, torch.device]) -> dict[str, Tensor]:
+    """First values of the trainable tensors, by key. `home`: see `homes`."""
     return {
         (key := f"{group.name}.{name}"): _first(root, spec, plan, home[key], seed, group.name, name)
         for group in plan.groups
@@ -150,9 +149,8 @@ def initial_tensors(root: nn.Module, plan: Plan, seed: int) -> dict[str, Tensor]
     }
 
 
-def initial_fixed(root: nn.Module, plan: Plan, seed: int) -> dict[str, Tensor]:
-    """First values of the fixed tensors, by key: drawn once in an adapter's life."""
-    home = homes(root, plan)
+def initial_fixed(root: nn.Module, plan: Plan, seed: int, home: Mapping[str, torch.device]) -> dict[str, Tensor]:
+    """First values of the fixed tensors, by key: drawn once in an adapter's life. `home`: see `homes`."""
     own = {
         (key := own_key(path, name)): _first(root, spec, plan, home[key], seed, "binding", path, name)
         for path, named in plan.bindings.items()

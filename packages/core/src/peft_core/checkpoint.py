@@ -190,7 +190,7 @@ def describe(bank: Bank, tensors: Mapping[str, Tensor], checksums: dict[str, str
         groups=_stored_groups(plan),
         trained={path: dict(named) for path, named in plan.trained.items()},
         owned=_owned(plan),
-        tensors={key: StoredTensor(shape=tuple(t.shape), dtype=_name(t.dtype)) for key, t in tensors.items()},
+        tensors=_stored_tensors(tensors),
         checksums=checksums,
     )
 
@@ -230,6 +230,10 @@ def _stored_groups(plan: Plan) -> tuple[StoredGroup, ...]:
         )
         for group in plan.groups
     )
+
+
+def _stored_tensors(tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+    return {key: StoredTensor(shape=tuple(t.shape), dtype=_name(t.dtype)) for key, t in tensors.items()}
 
 
 def _owned(plan: Plan) -> tuple[str, ...]:
@@ -355,20 +359,16 @@ def check_layout(directory: str | Path, header: AdapterFile, bank: Bank) -> None
     Raises:
         CheckpointError: names the method, the layer or the tensor that differs.
     """
-    mine = describe(bank, _collect(bank), {})
-    if header.method.name != mine.method.name:
-        raise CheckpointError(
-            f"'{directory}' has the method '{header.method.name}', adapter '{bank.name}' '{mine.method.name}'"
-        )
+    plan, method = bank.plan, bank.plan.spec.method
+    if header.method.name != method:
+        raise CheckpointError(f"'{directory}' has the method '{header.method.name}', adapter '{bank.name}' '{method}'")
+    tensors = _stored_tensors(_collect(bank))
     differs = _first_difference(
-        [
-            *_layout(mine.sites, mine.groups, mine.trained, mine.owned),
-            {k: t.model_dump() for k, t in mine.tensors.items()},
-        ],
-        [
-            *_layout(header.sites, header.groups, header.trained, header.owned),
-            {k: t.model_dump() for k, t in header.tensors.items()},
-        ],
+        _layout(_stored_sites(plan.sites), _stored_groups(plan), plan.trained, _owned(plan)),
+        _layout(header.sites, header.groups, header.trained, header.owned),
+    ) or _first_difference(
+        [{key: tensor.model_dump() for key, tensor in tensors.items()}],
+        [{key: tensor.model_dump() for key, tensor in header.tensors.items()}],
     )
     if differs:
         raise CheckpointError(

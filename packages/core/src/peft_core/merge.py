@@ -201,12 +201,13 @@ def _combined(
     """
     module = root.get_submodule(path)
     start = bases.dense_weight(module)
-    kept = registry.merged[path].original if path in registry.merged else Packed()
-    if kept is None:
-        names = names[-1:]
-    elif not isinstance(kept, Packed):
-        original = look_up(kept).to(start.device)
-        start = original.T if module.__dict__[SLOT].transposed else original
+    if path in registry.merged:
+        kept = registry.merged[path].original
+        if kept is None:
+            names = names[-1:]
+        elif not isinstance(kept, Packed):
+            original = look_up(kept).to(start.device)
+            start = original.T if module.__dict__[SLOT].transposed else original
     parts = []
     for name in names:
         bank = registry.banks[name]

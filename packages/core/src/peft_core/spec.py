@@ -82,15 +82,11 @@ class AdapterSpec(BaseModel):
         info = plugins.method(spec.method)
         options = check_options(info, spec.options)
         complete, general = options.model_dump(mode="json"), info.can(options)
-        if spec.dropout and not general.dropout:
-            raise SpecError(f"method '{spec.method}' does not allow dropout with these options; set dropout to 0")
+        _check_dropout(spec, general, "these options")
         for pattern, different in spec.overrides.items():
             where = f"overrides['{pattern}']"
             can = info.can(check_options(info, {**complete, **different}, where))
-            if spec.dropout and not can.dropout:
-                raise SpecError(
-                    f"method '{spec.method}' does not allow dropout with the options of {where}; set it to 0"
-                )
+            _check_dropout(spec, can, f"the options of {where}")
             for whole in ("owns_base_weight", "optimizer_step"):
                 if getattr(can, whole) != getattr(general, whole):
                     raise SpecError(
@@ -150,6 +146,11 @@ class AdapterSpec(BaseModel):
         except (OSError, UnicodeDecodeError) as error:
             raise SpecError(f"spec file '{path}' cannot be read: {error}") from None
         return cls.from_json(text) if Path(path).suffix == ".json" else cls.from_yaml(text)
+
+
+def _check_dropout(spec: AdapterSpec, can: Capabilities, options: str) -> None:
+    if spec.dropout and not can.dropout:
+        raise SpecError(f"method '{spec.method}' does not allow dropout with {options}; set dropout to 0")
 
 
 def check_options(info: MethodInfo, options: Mapping[str, Any], where: str = "options") -> BaseModel:

@@ -48,7 +48,7 @@ def choose(model: nn.Module, spec: AdapterSpec) -> Choice:
         for path, module in model.named_modules()
         if path and (base := bases.describe(module)) and not bases.gives_more(module)
     }
-    skipped = _unreachable(model, known)
+    skipped = {path: reader for path in known if (reader := _reader(model, path))}
     notes: list[str] = []
     if spec.targets == "all-linear":
         heads = heads_and_ties(model, known)
@@ -96,12 +96,10 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
         for path in paths:
             if not any(True for _ in modules[path].parameters()):
                 raise TargetError(f"train_modules: '{path}' has no parameters to train")
-            parent, _, child = path.rpartition(".")
-            if bases.bypassed(model.get_submodule(parent), child):
-                kind = type(model.get_submodule(parent))
+            if reader := _reader(model, path):
                 raise TargetError(
-                    f"train_modules: a {kind.__name__} reads the weights of '{path}' without calling it, so that a trained copy "
-                    f"would do nothing; name '{parent}' as a whole, or leave it out"
+                    f"train_modules: a {reader} reads the weights of '{path}' without calling it, so that a trained copy "
+                    f"would do nothing; name '{path.rpartition('.')[0]}' as a whole, or leave it out"
                 )
             kind = type(modules[path])
             if kind.forward is nn.Module.forward:
@@ -209,15 +207,11 @@ def _within(path: str, name: str) -> bool:
     return named(name, path) or f".{name}." in f".{path}"
 
 
-def _unreachable(model: nn.Module, known: Mapping[str, bases.Base]) -> dict[str, str]:
-    """Path → the class that reads this layer's weight without calling it."""
-    out = {}
-    for path in known:
-        parent_path, _, child = path.rpartition(".")
-        parent = model.get_submodule(parent_path)
-        if bases.bypassed(parent, child):
-            out[path] = type(parent).__name__
-    return out
+def _reader(model: nn.Module, path: str) -> str:
+    """The class of the parent that reads this module's weights without calling it, if it does."""
+    parent_path, _, child = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    return type(parent).__name__ if bases.bypassed(parent, child) else ""
 
 
 def _expert_tensors(model: nn.Module) -> str:

@@ -99,6 +99,8 @@ def run(model: nn.Module, inputs: Mapping[str, Any], kind: str, remedy: str) -> 
     """
     try:
         return model(**inputs)
+    except pc.PeftCoreError:  # ours says what is wrong itself
+        raise
     except Exception as error:  # a model that misses an input fails in whatever way
         what = f"{type(error).__name__}: {first_line(error)}"
         raise ModelError(f"{type(model).__name__} cannot be run on {kind} ({what}); {remedy}") from error

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import peft_core as pc
 from peft_core import plugins
-from peft_core.bank import initial_fixed, registry
+from peft_core.bank import homes, initial_fixed, registry
 
 if TYPE_CHECKING:
     import pytest
@@ -280,7 +280,8 @@ def _register_on_layer(adapter: pc.Adapter) -> None:
 def _draw_again(adapter: pc.Adapter) -> None:
     held = registry(adapter.model)
     assert held is not None
-    held.banks[adapter.name].register({}, initial_fixed(adapter.model, adapter.plan, seed=0), trainable=False)
+    drawn = initial_fixed(adapter.model, adapter.plan, 0, homes(adapter.model, adapter.plan))
+    held.banks[adapter.name].register({}, drawn, trainable=False)
 
 
 def _scale(site: pc.Site) -> float:
