@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -49,6 +50,8 @@ def test_every_part_runs_and_is_written_down(tmp_path: Path) -> None:
     assert found["left_out"] == []
     assert {"device", "torch", "triton", "cuda", "peft"} <= set(found["environment"])
     assert all(found[part] for part in parts)
+    (order,) = found["kernels"]["orders"].values()
+    assert {"seconds", "on top", "beneath"} == set(order)
     labels = set(found["steps"]["tiny sequence 16"])
     names = {f"{name} r 2" for name in ("peft Lora", "peft Miss", "miss", "mos", "sharelora", "switchlora")}
     assert labels == {*names, "peft Lora r 2, 16 bits", "miss r 2, kernels in torch", "mos r 2, kernels in torch"}
@@ -99,6 +102,7 @@ def test_what_there_is_no_time_for_is_listed(tmp_path: Path) -> None:
         (["--device", "cuda"], "needs a CUDA GPU"),
         (["--device", "cpu"], "--tiny"),
         (["--parts", "kernel"], "no part kernel"),
+        (["--settings", "8B("], "'8B(' is not a valid regex"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], words: str, monkeypatch: Any, capsys: Any) -> None:
@@ -110,7 +114,7 @@ def test_a_mistake_is_one_line(arguments: list[str], words: str, monkeypatch: An
 
 
 def test_targets_are_judged_on_the_8b_shapes() -> None:
-    gpu = runpy.run_path(str(SCRIPT))
+    report = importlib.import_module("gpu_parts.report")
     case = {"seconds": 1.0, "fraction_of_copy": 0.85, "bytes": 2**28, "streams": True}
     runs = {
         "peft Lora r 16": {"ratio": 1.20, "peak_above_floor": 1000},
@@ -128,6 +132,6 @@ def test_targets_are_judged_on_the_8b_shapes() -> None:
         },
         "steps": {"8B sequence 1024": runs, "3B sequence 1024": {"miss r 16": {"ratio": 9.0, "peak_above_floor": 0}}},
     }
-    lines = gpu["verdicts"](found)
+    lines = report.verdicts(found)
     judged = [[word for word in re.split("[ ,;]", line) if word in ("met", "MISSED")] for line in lines]
     assert judged == [["met"], ["MISSED"], ["met"], ["met", "met"], ["MISSED"], ["MISSED", "MISSED"]]

@@ -1,0 +1,94 @@
+"""What was found, for people: tables, and every target beside its figure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpu_parts.kernels import LEAST_BANDWIDTH, LEAST_BYTES
+from gpu_parts.steps import TARGETS, Setting
+
+MOST_OVERHEAD, MOST_MEMORY = 0.5, 0.35  # of that library's LoRA
+
+
+def verdicts(found: dict[str, Any]) -> list[str]:
+    """Every target beside its figure."""
+    lines = []
+    if "tests" in found:
+        lines.append(f"tests of the kernels: {_met(found['tests']['exit'] == 0)}")
+    for name, case in found.get("kernels", {}).get("cases", {}).items():
+        if name.split()[0] != "core" and "dropout" not in name and case["streams"] and case["bytes"] >= LEAST_BYTES:
+            share = case["fraction_of_copy"]
+            lines.append(
+                f"{name}: {share:.2f} of the copy's rate (target ≥ {LEAST_BANDWIDTH}) {_met(share >= LEAST_BANDWIDTH)}"
+            )
+    figures = found.get("steps", {}).get(str(Setting("8B", 1024, False, False)), {})
+    lora = figures.get("peft Lora r 16")
+    for method, limit in TARGETS.items():
+        own = figures.get(f"{method} r 16")
+        if own is None:
+            continue
+        lines.append(
+            f"{method}: {own['ratio']:.3f} of the floor (target ≤ {limit}) {_met(own['ratio'] <= limit)}; "
+            f"of the device's time {own['device_ratio']:.3f}"
+        )
+        if lora is not None:
+            overhead = (own["ratio"] - 1) / (lora["ratio"] - 1) if lora["ratio"] > 1 else float("inf")
+            memory = (
+                own["peak_above_floor"] / lora["peak_above_floor"] if lora["peak_above_floor"] > 0 else float("inf")
+            )
+            lines.append(
+                f"{method} against peft's LoRA: overhead {overhead:.2f} (target ≤ {MOST_OVERHEAD}) "
+                f"{_met(overhead <= MOST_OVERHEAD)}, memory {memory:.2f} (target ≤ {MOST_MEMORY}) {_met(memory <= MOST_MEMORY)}"
+            )
+    return lines
+
+
+def _met(met: bool) -> str:
+    return "met" if met else "MISSED"
+
+
+def report(found: dict[str, Any]) -> str:
+    """The tables, for people."""
+    where = found["environment"]
+    lines = [
+        f"{where['device']}; torch {where['torch']}, CUDA {where['cuda']}, Triton {where['triton']}, peft {where['peft']}"
+    ]
+    kernels_found = found.get("kernels", {})
+    if kernels_found:
+        lines.append(
+            f"\ncopy {kernels_found['copy_bytes_per_second'] / 1e9:.1f} GB/s, "
+            f"bf16 product {kernels_found['product_flops'] / 1e12:.2f} Tflop/s"
+        )
+        lines.append(f"{'kernel':48} {'µs':>9} {'of copy':>8} {'torch µs':>9}")
+        for name, case in kernels_found["cases"].items():
+            beside = f"{case['torch_seconds'] * 1e6:9.1f}" if case["torch_seconds"] else f"{'–':>9}"
+            lines.append(f"{name:48} {case['seconds'] * 1e6:9.1f} {case['fraction_of_copy']:8.2f} {beside}")
+        if "orders" in kernels_found:
+            lines.append(
+                f"\n{'base product and an adapter of rank 16':40} {'alone, µs':>9} {'on top':>8} {'beneath':>8}"
+            )
+        for name, own in kernels_found.get("orders", {}).items():
+            lines.append(f"{name:40} {own['seconds'] * 1e6:9.1f} {own['on top']:8.3f} {own['beneath']:8.3f}")
+    for setting, runs in found.get("steps", {}).items():
+        lines.append(f"\n{setting:40} {'ratio':>7} {'device':>7} {'ms':>9} {'above floor':>12} {'parameters':>12}")
+        for label, own in runs.items():
+            times = f"{own['ratio']:7.3f} {own['device_ratio']:7.3f} {own['seconds'] * 1e3:9.1f}"
+            lines.append(f"{label:40} {times} {own['peak_above_floor'] / 1e6:9.0f} MB {own['parameters']:12,}")
+    for label, own in found.get("switchlora", {}).items():
+        lines.append(
+            f"{label}: step {own['seconds'] * 1e3:.1f} ms, {own['held'] / 1e9:.2f} GB held, "
+            f"{own['peak'] / 1e9:.2f} GB more in a step"
+        )
+    many = found.get("adapters")
+    if many:
+        lines.append(
+            f"MoS: {many['resident']} adapters resident, {many['bytes_per_adapter'] / 1e6:.2f} MB each; forward "
+            f"{many['base_forward_seconds'] * 1e3:.1f} ms without, "
+            f"{(many['switched_forward_seconds'] or 0) * 1e3:.1f} ms with another one every time"
+        )
+    if "tests" in found:
+        lines.append("\ntests: " + (found["tests"]["last_lines"] or ["nothing was printed"])[-1])
+    lines += ["", *verdicts(found)]
+    if found.get("left_out"):
+        lines += ["", "not measured:", *(f"  {what}" for what in found["left_out"])]
+    return "\n".join(lines)
