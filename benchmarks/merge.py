@@ -200,8 +200,8 @@ def make_adapter(adapter: Path, base: Path, method: str) -> str:
     import peft_core as pc
     from peft_core import checkpoint, files
     from peft_core.bank import Bank
+    from peft_core.base_model import meta_model
     from peft_core.owned import OwnedWeight
-    from peft_core.plan import meta_model
     from peft_core.sharing import draw
     from peft_export.checkpoint_files import CODES
     from peft_export.shards import Item, Writer

@@ -91,7 +91,7 @@ def training_steps(given: argparse.Namespace, device: str) -> list[Callable[[], 
         adapter = pc.attach(model, pc.AdapterSpec(method="switchlora", options=options))
         optimizer = RowAdamW(adapter.parameters(), lr=1e-3)
         if not watched:
-            optim.forget(adapter._bank)
+            optim.forget(adapter.bank)
 
         def step() -> None:
             optimizer.zero_grad()

@@ -1,7 +1,6 @@
 """Adapted layers in models that use them in unusual ways."""
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import peft_core as pc
 from peft_core import AdapterSpec
+from peft_core.slots import Slot
 from peft_core.testing.checks import Snapshot, randomise
 
 pytestmark = pytest.mark.usefixtures("sound_method")
@@ -175,12 +175,11 @@ def test_a_layer_belongs_to_one_root(refused) -> None:
 
 
 def test_an_attach_that_fails_late_leaves_what_was_active(monkeypatch) -> None:
-    attach = sys.modules["peft_core.attach"]  # the package's name for it is the function
     net = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
     randomise(attached(net))
     before, on = Snapshot.of(net), net(torch.ones(24))
 
-    activate, left = attach.Slot.activate, [1]
+    activate, left = Slot.activate, [1]
 
     def fail_at_the_second(slot, scales) -> None:
         left[0] -= 1
@@ -188,7 +187,7 @@ def test_an_attach_that_fails_late_leaves_what_was_active(monkeypatch) -> None:
         if left[0] < 0 and "other" in scales:
             raise RuntimeError("late")
 
-    monkeypatch.setattr(attach.Slot, "activate", fail_at_the_second)
+    monkeypatch.setattr(Slot, "activate", fail_at_the_second)
     with pytest.raises(RuntimeError, match="late"):
         attached(net, "other")
     before.assert_restored(net)

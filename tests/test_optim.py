@@ -114,7 +114,7 @@ def test_the_method_may_change_gradients(stepper: Any) -> None:
     """What the optimizer sees is what the method left."""
     net, adapter = adapted()
     optimizer = torch.optim.SGD(adapter.parameters(), lr=1.0)
-    factor = [member.clone() for member in adapter._bank.state.values()]
+    factor = [member.clone() for member in adapter.bank.state.values()]
     backward(net)
     expected = [
         parameter.detach() - parameter.grad * factor[number // 2]
@@ -201,7 +201,7 @@ def test_the_optimizer_of_a_trained_head_does_not_count_for_the_sites(stepper: A
     backward(net)
     head.step()
     with pytest.raises(pc.OptimizerStepError, match="no optimizer stepped"):
-        optim.check_stepped(adapter._bank)
+        optim.check_stepped(adapter.bank)
     sites.step()
     assert stepper.log == ["head", "before 0", "sites", "after 0"]
 
@@ -337,7 +337,7 @@ def test_reentrant_checkpointing_counts_a_backward_once(stepper: Any) -> None:
     x = X.clone().requires_grad_()
     y = torch.utils.checkpoint.checkpoint(net[:3], x, use_reentrant=True)
     net[3:](y).square().mean().backward()
-    assert adapter._bank.backwards == 1
+    assert adapter.bank.progress.backwards == 1
 
 
 # Closures
@@ -441,7 +441,7 @@ def test_a_copy_in_training_is_stepped_on_its_own(stepper: Any, tmp_path: Path) 
     assert stepper.log == ["before 0", "after 0", "before 1", "after 1"]
     assert stepper.steps[1].members[0].tensors["A"] is dict(copied.named_parameters())["0.A"]
     assert (adapter.steps, copied.steps) == (1, 2) and unchanged(adapter, before)
-    assert adapter._bank.state["0.factor"] != copied._bank.state["0.factor"]
+    assert adapter.bank.state["0.factor"] != copied.bank.state["0.factor"]
     copied.detach()
     backward(net)
     optimizer.step()
@@ -497,7 +497,7 @@ def test_training_goes_on_after_loading(stepper: Any, tmp_path: Path) -> None:
     backward(loaded.model)
     own.step()
     assert [step.index for step in stepper.steps] == [0, 1]
-    assert torch.equal(loaded._bank.state["0.factor"], adapter._bank.state["0.factor"] * 0.9)
+    assert torch.equal(loaded.bank.state["0.factor"], adapter.bank.state["0.factor"] * 0.9)
 
 
 def test_an_optimizer_resumed_without_its_adapter_is_refused(stepper: Any) -> None:

@@ -81,7 +81,7 @@ def losses(trainer: Trainer) -> list[float]:
 
 def everything(adapter: pc.Adapter) -> dict[str, Tensor]:
     """All that training may change: parameters, training state, masters, and the base as it stands."""
-    bank = adapter._bank
+    bank = adapter.bank
     masters = {f"master {path}": owned.master for path, owned in bank.owned.items() if owned.master is not None}
     return {
         **adapter.model.state_dict(),
@@ -666,7 +666,7 @@ def test_restoring_takes_over_everything(stepper: Any, tmp_path: Path) -> None:
         other.restore(tmp_path / "saved")
         assert_same(other, adapter)
         assert {key: id(parameter) for key, parameter in other.named_parameters()} == held
-        assert other._bank.seed == 0
+        assert other.bank.seed == 0
         with other.disabled():
             plain = LLAMA.build(dtype=torch.bfloat16).state_dict()
             assert all(same_bits(again.state_dict()[key], value) for key, value in plain.items())

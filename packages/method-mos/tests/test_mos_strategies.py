@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import peft_core as pc
-from peft_core.bank import homes, initial_fixed
+from peft_core.initial_values import homes, initial_fixed
 from peft_method_mos.kernels import gather_factors
 from peft_method_mos.layout import Shards
 from peft_method_mos.naive import factors

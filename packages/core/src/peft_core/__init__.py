@@ -3,7 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from . import lowrank
-from .attach import Adapter, activate, adapters, attach, load
+from .activation import activate
+from .adapter import Adapter, adapters
+from .attach import attach, load
 from .errors import (
     AdapterError,
     CheckpointError,

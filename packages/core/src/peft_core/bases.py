@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AdapterError
+from .subclassing import Mixin
 
 # Prefix of everything that an adapter registers on the root model; no module path can contain it.
 ROOT_PREFIX = "peft_core/"
@@ -88,7 +89,7 @@ def describe(module: nn.Module) -> Base | None:
         return None
     inside, outside = int(sizes[0] or 0), int(sizes[1] or 0)
     if tuple(weight.shape) == (outside, inside) and weight.dtype.is_floating_point:
-        plain = type(module).forward is nn.Linear.forward or _worn_linear(module)
+        plain = type(module).forward is nn.Linear.forward or _has_linear_forward(module)
         return Base(inside, outside, False, plain, weight.dtype)
     if is_quantized(module):
         return Base(inside, outside, False, False, _dequantized_dtype(module))
@@ -99,12 +100,12 @@ def gives_more(module: nn.Module) -> bool:
     """Whether this kind of Linear has a forward that gives something else than x Wᵀ + b: a router's, say."""
     kind = {cls.__name__ for cls in type(module).__mro__}
     known = any(name.endswith("Router") or name in _NO_PRODUCT for name in kind)
-    return known and not _worn_linear(module)
+    return known and not _has_linear_forward(module)
 
 
-def _worn_linear(module: nn.Module) -> bool:
-    """Whether, our own class aside, this is a layer with nn.Linear's forward."""
-    below = [cls for cls in type(module).__mro__ if cls.__module__ != "peft_core.layer"]
+def _has_linear_forward(module: nn.Module) -> bool:
+    """Whether this is a layer with nn.Linear's forward, whatever class of ours it has in front."""
+    below = [cls for cls in type(module).__mro__ if not issubclass(cls, Mixin)]
     return next(cls for cls in below if "forward" in cls.__dict__) is nn.Linear
 
 

@@ -21,14 +21,17 @@ from torch import Tensor, nn
 
 from . import files, plugins, sharing
 from .bank import Bank
+from .base_model import base_info
 from .errors import CheckpointError, listed
+from .method import BASE_WEIGHT
 from .optim import check_stepped
-from .plan import Plan, base_info
+from .plan import Plan
+from .sharded import whole
 from .sites import Site
 from .spec import AdapterSpec, check_options
 
 FORMAT_VERSION = 1
-OWNED = "base_weight/"
+OWNED = f"{BASE_WEIGHT}/"
 HEADER, TENSORS, STATE, CARD = "adapter.json", "adapter.safetensors", "state.safetensors", "README.md"
 
 
@@ -185,7 +188,7 @@ def describe(bank: Bank, tensors: Mapping[str, Tensor], checksums: dict[str, str
             quantization=base.quantization,
         ),
         seed=bank.seed,
-        steps=bank.steps,
+        steps=bank.progress.steps,
         sites=_stored_sites(plan.sites),
         groups=_stored_groups(plan),
         trained={path: dict(named) for path, named in plan.trained.items()},
@@ -466,8 +469,7 @@ def _collect(bank: Bank) -> dict[str, Tensor]:
     """Everything that inference needs, by key."""
     tensors: dict[str, Tensor] = {}
     for key, parameter in bank.named_parameters():
-        whole = getattr(parameter, "full_tensor", None)
-        tensors[key] = (whole() if whole is not None else parameter).detach()
+        tensors[key] = whole(parameter)
     tensors.update(bank.named_fixed())
     for path in bank.owned:
         tensors[f"{OWNED}{path}"] = bank.owned_weight(bank.sites[path])

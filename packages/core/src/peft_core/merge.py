@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from . import bases, plugins
-from .bank import Bank, MergedSite, Packed, Registry
+from .bank import Bank
+from .bases import ROOT_PREFIX
 from .errors import MergeError
-from .layer import SLOT
 from .method import Tensors
 from .originals import Kept, check, check_choice, drop, look_up, put_aside
-from .plan import ROOT_PREFIX
+from .registry import MergedSite, Packed, Registry
+from .sharded import whole
 from .sites import Site
+from .slots import SLOT
 
 
 class Contribution(NamedTuple):
@@ -171,14 +173,8 @@ def settle(root: nn.Module, bank: Bank, registry: Registry) -> None:
 def contribution(bank: Bank, site: Site, scale: float) -> Contribution:
     """What an attached adapter adds at a site."""
     owned = bank.owned_weight(site) if bank.plan.spec.capabilities.owns_base_weight else None
-    tensors = {name: _whole(tensor) for name, tensor in bank.tensors(site.path).items()}
+    tensors = {name: whole(tensor) for name, tensor in bank.tensors(site.path).items()}
     return Contribution(bank.plan.spec.method, site, tensors, bank.binding(site.path), scale, owned)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A detached tensor, gathered where FSDP2 has sharded it."""
-    gather = getattr(tensor, "full_tensor", None)
-    return (gather() if gather is not None else tensor).detach()
 
 
 def _write(root: nn.Module, registry: Registry, path: str, scales: Mapping[str, float]) -> None:

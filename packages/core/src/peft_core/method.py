@@ -17,6 +17,10 @@ Tensors: TypeAlias = Mapping[str, Tensor]
 """A site's borrowed tensors by name; a binding likewise."""
 
 
+BASE_WEIGHT = "base_weight"
+"""The name under which a method that is not additive finds its site's weight, beside the tensors that it borrows."""
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """What core must know of a method before it plans. Core reads these and never a method's name.

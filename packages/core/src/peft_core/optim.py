@@ -27,9 +27,10 @@ from torch.optim.optimizer import (
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import plugins
-from .bank import Bank, registry
+from .bank import Bank
 from .errors import OptimizerStepError
 from .method import OptimizerStep, StepMember
+from .registry import registry
 
 WARN_AFTER = 256
 _WRAPPERS = register_optimizer_step_pre_hook.__code__.co_filename  # torch's wrapper around `step` is in there
@@ -61,13 +62,13 @@ def check_stepped(bank: Bank) -> None:
     if watched is None:
         return
     watched.hook_gradients()
-    if bank.stepped_by:
+    seen = bank.progress.backwards
+    if bank.progress.stepped_by or not (seen or any(p.grad is not None for _, p in bank.named_parameters())):
         return
-    if bank.backwards or any(parameter.grad is not None for _, parameter in bank.named_parameters()):
-        raise OptimizerStepError(
-            f"adapter '{bank.name}': {bank.backwards or 'some'} gradients came, but no optimizer stepped its parameters, "
-            f"which method '{bank.plan.spec.method}' needs; give adapter.parameters() to the optimizer after attaching"
-        )
+    raise OptimizerStepError(
+        f"adapter '{bank.name}': saw {seen or 'some'} backward passes but no optimizer step on its parameters, which method "
+        f"'{bank.plan.spec.method}' needs; give adapter.parameters() to the optimizer after attaching"
+    )
 
 
 class _Watch:
@@ -90,8 +91,7 @@ class _Watch:
         assert bank is not None
         if self.copied:  # what came of the original's gradients says nothing of the copy's
             self.copied = False
-            bank.backwards, bank.fresh_gradient = 0, False
-            bank.stepped_by = set()
+            bank.progress.forget_gradients()
         for _, parameter in bank.named_parameters():
             if parameter.requires_grad and parameter.is_leaf and parameter not in self.hooked:
                 self.hooked[parameter] = True
@@ -102,16 +102,16 @@ class _Watch:
         bank = self.bank()
         if bank is None or _watches.get(bank) is not self:
             return
-        bank.fresh_gradient = True
+        bank.progress.fresh_gradient = True
         counted = None if self.counted is None else self.counted()
         if counted is None:
             self.counted = weakref.ref(parameter)
         elif counted is not parameter:
             return
-        bank.backwards += 1
-        if bank.backwards == WARN_AFTER and not bank.stepped_by:
+        bank.progress.backwards += 1
+        if bank.progress.backwards == WARN_AFTER and not bank.progress.stepped_by:
             warnings.warn(
-                f"adapter '{bank.name}': {WARN_AFTER} gradients came without one optimizer step on its parameters, "
+                f"adapter '{bank.name}': {WARN_AFTER} backward passes without an optimizer step on its parameters, "
                 f"which method '{bank.plan.spec.method}' needs",
                 stacklevel=2,
             )
@@ -178,7 +178,7 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
             step = OptimizerStep(
                 adapter=bank.name,
                 index=_index(bank, optimizer),
-                total_steps=bank.total_steps,
+                total_steps=bank.progress.total_steps,
                 seed=bank.seed,
                 optimizer=optimizer,
                 loss_scale=_number(getattr(optimizer, "grad_scale", None), 1.0),
@@ -198,11 +198,11 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     mine[-1].contexts.close()
     for bank, step in mine[-1].served:
         _write_back(bank, step)
-        if step.index == bank.steps:
-            bank.stepped_by.clear()
-        bank.stepped_by.add(id(optimizer))
-        bank.steps = step.index + 1
-        bank.fresh_gradient = False
+        if step.index == bank.progress.steps:
+            bank.progress.stepped_by.clear()
+        bank.progress.stepped_by.add(id(optimizer))
+        bank.progress.steps = step.index + 1
+        bank.progress.fresh_gradient = False
 
 
 def _stack() -> list[FrameType]:
@@ -219,9 +219,9 @@ def _stack() -> list[FrameType]:
 
 def _index(bank: Bank, optimizer: Optimizer) -> int:
     """The number of this logical step: a second optimizer that steps the same gradients belongs to the same one."""
-    if bank.fresh_gradient or not bank.stepped_by or id(optimizer) in bank.stepped_by:
-        return bank.steps
-    return bank.steps - 1
+    if bank.progress.fresh_gradient or not bank.progress.stepped_by or id(optimizer) in bank.progress.stepped_by:
+        return bank.progress.steps
+    return bank.progress.steps - 1
 
 
 def _served(optimizer: Optimizer) -> Iterator[tuple[Bank, list[StepMember]]]:
@@ -267,7 +267,7 @@ def _refuse_half_resumed(bank: Bank, optimizer: Optimizer) -> None:
     """An optimizer that has stepped these parameters before, and an adapter that has never been stepped: its own state
     (and its count of steps) was lost on the way.
     """
-    if bank.steps or bank.stepped_by:
+    if bank.progress.steps or bank.progress.stepped_by:
         return
     for _, parameter in bank.named_parameters():
         counted = optimizer.state.get(parameter, {}).get("step", 0)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,49 +14,14 @@ from rich.table import Table
 from torch import nn
 
 from . import bases, plugins
-from .bases import ROOT_PREFIX as ROOT_PREFIX
-from .errors import ModelError, PlanError, SpecError, listed
-from .sharing import (
-    FromBase,
-    FromWeight,
-    Initializer,
-    Layout,
-    SharingGroup,
-    TensorSpec,
-    borrowed,
-    bound,
-    own_key,
-)
+from .base_model import BaseInfo, base_info, meta_model
+from .errors import PlanError, SpecError
+from .layout_checks import check_layout
+from .plan_table import table_of
+from .sharing import FromBase, Layout, SharingGroup, TensorSpec, borrowed, bound, own_key
 from .sites import Site
 from .spec import AdapterSpec
 from .targets import choose, find_modules
-
-RESERVED = "base_weight"
-"""What a method that is not additive finds its site's weight under, beside the tensors that it borrows."""
-
-
-@dataclass(frozen=True)
-class BaseInfo:
-    """What is remembered of a base model: enough to recognise it, and to name the first difference.
-
-    Attributes:
-        name: as recorded by the spec or the model's configuration. model_type, architecture: as transformers has them.
-        num_parameters: of the base, embeddings and heads included, shared ones once.
-        shapes: layer or parameter path → logical shape. fingerprint: a hash of them.
-        quantization: in what its layers were packed, as "4-bit (nf4)"; nothing for a dense base.
-    """
-
-    name: str
-    architecture: str
-    model_type: str
-    num_parameters: int
-    shapes: Mapping[str, tuple[int, ...]]
-    quantization: str = ""
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of all paths and shapes."""
-        return hashlib.sha256(json.dumps(self.shapes, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -163,7 +125,7 @@ class Plan:
         }
 
     def __rich__(self) -> Table:
-        return _table(self)
+        return table_of(self)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=120, color_system=None)
@@ -199,7 +161,7 @@ def plan(model: nn.Module | str | Path, spec: AdapterSpec) -> Plan:
         )
     trained_groups, trained, trained_notes = _trained_modules(model, spec)
     groups = layout.groups + trained_groups
-    _check(spec, choice.sites, layout, groups)
+    check_layout(spec, choice.sites, layout, groups)
     return Plan(
         spec=spec,
         sites=choice.sites,
@@ -208,68 +170,6 @@ def plan(model: nn.Module | str | Path, spec: AdapterSpec) -> Plan:
         trained=trained,
         base=base_info(model, spec.base_model),
         notes=choice.notes + layout.notes + trained_notes,
-    )
-
-
-def meta_model(directory: str | Path) -> nn.Module:
-    """The model that a checkpoint directory describes, on the meta device: shapes without weights.
-
-    Raises:
-        ModelError: there is no configuration, or it names a class that transformers does not have.
-    """
-    import transformers
-
-    path = Path(directory)
-    if not (path / "config.json").is_file():
-        raise ModelError(f"'{directory}' is no checkpoint directory: it has no config.json")
-    try:
-        config = transformers.AutoConfig.from_pretrained(path)
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelError(f"'{directory}': config.json cannot be read: {_first_sentence(error)}") from None
-    architecture = (config.architectures or [None])[0]
-    cls = getattr(transformers, architecture or "", None)
-    if cls is None:
-        raise ModelError(
-            f"'{directory}': config.json names the architecture '{architecture}', which transformers lacks"
-        )
-    with torch.device("meta"):
-        model: nn.Module = cls._from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
-    return model
-
-
-def _first_sentence(error: Exception) -> str:
-    """What another library says, without the page that follows."""
-    return " ".join(str(error).split()).partition(". ")[0][:200]
-
-
-def base_info(model: nn.Module, name: str | None = None) -> BaseInfo:
-    """What to remember of a base model. What adapters have registered on it is not part of it."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    count = 0
-    seen: set[int] = set()
-    packed: set[str] = set()
-    for path, module in model.named_modules():
-        base = bases.describe(module)
-        if bases.is_quantized(module):
-            packed.add(bases.packing(module))
-        if base:
-            shapes[path] = (base.out_features, base.in_features)
-        for local, parameter in bases.own_parameters(module):
-            logical = base.in_features * base.out_features if base and local == "weight" else parameter.numel()
-            if not (base and local == "weight"):
-                shapes[f"{path}.{local}" if path else local] = tuple(parameter.shape)
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                count += logical
-    config = getattr(model, "config", None)
-    recorded = name or getattr(config, "_name_or_path", "") or ""
-    return BaseInfo(
-        recorded,
-        type(model).__name__,
-        getattr(config, "model_type", ""),
-        count,
-        shapes,
-        ", ".join(sorted(packed)),
     )
 
 
@@ -309,126 +209,3 @@ def _trained_modules(
         if len(group.members) > 1
     )
     return made, trained, notes
-
-
-def _check(spec: AdapterSpec, sites: tuple[Site, ...], layout: Layout, groups: tuple[SharingGroup, ...]) -> None:
-    """A layout that cannot work is a fault of the plugin; name it here, before anything is attached."""
-    where = f"method '{spec.method}': peft_init"
-    for group in layout.groups:
-        for name, tensor in (*group.tensors.items(), *group.fixed.items(), *group.state.items()):
-            _check_tensor(tensor, f"{where}: tensor '{group.name}.{name}'")
-        if integers := [name for name, t in group.tensors.items() if not (t.dtype or torch.float32).is_floating_point]:
-            raise PlanError(
-                f"{where}: tensor '{group.name}.{integers[0]}' is of integers, which cannot be trained; make it fixed"
-            )
-        if RESERVED in group.tensors:
-            raise PlanError(
-                f"{where}: group '{group.name}' names a tensor '{RESERVED}', the name of the base's own weight"
-            )
-    names = Counter(group.name for group in groups)
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise PlanError(f"{where} made two groups named '{twice[0]}'")
-    keys = Counter(f"{group.name}.{name}" for group in groups for name in (*group.tensors, *group.fixed))
-    if twice := [key for key, count in keys.items() if count > 1]:
-        raise PlanError(f"{where} made two tensors with the key '{twice[0]}'")
-    paths = {site.path for site in sites}
-    for group in layout.groups:
-        if strangers := [member for member in group.members if member not in paths]:
-            raise PlanError(
-                f"{where}: group '{group.name}' has the member '{strangers[0]}', which is no site of the plan"
-            )
-        if not (group.tensors or group.fixed) or not group.members:
-            what = "members" if group.tensors or group.fixed else "tensors"
-            raise PlanError(f"{where}: group '{group.name}' has no {what}")
-        starts = [tensor.init for tensor in (*group.tensors.values(), *group.fixed.values())]
-        if lost := [init.path for init in starts if isinstance(init, FromWeight) and init.path not in paths]:
-            raise PlanError(
-                f"{where}: group '{group.name}' starts from the weight of '{lost[0]}', which is no site of the plan"
-            )
-    uncovered = paths - {member for group in layout.groups if group.tensors for member in group.members}
-    if uncovered:
-        raise PlanError(f"{where} gave no tensor to {listed(sorted(uncovered), 3)}")
-    for path, named in layout.bindings.items():
-        if path not in paths:
-            raise PlanError(f"{where}: a binding is for '{path}', which is no site of the plan")
-        for name, tensor in named.items():
-            _check_tensor(tensor, f"{where}: '{name}' in the binding of '{path}'")
-    borrowed(layout.groups, paths, where)
-    bound(layout.groups, paths, layout.bindings, where)
-
-
-def _check_tensor(tensor: Any, what: str) -> None:
-    if not isinstance(tensor, TensorSpec):
-        raise PlanError(f"{what} must be a TensorSpec, it is {tensor!r}")
-    if not (isinstance(tensor.shape, tuple) and all(isinstance(length, int) and length > 0 for length in tensor.shape)):
-        raise PlanError(f"{what}: its shape must be a tuple of positive integers, it is {tensor.shape!r}")
-    if not isinstance(tensor.init, Initializer):
-        raise PlanError(f"{what}: its init must be an Initializer such as pc.Zeros(), it is {tensor.init!r}")
-
-
-def size(count: float) -> str:
-    """Bytes for people: `1.4 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def _table(plan: Plan) -> Table:
-    spec = plan.spec
-    table = Table(title=f"Plan: {spec.method} on {plan.base.architecture}", title_justify="left")
-    for heading in (
-        "module type",
-        "sites",
-        "tensor",
-        "shape",
-        "tensors × borrowers",
-        "trainable",
-        "bytes",
-        "% of base",
-    ):
-        table.add_column(heading, justify="left" if heading in ("module type", "tensor") else "right")
-    site_types = {site.path: site.type for site in plan.sites}
-    rows: dict[tuple[str, str, tuple[int, ...]], list[tuple[TensorSpec, int]]] = {}
-    for group in plan.groups:
-        types = sorted({site_types.get(member, f"{member} (in full)") for member in group.members})
-        for name, tensor in group.tensors.items():
-            rows.setdefault((", ".join(types), name, tensor.shape), []).append((tensor, len(group.members)))
-    counts = Counter(site_types.values())
-    previous = ""
-    for (kind, name, shape), tensors in sorted(rows.items(), key=lambda row: list(rows).index(row[0])):
-        numel = sum(tensor.numel for tensor, _ in tensors)
-        nbytes = sum(tensor.nbytes(spec.torch_dtype) for tensor, _ in tensors)
-        borrowers = sorted({count for _, count in tensors})
-        span = str(borrowers[0]) if len(borrowers) == 1 else f"{borrowers[0]}–{borrowers[-1]}"
-        table.add_row(
-            kind if kind != previous else "",
-            str(counts.get(kind, "")) if kind != previous else "",
-            name,
-            "×".join(map(str, shape)) or "scalar",
-            f"{len(tensors)} × {span}",
-            f"{numel:,}",
-            size(nbytes),
-            f"{100 * numel / plan.base.num_parameters:.3f}",
-        )
-        previous = kind
-    table.add_section()
-    table.add_row(
-        "total",
-        str(len(plan.sites)),
-        "",
-        "",
-        str(sum(len(group.tensors) for group in plan.groups)),
-        f"{plan.num_trainable:,}",
-        size(plan.trainable_bytes),
-        f"{100 * plan.num_trainable / plan.base.num_parameters:.3f}",
-    )
-    remarks = [f"merging keeps {size(plan.merge_bytes)} of original weights, disabling {size(plan.disable_bytes)}"]
-    if plan.fixed_bytes:
-        remarks.append(f"saved beside them, and never trained: {size(plan.fixed_bytes)}")
-    if plan.state_bytes:
-        remarks.append(f"training keeps {size(plan.state_bytes)} of state that is no parameter, on the CPU")
-    table.caption = "\n".join([*remarks, *plan.notes])
-    table.caption_justify = "left"
-    return table

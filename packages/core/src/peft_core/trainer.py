@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from .attach import Adapter, adapters
+from .adapter import Adapter, adapters
+from .bases import ROOT_PREFIX
 from .errors import AdapterError, listed
-from .layer import SLOT
 from .optim import check_stepped
-from .plan import ROOT_PREFIX
+from .slots import SLOT
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -122,7 +122,7 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
         for adapter in adapters(model).values():
             for path, named in adapter.plan.trained.items():
                 kept = {
-                    adapter._bank.root_name(key) for local, key in named.items() if f"{path}.{local}" not in decaying
+                    adapter.bank.root_name(key) for local, key in named.items() if f"{path}.{local}" not in decaying
                 }
                 decaying -= kept
         return list(decaying)
@@ -150,7 +150,7 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         for adapter, place in _places(self.model, Path(self.state.best_model_checkpoint)):
-            check_stepped(adapter._bank)
+            check_stepped(adapter.bank)
             adapter.restore(place)
 
 
@@ -231,7 +231,7 @@ class _Follower(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for adapter in in_training(kwargs["model"]):
-            check_stepped(adapter._bank)
+            check_stepped(adapter.bank)
 
 
 def _places(model: nn.Module, directory: Path) -> list[tuple[Adapter, Path]]:

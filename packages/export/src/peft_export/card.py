@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from peft_core.checkpoint import AdapterFile
-from peft_core.plan import size
+from peft_core.plan_table import size
 
 if TYPE_CHECKING:
     from .adapter_files import AdapterFiles

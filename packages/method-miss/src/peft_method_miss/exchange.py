@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peft_core import AdapterSpec, CheckpointError, PeftCoreError, Plan, files, plan
 from peft_core import checkpoint as ours
 from peft_core.bank import Bank
-from peft_core.plan import meta_model
+from peft_core.base_model import meta_model
 from peft_core.spec import DTYPES
 from peft_core.targets import named
 

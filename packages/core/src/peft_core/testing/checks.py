@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import peft_core as pc
 from peft_core import plugins
-from peft_core.bank import registry
+from peft_core.bases import ROOT_PREFIX
 from peft_core.kernels import obstacle
 from peft_core.layer import seen_weight
 from peft_core.method import Gradient
-from peft_core.plan import ROOT_PREFIX
+from peft_core.registry import registry
 
 from .families import Family
 

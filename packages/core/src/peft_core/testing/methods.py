@@ -16,7 +16,8 @@ from torch import Tensor
 
 import peft_core as pc
 from peft_core import plugins
-from peft_core.bank import homes, initial_fixed, registry
+from peft_core.initial_values import homes, initial_fixed
+from peft_core.registry import registry
 
 if TYPE_CHECKING:
     import pytest

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import peft_core as pc
+from peft_core.method import BASE_WEIGHT
 
 from .checks import (
     KERNELS,
@@ -267,7 +268,7 @@ def _naive(
     binding: dict[str, Tensor],
     weight: Tensor,
 ) -> Tensor:
-    given = tensors if trial.can.additive else {**tensors, "base_weight": weight}
+    given = tensors if trial.can.additive else {**tensors, BASE_WEIGHT: weight}
     return functions(trial, site).naive(x, given, binding)
 
 

@@ -5,6 +5,7 @@ import torch
 
 import peft_core as pc
 from peft_core import plugins
+from peft_core.method import BASE_WEIGHT
 
 from .checks import (
     TOLERANCE,
@@ -37,7 +38,7 @@ def test_merged_weight_computes_what_forward_computes(trial: Trial, family: Fami
         tensors64 = {name: tensor.detach() for name, tensor in doubled(tensors).items()}
         weight = base_weight(model, site).double()
         x = torch.randn(9, site.in_features, dtype=torch.float64)
-        given = tensors64 if trial.can.additive else {**tensors64, "base_weight": weight}
+        given = tensors64 if trial.can.additive else {**tensors64, BASE_WEIGHT: weight}
         delta = functions(trial, site).naive(x, given, binding)
         kept = {"weight": weight.clone(), **{name: tensor.clone() for name, tensor in tensors64.items()}}
         result = merged(trial, site, weight, tensors64, binding)

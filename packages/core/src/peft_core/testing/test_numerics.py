@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 import peft_core as pc
+from peft_core.method import BASE_WEIGHT
 
 from .checks import (
     KERNELS,
@@ -185,5 +186,5 @@ def test_run_time_scale_multiplies_what_the_adapter_adds(trial: Trial, family: F
 
 def _delta(trial: Trial, adapter: pc.Adapter, site: pc.Site, x: Tensor, weight: Tensor) -> Tensor:
     tensors, binding = borrowed(adapter, site.path)
-    given = tensors if trial.can.additive else {**tensors, "base_weight": weight}
+    given = tensors if trial.can.additive else {**tensors, BASE_WEIGHT: weight}
     return functions(trial, site).naive(x, given, binding)

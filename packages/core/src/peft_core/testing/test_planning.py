@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import peft_core as pc
-from peft_core.bank import registry
+from peft_core.registry import registry
 from peft_core.sharing import FromBase, TensorSpec
 
 from .checks import Trial, borrowed, same_bits

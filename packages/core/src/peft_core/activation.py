@@ -1,0 +1,72 @@
+"""Which adapters of a model its forward applies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from . import bases
+from .errors import AdapterError, suggestion
+from .registry import Registry, registry
+from .slots import SLOT
+
+
+def activate(model: nn.Module, names: str | Sequence[str] | Mapping[str, float]) -> None:
+    """Choose the adapters that forward applies: one, several in order, or a map from name to a run-time scale.
+
+    Raises:
+        AdapterError: no such adapter, a merged one, or two that one site cannot carry together.
+    """
+    model = bases.unwrap(model)
+    names = [names] if isinstance(names, str) else names
+    for name in names:
+        if not isinstance(name, str):
+            raise AdapterError(f"activate: {name!r} is no name of an adapter; the choice is one for the whole batch")
+    wanted = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
+    found = registry(model)
+    known = found.banks if found else {}
+    for name in wanted:
+        if name not in known:
+            raise AdapterError(
+                f"no adapter '{name}' on this model{suggestion(name, known)}; there are: {', '.join(known) or 'none'}"
+            )
+        if found and found.is_merged(name):
+            raise AdapterError(f"adapter '{name}' is merged; unmerge it to make it active")
+    set_active(model, {name: float(scale) for name, scale in wanted.items()})
+
+
+def set_active(model: nn.Module, scales: dict[str, float]) -> None:
+    found = registry(model)
+    assert found is not None
+    refuse_together(found, scales)
+    # Sites at which nothing was active and nothing will be are left alone: the cost does not grow with idle adapters.
+    concerned = [found.banks[name] for name in {**found.active, **scales}]
+    owning = [bank for bank in concerned if bank.owned and not found.is_merged(bank.name)]
+    for bank in owning:
+        hides = bank.name in found.active and bank.name not in scales
+        if hides and any(owned.original is None for owned in bank.owned.values()):
+            raise AdapterError(
+                f"adapter '{bank.name}' owns its base weights and the originals were not kept (attach with keep='host')"
+            )
+    for bank in owning:
+        bank.show_owned(bank.name in scales)
+    found.active = scales
+    for path in {path: None for bank in concerned for path in (*bank.sites, *bank.plan.trained)}:
+        model.get_submodule(path).__dict__[SLOT].activate(scales)
+
+
+def refuse_together(found: Registry, scales: Mapping[str, float]) -> None:
+    carried: dict[str, str] = {}
+    for name in scales:
+        bank = found.banks[name]
+        for path in bank.sites:
+            other = carried.setdefault(path, name)
+            if other == name:
+                continue
+            for one in (found.banks[other], bank):
+                if one.plan.spec.info.can(one.sites[path].options).exclusive:
+                    raise AdapterError(
+                        f"'{path}' cannot carry '{other}' and '{name}' at once: method '{one.plan.spec.method}' is not an "
+                        "added Δ; activate one of them alone, or detach the other first"
+                    )

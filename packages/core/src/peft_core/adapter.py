@@ -1,0 +1,215 @@
+"""The handle on one attached adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import bases, checkpoint, merge
+from .activation import refuse_together, set_active
+from .bank import Bank
+from .errors import AdapterError, MergeError
+from .install import remove
+from .registry import Registry, registry
+from .sharded import sharded_like
+
+
+class Adapter:
+    """The handle on one attached adapter.
+
+    Attributes:
+        name, plan: as attached. bank: the owner of its tensors.
+    """
+
+    def __init__(self, bank: Bank) -> None:
+        self.bank = bank
+        self.name = bank.name
+        self.plan = bank.plan
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that carries the adapter."""
+        return self.bank.root
+
+    @property
+    def num_trainable(self) -> int:
+        """Trainable parameters, each counted once."""
+        return self.plan.num_trainable
+
+    @property
+    def steps(self) -> int:
+        """Real optimizer steps so far, over resumes (counted for methods that act on them)."""
+        return self.bank.progress.steps
+
+    @property
+    def total_steps(self) -> int | None:
+        """Length of the run in optimizer steps, for methods with a schedule. Trainers fill it in."""
+        return self.bank.progress.total_steps
+
+    @total_steps.setter
+    def total_steps(self, value: int | None) -> None:
+        self.bank.progress.total_steps = value
+
+    @property
+    def active(self) -> bool:
+        """Whether the model's forward applies it (as a separate part; a merged adapter is not active)."""
+        return self.name in self._registry().active
+
+    @property
+    def merged(self) -> bool:
+        """Whether it is merged into the base's weights."""
+        return self._registry().is_merged(self.name)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trainable parameters: what an optimizer is given."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(key, parameter), with the keys of the checkpoint."""
+        self._registry()
+        return self.bank.named_parameters()
+
+    def save(self, directory: str | Path) -> None:
+        """Write the adapter to a directory; see `peft_core.checkpoint`.
+
+        Raises:
+            CheckpointError: it cannot be written; what was there is unchanged.
+            OptimizerStepError: the method needs optimizer steps and none was seen though gradients came.
+        """
+        self._registry()
+        checkpoint.save(self.bank, directory)
+
+    def restore(self, directory: str | Path) -> None:
+        """Take over the values of a saved adapter of the same layout, in place: optimizers, compiled code and wrappers
+        around the model go on as they are. For resuming, and for exchanging one adapter for another.
+
+        Raises:
+            CheckpointError: the directory is damaged, or its adapter has another layout (method, options, layers,
+                dtypes); nothing has changed then. AdapterError: this adapter is merged.
+        """
+        self._registry()
+        if self.merged:
+            raise AdapterError(f"adapter '{self.name}' is merged; unmerge it to give it other values")
+        header = checkpoint.read_header(directory)
+        checkpoint.check_fit(directory, header, self.model)
+        checkpoint.check_layout(directory, header, self.bank)
+        stored = checkpoint.read(directory, header)
+        state = checkpoint.read_state(directory, header, self.plan) if self.bank.state else {}
+        with torch.no_grad():
+            for key, parameter in self.bank.named_parameters():
+                parameter.copy_(sharded_like(parameter, stored[key]))
+            for key, buffer in self.bank.named_fixed():
+                buffer.copy_(stored[key])
+            for key, value in state.items():
+                self.bank.state[key].copy_(value)
+            for path in self.bank.owned:
+                self.bank.write_owned_weight(self.bank.sites[path], stored[f"{checkpoint.OWNED}{path}"])
+        self.bank.seed, self.bank.progress.steps = header.seed, header.steps
+        self.bank.progress.forget_gradients()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The model without this adapter: the base's output bit for bit, if it is the only one.
+
+        Raises:
+            MergeError, AdapterError: it is merged, or owns its base weight, and the original was not kept; or it is merged, and
+                an active adapter cannot be carried beside it.
+        """
+        found = self._registry()
+        before = dict(found.active)
+        merged = self.merged
+        if merged:
+            self.unmerge()
+            before_unmerge, before = before, dict(found.active)
+        active = self.name in found.active
+        if active:
+            set_active(self.model, {name: scale for name, scale in before.items() if name != self.name})
+        try:
+            yield
+        finally:
+            if active:
+                set_active(self.model, before)
+            if merged:
+                self.merge(self.bank.merged_keep)
+                set_active(self.model, before_unmerge)
+
+    def merge(self, keep: str | Path = "host") -> None:
+        """Put the adapter into the base's weights; forward then costs what the base costs.
+
+        Args:
+            keep: where the original weights wait for `unmerge`: `host` (memory), a directory, or `none`.
+
+        Raises:
+            AdapterError: it is merged already. MergeError: a weight is tied to another layer, or offloaded, or the originals
+                cannot be kept there. Nothing has changed then.
+        """
+        found = self._registry()
+        if self.merged:
+            raise AdapterError(f"adapter '{self.name}' is merged already")
+        scale = found.active.get(self.name, 1.0)
+        merge.merge(self.model, found, self.bank, scale, keep)
+        self.bank.merged_scale, self.bank.merged_keep = scale, keep
+        set_active(self.model, {name: scale for name, scale in found.active.items() if name != self.name})
+
+    def unmerge(self) -> None:
+        """Restore the base's weights bit for bit, and make the adapter active again.
+
+        Raises:
+            AdapterError: it is not merged, or an active adapter cannot be carried beside it. MergeError: the original
+                weights were not kept. Nothing has changed then.
+        """
+        found = self._registry()
+        if not self.merged:
+            raise AdapterError(f"adapter '{self.name}' is not merged")
+        active = {**found.active, self.name: self.bank.merged_scale}
+        refuse_together(found, active)
+        merge.unmerge(self.model, found, self.bank)
+        set_active(self.model, active)
+
+    def merge_and_detach(self) -> nn.Module:
+        """Leave a plain model with the merged weights, for good; no copy of the originals is kept.
+
+        Returns:
+            The model, for convenience: it is changed in place.
+        """
+        model = self.model
+        if not self.merged:
+            self.merge(keep="none")
+        merge.settle(model, self.bank, self._registry())
+        remove(model, self.bank)
+        return model
+
+    def detach(self) -> None:
+        """Leave the model as it was, without a trace.
+
+        Raises:
+            AdapterError: the adapter is merged. MergeError: it owns base weights whose originals were not kept.
+        """
+        if self.merged:
+            raise AdapterError(f"adapter '{self.name}' is merged; unmerge it first, or use merge_and_detach()")
+        if lost := [path for path, owned in self.bank.owned.items() if owned.original is None]:
+            raise MergeError(f"'{lost[0]}': the original weight was not kept (attach with keep='host' to detach)")
+        self.bank.show_owned(False)
+        remove(self.model, self.bank)
+
+    def __repr__(self) -> str:
+        if self.name not in getattr(registry(self.model), "banks", {}):
+            return f"Adapter('{self.name}', detached)"
+        state = "merged" if self.merged else "active" if self.active else "inactive"
+        return f"Adapter('{self.name}', {self.plan.spec.method}, {self.num_trainable:,} parameters, {state})"
+
+    def _registry(self) -> Registry:
+        found = registry(self.model)
+        if found is None or found.banks.get(self.name) is not self.bank:
+            raise AdapterError(f"adapter '{self.name}' has been detached")
+        return found
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters on a model by name, in the order in which they came."""
+    found = registry(bases.unwrap(model))
+    return {name: Adapter(bank) for name, bank in found.banks.items()} if found else {}

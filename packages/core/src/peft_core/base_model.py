@@ -1,0 +1,96 @@
+"""The base model: its structure without weights, and what is recorded of it to recognize it later."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import bases
+from .errors import ModelError, first_line
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """What is remembered of a base model: enough to recognise it, and to name the first difference.
+
+    Attributes:
+        name: as recorded by the spec or the model's configuration. model_type, architecture: as transformers has them.
+        num_parameters: of the base, embeddings and heads included, shared ones once.
+        shapes: layer or parameter path → logical shape. fingerprint: a hash of them.
+        quantization: in what its layers were packed, as "4-bit (nf4)"; nothing for a dense base.
+    """
+
+    name: str
+    architecture: str
+    model_type: str
+    num_parameters: int
+    shapes: Mapping[str, tuple[int, ...]]
+    quantization: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all paths and shapes."""
+        return hashlib.sha256(json.dumps(self.shapes, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def meta_model(directory: str | Path) -> nn.Module:
+    """The model that a checkpoint directory describes, on the meta device: shapes without weights.
+
+    Raises:
+        ModelError: there is no configuration, or it names a class that transformers does not have.
+    """
+    import transformers
+
+    path = Path(directory)
+    if not (path / "config.json").is_file():
+        raise ModelError(f"'{directory}' is no checkpoint directory: it has no config.json")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"'{directory}': config.json cannot be read: {first_line(error)[:200]}") from None
+    architecture = (config.architectures or [None])[0]
+    cls = getattr(transformers, architecture or "", None)
+    if cls is None:
+        raise ModelError(
+            f"'{directory}': config.json names the architecture '{architecture}', which transformers lacks"
+        )
+    with torch.device("meta"):
+        model: nn.Module = cls._from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
+    return model
+
+
+def base_info(model: nn.Module, name: str | None = None) -> BaseInfo:
+    """What to remember of a base model. What adapters have registered on it is not part of it."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    count = 0
+    seen: set[int] = set()
+    packed: set[str] = set()
+    for path, module in model.named_modules():
+        base = bases.describe(module)
+        if bases.is_quantized(module):
+            packed.add(bases.packing(module))
+        if base:
+            shapes[path] = (base.out_features, base.in_features)
+        for local, parameter in bases.own_parameters(module):
+            logical = base.in_features * base.out_features if base and local == "weight" else parameter.numel()
+            if not (base and local == "weight"):
+                shapes[f"{path}.{local}" if path else local] = tuple(parameter.shape)
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                count += logical
+    config = getattr(model, "config", None)
+    recorded = name or getattr(config, "_name_or_path", "") or ""
+    return BaseInfo(
+        recorded,
+        type(model).__name__,
+        getattr(config, "model_type", ""),
+        count,
+        shapes,
+        ", ".join(sorted(packed)),
+    )

@@ -1,0 +1,212 @@
+"""The base product and what adapters add to it as one autograd.Function: forward and backward once, for every method."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from . import _torch, kernels
+from .errors import PluginError
+from .gradients import SharedGradient
+from .method import Forward
+
+
+class Use(NamedTuple):
+    """One active adapter in one forward."""
+
+    functions: Forward
+    tensors: dict[str, Tensor]
+    binding: dict[str, Tensor]
+    shared: dict[str, SharedGradient]
+    scale: float
+    dropout: float
+    additive: bool
+    where: str
+
+
+def edges_of(uses: list[Use]) -> list[Tensor]:
+    """The adapters' parameters as autograd sees them, in the order of `uses` and their tensors: the parameter itself, or the
+    gate of a shared one.
+    """
+    edges: list[Tensor] = []
+    if torch.is_grad_enabled():
+        for use in uses:
+            if not use.shared:
+                edges += use.tensors.values()
+                continue
+            for name, tensor in use.tensors.items():
+                shared = use.shared.get(name)
+                edges.append(shared.edge(tensor) if shared is not None and tensor.requires_grad else tensor)
+    return edges
+
+
+def _once(backward: Any) -> Any:
+    """`once_differentiable`, at no cost where no second derivative is asked for."""
+    guarded = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def choose(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, dy)  # type: ignore[no-any-return]
+
+    return choose
+
+
+class FusedLinear(torch.autograd.Function):
+    """y = x Wᵀ + b + Σ Δ(x), with the adapters adding in place; the base is frozen.
+
+    `edges` are what autograd knows of the adapters' parameters (see `edges_of`); their values are read from `uses`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        transposed: bool,
+        uses: list[Use],
+        dropout: bool,
+        *edges: Tensor,
+    ) -> Tensor:
+        y = nn.functional.linear(x, weight.t() if transposed else weight, bias)
+        # A view of something inside linear: callers may not change a function's view in place, a tensor they may.
+        if y._is_view():
+            y = torch.ops.aten._unsafe_view(y, y.shape)
+        _add_all(ctx, uses, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), dropout, weight)
+        ctx.transposed = transposed
+        return y
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        weight, *saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        flat = dy.reshape(-1, dy.shape[-1])
+        dx = rows = None
+        if needs[0]:
+            # A tensor of its own, no view: where x has several readers, the engine adds the others' part to it in place.
+            dx = torch.matmul(flat.view(dy.shape), weight.t() if ctx.transposed else weight)
+            rows = dx.view(-1, dx.shape[-1])
+        return (dx, None, None, None, None, None, *_grad_all(ctx, flat, rows, saved, needs[6:]))
+
+
+apply_linear = _torch.apply(FusedLinear)
+
+
+class FusedDelta(torch.autograd.Function):
+    """y + Σ Δ(x) for a base that computes y itself (quantized, hooked)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, uses: list[Use], dropout: bool, *edges: Tensor) -> Tensor:
+        total = y.clone(memory_format=torch.contiguous_format)
+        _add_all(ctx, uses, x.reshape(-1, x.shape[-1]), total.view(-1, y.shape[-1]), dropout)
+        ctx.shape = x.shape
+        return total
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        flat = dy.reshape(-1, dy.shape[-1])
+        dx = flat.new_zeros(flat.shape[0], ctx.shape[-1]) if ctx.needs_input_grad[0] else None
+        gradients = _grad_all(ctx, flat, dx, ctx.saved_tensors, ctx.needs_input_grad[4:])
+        return (None if dx is None else dx.view(ctx.shape), dy, None, None, *gradients)
+
+
+def _add_all(ctx: Any, uses: list[Use], x: Tensor, y: Tensor, dropout: bool, *more: Tensor) -> None:
+    """Let every adapter add to y [tokens, out] in place; save what their gradients need, after `more`."""
+    saved: list[Tensor] = [*more]
+    layout: list[tuple[Any, int, bool]] = []  # per use: grad_, number of saved tensors, whether a dropout mask follows
+    for use in uses:
+        add_, grad_ = use.functions.add_, use.functions.grad_
+        assert add_ is not None
+        inner, mask = x, None
+        if dropout and use.dropout and use.functions.dropped is not None and kernels.use_triton(x):
+            # The seed comes from the CPU's generator: no wait for the device, and checkpointing restores it.
+            add_, grad_ = use.functions.dropped(use.dropout, int(torch.randint(2**32, 2**62, (), device="cpu")))
+        elif dropout and use.dropout:
+            mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - use.dropout)
+            inner = x * mask / (1 - use.dropout)
+        if use.scale == 1.0:
+            kept = add_(inner, y, use.tensors, use.binding)
+        else:
+            delta = torch.zeros_like(y)
+            kept = add_(inner, delta, use.tensors, use.binding)
+            y.add_(delta, alpha=use.scale)
+        if type(kept) is not tuple:
+            raise PluginError(
+                f"{use.where}: add_ must return a tuple of the tensors that grad_ needs, it returned {kept!r:.80}"
+            )
+        layout.append((grad_, len(kept), mask is not None))
+        saved += kept
+        if mask is not None:
+            saved.append(mask)
+    for use in uses:
+        saved += use.tensors.values()
+    ctx.save_for_backward(*saved)
+    ctx.uses, ctx.layout = uses, layout
+
+
+def _grad_all(
+    ctx: Any, dy: Tensor, dx: Tensor | None, saved: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Let every adapter add to dx [tokens, in] in place, and collect the gradients of their edges."""
+    gradients: list[Tensor | None] = []
+    at, value_at = 0, sum(count + masked for _, count, masked in ctx.layout)
+    for use, (grad_, count, masked) in zip(ctx.uses, ctx.layout, strict=True):
+        own = tuple(saved[at : at + count])
+        mask = saved[at + count] if masked else None
+        at += count + masked
+        tensors = dict(zip(use.tensors, saved[value_at:], strict=False))
+        value_at += len(tensors)
+        found = _backward_of(use, grad_, dy, dx, own, mask, tensors)
+        for name in tensors:
+            needed = len(gradients) < len(needs) and needs[len(gradients)]
+            gradients.append(_deliver(use, name, found, tensors[name]) if needed else None)
+    return gradients
+
+
+def _backward_of(
+    use: Use,
+    grad_: Any,
+    dy: Tensor,
+    dx: Tensor | None,
+    saved: tuple[Tensor, ...],
+    mask: Tensor | None,
+    tensors: dict[str, Tensor],
+) -> Any:
+    if use.scale != 1.0:
+        dy = dy * use.scale
+    if mask is None or dx is None:
+        return grad_(dy, dx, saved, tensors, use.binding)
+    inner = torch.zeros_like(dx)
+    found = grad_(dy, inner, saved, tensors, use.binding)
+    dx.add_(inner.mul_(mask), alpha=1 / (1 - use.dropout))
+    return found
+
+
+def _deliver(use: Use, name: str, found: Any, parameter: Tensor) -> Tensor | None:
+    """A private tensor's gradient goes to autograd, a shared one's into its buffer."""
+    try:
+        gradient = found[name]
+        fits = not isinstance(gradient, Tensor) or gradient.shape == parameter.shape
+    except (KeyError, TypeError):
+        gradient, fits = None, False
+    if gradient is None or not fits:
+        what = "none" if gradient is None else f"one of shape {list(gradient.shape)}"
+        raise PluginError(
+            f"{use.where}: grad_ must return a gradient of shape {list(parameter.shape)} for '{name}', it returned {what}"
+        )
+    shared = use.shared.get(name)
+    if shared is not None:
+        shared.add_(gradient)
+        return None
+    if not isinstance(gradient, Tensor):
+        whole = torch.zeros_like(parameter)
+        whole.index_add_(0, gradient.index, gradient.values.to(whole.dtype))
+        return whole
+    return gradient.to(parameter.dtype)

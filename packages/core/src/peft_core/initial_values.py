@@ -1,0 +1,85 @@
+"""What an adapter's tensors start from: drawn by key, copied from the base, or computed from its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .errors import AdapterError
+from .layer import seen_weight
+from .plan import Plan
+from .sharing import FromBase, FromWeight, TensorSpec, as_declared, draw, own_key
+
+
+def homes(root: nn.Module, plan: Plan) -> dict[str, torch.device]:
+    """Key of every tensor, trainable or fixed → where it belongs: the device of its first borrower."""
+    out = {}
+    for group in plan.groups:
+        device = device_of(root, group.members[0])
+        out.update({f"{group.name}.{name}": device for name in (*group.tensors, *group.fixed)})
+    for path, named in plan.bindings.items():
+        out.update({own_key(path, name): device_of(root, path) for name in named})
+    return out
+
+
+def initial_tensors(root: nn.Module, plan: Plan, seed: int, home: Mapping[str, torch.device]) -> dict[str, Tensor]:
+    """First values of the trainable tensors, by key. `home`: see `homes`."""
+    return {
+        (key := f"{group.name}.{name}"): _first(root, spec, plan, home[key], seed, group.name, name)
+        for group in plan.groups
+        for name, spec in group.tensors.items()
+    }
+
+
+def initial_fixed(root: nn.Module, plan: Plan, seed: int, home: Mapping[str, torch.device]) -> dict[str, Tensor]:
+    """First values of the fixed tensors, by key: drawn once in an adapter's life. `home`: see `homes`."""
+    own = {
+        (key := own_key(path, name)): _first(root, spec, plan, home[key], seed, "binding", path, name)
+        for path, named in plan.bindings.items()
+        for name, spec in named.items()
+    }
+    shared = {
+        (key := f"{group.name}.{name}"): _first(root, spec, plan, home[key], seed, group.name, name)
+        for group in plan.groups
+        for name, spec in group.fixed.items()
+    }
+    return {**own, **shared}
+
+
+def initial_state(plan: Plan, seed: int) -> dict[str, Tensor]:
+    """First values of the training-only tensors, on the CPU."""
+    return {
+        f"{group.name}.{name}": draw(spec, torch.float32, seed, "state", group.name, name)
+        for group in plan.groups
+        for name, spec in group.state.items()
+    }
+
+
+def _first(root: nn.Module, spec: TensorSpec, plan: Plan, device: torch.device, seed: int, *key: str) -> Tensor:
+    dtype = spec.dtype or plan.spec.torch_dtype
+    if device.type == "meta":
+        return torch.empty(spec.shape, dtype=dtype, device=device)
+    if isinstance(spec.init, FromBase):
+        return root.get_parameter(spec.init.path).detach().clone().to(dtype)
+    if isinstance(spec.init, FromWeight):
+        weight = seen_weight(root.get_submodule(spec.init.path))
+        if weight.device.type == "meta":
+            raise AdapterError(
+                f"'{spec.init.path}': the weight is offloaded, and method '{plan.spec.method}' starts from it; "
+                "load the model without offloading this layer, or exclude it"
+            )
+        with torch.no_grad():
+            computed = spec.init.compute(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+        return as_declared(computed, spec, dtype).clone().to(device)
+    return draw(spec, dtype, seed, *key).to(device)
+
+
+def device_of(root: nn.Module, path: str) -> torch.device:
+    """Where a module computes: its weights' device, or its hook's where the weights are offloaded."""
+    module = root.get_submodule(path)
+    hook = getattr(module, "_hf_hook", None)  # Accelerate's offloading leaves weights on the meta device
+    executes = getattr(hook, "execution_device", None)
+    device = next(module.parameters()).device
+    return torch.device(executes) if device.type == "meta" and executes is not None else device

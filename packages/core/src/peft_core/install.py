@@ -1,0 +1,233 @@
+"""Putting an adapter's bank on its model, layer by layer, and taking it off without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import bases, merge, optim, plugins
+from .activation import set_active
+from .bank import Bank
+from .bases import ROOT_PREFIX
+from .errors import AdapterError
+from .gradients import SharedGradient
+from .initial_values import device_of
+from .layer import adapt, adapt_root, train_in_full
+from .originals import check_choice, drop, put_aside
+from .owned import OwnedWeight
+from .plan import Plan
+from .pretrained import AdapterSaver
+from .registry import Registry, forget, registry
+from .sites import Site
+from .slots import SLOT, Member, Slot, TrainedSlot
+from .subclassing import restore_class
+
+
+def install(
+    bank: Bank,
+    tensors: Mapping[str, Tensor],
+    fixed: Mapping[str, Tensor],
+    trainable: bool,
+    keep: str | Path,
+    owned: Mapping[str, Tensor],
+) -> None:
+    """Put an adapter on its model, and make it the only active one.
+
+    Args:
+        tensors, fixed: the values of its trainable and fixed tensors, by key. keep: where the originals of weights that the
+            method owns wait. owned: site path → such a weight as it was stored; empty: the method computes it.
+
+    Raises:
+        AdapterError, MergeError: see `attach`. The model is unchanged then.
+    """
+    model, made = bank.root, bank.plan
+    check_choice(keep)
+    _refuse_conflicts(model, made, bank.name)
+    found = registry(model, create=True)
+    assert found is not None
+    before = found.active
+    if not found.banks:
+        found.frozen = {name: p.requires_grad for name, p in model.named_parameters()}
+    found.banks[bank.name] = bank
+    bank.register(tensors, fixed, trainable)
+    adapt_root(model)
+    try:
+        if made.spec.capabilities.owns_base_weight:
+            _take_over(bank, owned, keep)
+        _adapt_layers(bank, _functions(found, made))
+        set_active(model, {bank.name: 1.0})
+    except BaseException:
+        bank.show_owned(False)
+        remove(model, bank)
+        if found.banks:
+            set_active(model, before)
+        raise
+    for module in model.modules():
+        for _, parameter in bases.own_parameters(module):
+            parameter.requires_grad_(False)
+    if hasattr(model, "save_pretrained"):
+        model.__dict__["save_pretrained"] = AdapterSaver(model)
+    optim.watch(bank)
+
+
+def remove(model: nn.Module, bank: Bank) -> None:
+    """Take an adapter off: its tensors, its members, and with the last one every trace."""
+    found = registry(model)
+    assert found is not None
+    optim.forget(bank)
+    for owned in bank.owned.values():
+        drop(owned.original)
+    del found.banks[bank.name]
+    if bank.name in found.active:
+        found.active = {name: scale for name, scale in found.active.items() if name != bank.name}
+    for path in [*bank.sites, *bank.plan.trained]:
+        module = model.get_submodule(path)
+        slot = module.__dict__.get(SLOT)
+        if slot is None:  # replaced by a dense layer, or never adapted
+            continue
+        slot.members.pop(bank.name, None)
+        if slot.members:
+            slot.activate(found.active)
+        else:
+            restore_class(module)
+            module.__dict__.pop(SLOT, None)
+    for key in [key for key in found.gradients if key.startswith(f"{ROOT_PREFIX}{bank.name}/")]:
+        del found.gradients[key]
+    bank.unregister()
+    if not found.banks:
+        for name, parameter in model.named_parameters():
+            if name in found.frozen:
+                parameter.requires_grad_(found.frozen[name])
+        model.__dict__.pop("save_pretrained", None)
+        restore_class(model)
+        forget(model)
+
+
+def _functions(found: Registry, made: Plan) -> dict[str, Any]:
+    """Each site's forward; one object for equal sites, so that compiled code serves all adapters of a layout."""
+    out = {}
+    for site in made.sites:
+        key = (made.spec.method, repr(site))
+        if key not in found.forwards:
+            found.forwards[key] = plugins.call(made.spec.method, "peft_forward", site=site)
+        out[site.path] = found.forwards[key]
+    return out
+
+
+def _adapt_layers(bank: Bank, functions: Mapping[str, Any]) -> None:
+    model, made = bank.root, bank.plan
+    found = registry(model)
+    assert found is not None
+    shared = {
+        f"{group.name}.{name}": found.gradients.setdefault(bank.root_name(f"{group.name}.{name}"), SharedGradient())
+        for group in made.groups
+        if len(group.members) > 1
+        for name in group.tensors
+    }
+    for site in made.sites:
+        module = model.get_submodule(site.path)
+        if SLOT not in module.__dict__:
+            base = bases.describe(module)
+            assert base is not None
+            adapt(module, Slot(model, base.transposed, base.fused))
+        keys = bank.site_keys(site.path)
+        module.__dict__[SLOT].members[bank.name] = Member(
+            adapter=bank.name,
+            method=made.spec.method,
+            site=site,
+            functions=functions[site.path],
+            can=made.spec.info.can(site.options),
+            names=[(name, bank.root_name(key)) for name, key in keys.items()],
+            fixed=[(name, bank.root_name(key)) for name, key in bank.bound_keys(site.path).items()],
+            shared={name: shared[key] for name, key in keys.items() if key in shared},
+            dropout=made.spec.dropout,
+        )
+    for path, named in made.trained.items():
+        module = model.get_submodule(path)
+        if SLOT not in module.__dict__:
+            train_in_full(module, TrainedSlot(model))
+        slot = module.__dict__[SLOT]
+        slot.members[bank.name] = tuple((local, bank.root_name(key)) for local, key in named.items())
+
+
+def _take_over(bank: Bank, owned: Mapping[str, Tensor], keep: str | Path) -> None:
+    """Let the method move weight into the base: as it computes it, or as it was stored."""
+    for site in bank.plan.sites:
+        module = bank.root.get_submodule(site.path)
+        if bases.is_quantized(module) or module.weight.device.type == "meta":
+            what = "quantized" if bases.is_quantized(module) else "on the meta device"
+            raise AdapterError(f"'{site.path}' is {what}; method '{bank.plan.spec.method}' needs to write its weight")
+    merge.refuse_unwritable(bank.root, list(bank.sites))
+    if keep == "none":  # there will be no way back: see first that the method can do it everywhere
+        for site in bank.plan.sites:
+            _moved(bank, site, owned)
+    for site in bank.plan.sites:
+        module = bank.root.get_submodule(site.path)
+        moved = _moved(bank, site, owned)
+        kept = put_aside(module.weight, f"{site.path}.before-{bank.name}", keep)  # type: ignore[arg-type]
+        master = moved if moved.dtype != module.weight.dtype else None
+        bank.owned[site.path] = OwnedWeight(kept, master)
+        bases.write_weight(module, moved, site.transposed)
+
+
+@torch.no_grad()
+def _moved(bank: Bank, site: Site, stored: Mapping[str, Tensor]) -> Tensor:
+    """What the base shall hold at a site (out × in): as stored, or as the method computes it."""
+    weight = bases.dense_weight(bank.root.get_submodule(site.path))
+    moved = stored.get(site.path)
+    if moved is None:
+        moved = plugins.call(
+            bank.plan.spec.method,
+            "peft_attach",
+            site=site,
+            weight=weight.clone(),
+            tensors={name: tensor.detach() for name, tensor in bank.tensors(site.path).items()},
+            binding=bank.binding(site.path),
+        )
+    return moved.to(weight.device)  # type: ignore[no-any-return]
+
+
+def _refuse_conflicts(model: nn.Module, made: Plan, name: str) -> None:
+    """A site whose weight is owned by a method can carry no other adapter; and a merged site must be left alone by it."""
+    for path in (*(site.path for site in made.sites), *made.trained):
+        slot = model.get_submodule(path).__dict__.get(SLOT)
+        if slot is not None and slot.root is not model:
+            raise AdapterError(
+                f"'{path}' carries an adapter of {type(slot.root).__name__}, another model that holds this layer; attach to that "
+                "one, or detach its adapters first"
+            )
+    mine = made.spec.capabilities.owns_base_weight
+    places = {site.path for site in made.sites}
+    found = registry(model)
+    for other, bank in found.banks.items() if found else ():
+        theirs = bool(bank.owned)
+        taken = bank.sites.keys()
+        both = sorted((places | made.trained.keys()) & taken) if mine or theirs else []
+        if both:
+            owner = made.spec.method if mine else bank.plan.spec.method
+            raise AdapterError(
+                f"'{both[0]}' carries the adapter '{other}', and method '{owner}' owns its base weight: "
+                "they cannot stand on one layer; detach one or choose other targets"
+            )
+        crossed = sorted((made.trained.keys() & taken) | (places & bank.plan.trained.keys()))
+        if crossed:
+            raise AdapterError(
+                f"'{crossed[0]}' is trained in full by one of the adapters '{other}' and '{name}' and adapted by the other"
+            )
+
+
+def refuse_divided(model: nn.Module, made: Plan) -> None:
+    """A tensor lies on one device; sites on several cannot borrow it."""
+    for group in [group for group in made.groups if len(group.members) > 1]:
+        devices = {path: device_of(model, path) for path in group.members}
+        real = {(device.type, device.index or 0): path for path, device in devices.items() if device.type != "meta"}
+        if len(real) > 1:
+            here, there, *_ = real.values()
+            raise AdapterError(
+                f"'{here}' is on {devices[here]} and '{there}' on {devices[there]}, and method '{made.spec.method}' lets them "
+                "share tensors; load the model on one device, or choose targets on one"
+            )

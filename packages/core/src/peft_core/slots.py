@@ -1,0 +1,147 @@
+"""What an adapted module knows of its adapters: kept in its plain `__dict__`, so that a copy of the model has its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import plugins
+from .fused import Use
+from .gradients import SharedGradient
+from .method import Capabilities, Forward
+from .sites import Site
+
+SLOT = "_peft_site"
+
+
+class Member:
+    """One adapter at one site: which tensors it borrows there and the functions that use them.
+
+    Attributes:
+        names: (tensor name, name on the root) of what is borrowed. fixed: likewise for the binding.
+        shared: tensor name → where its gradient is summed, for tensors with more than one borrower.
+    """
+
+    def __init__(
+        self,
+        adapter: str,
+        method: str,
+        site: Site,
+        functions: Forward,
+        can: Capabilities,
+        names: Sequence[tuple[str, str]],
+        fixed: Sequence[tuple[str, str]],
+        shared: dict[str, SharedGradient],
+        dropout: float,
+    ) -> None:
+        self.adapter, self.method, self.site = adapter, method, site
+        self.functions, self.can = functions, can
+        self.names, self.fixed, self.shared, self.dropout = tuple(names), tuple(fixed), shared, dropout
+        self.where = f"'{site.path}', method '{method}'"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "functions": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.functions = plugins.call(self.method, "peft_forward", site=self.site)
+
+    def borrow(self, held: dict[str, Any]) -> dict[str, Tensor]:
+        """The parameters as the root holds them now."""
+        return {name: held[there] for name, there in self.names}
+
+
+class Slot:
+    """What an adapted layer knows of its adapters: kept in the layer's plain `__dict__`, so that a copy has its own.
+
+    Attributes:
+        parameters, buffers: the root's own dictionaries, compared at every forward. members: by adapter.
+        active: the active members with their run-time scale. dense: a weight that stands in for a quantized one.
+        paired: whether all active methods have an accumulating pair. drops: whether one has dropout.
+    """
+
+    def __init__(self, root: nn.Module, transposed: bool, fused: bool) -> None:
+        self.root = root
+        self.parameters, self.buffers = root._parameters, root._buffers
+        self.transposed, self.fused = transposed, fused
+        self.members: dict[str, Member] = {}
+        self.active: list[tuple[Member, float]] = []
+        self.dense: Tensor | None = None
+        self.paired = self.drops = False
+        self._uses: list[Use] | None = None
+        self._sources: list[tuple[dict[str, Any], str, Any]] = []
+
+    def activate(self, scales: dict[str, float]) -> None:
+        """Make these adapters the active ones, in their order."""
+        self.active = [(self.members[name], scale) for name, scale in scales.items() if name in self.members]
+        self._refresh()
+
+    def uses(self) -> list[Use]:
+        """The active adapters with their tensors as they are now.
+
+        Compiled code reads the tensors from this object: names would be guarded, and every other adapter of the same layout
+        would compile anew. FSDP2 replaces parameters at every step, so there they are looked up by name all the same.
+        """
+        if self._uses is None:
+            self._refresh()
+        if torch.compiler.is_compiling():
+            return self._look_up() if hasattr(self.root, "unshard") else self._uses  # type: ignore[return-value]
+        for held, name, tensor in self._sources:
+            if held.get(name) is not tensor:
+                self._refresh()
+                break
+        return self._uses  # type: ignore[return-value]
+
+    def _refresh(self) -> None:
+        """Look everything up anew: something was activated, or the root holds other tensors than before."""
+        self._uses = self._look_up()
+        self._sources = [
+            (held, there, held[there])
+            for member, _ in self.active
+            for held, names in ((self.parameters, member.names), (self.buffers, member.fixed))
+            for _, there in names
+        ]
+        self.paired = all(use.functions.add_ is not None and use.additive for use in self._uses)
+        self.drops = any(use.dropout for use in self._uses)
+
+    def _look_up(self) -> list[Use]:
+        return [
+            Use(
+                member.functions,
+                member.borrow(self.parameters),
+                {name: self.buffers[there] for name, there in member.fixed},  # type: ignore[misc]
+                member.shared,
+                scale,
+                member.dropout,
+                member.can.additive,
+                member.where,
+            )
+            for member, scale in self.active
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_uses": None, "_sources": []}
+
+
+class TrainedSlot:
+    """The stand-ins of a module that is trained in full: adapter → ((parameter name, name on the root), …)."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root, self.parameters = root, root._parameters
+        self.members: dict[str, tuple[tuple[str, str], ...]] = {}
+        self.active = ""
+
+    def activate(self, scales: dict[str, float]) -> None:
+        """The last active adapter that brings this module counts."""
+        self.active = next((name for name in reversed(scales) if name in self.members), "")
+
+    def tensors(self, module: Any) -> dict[str, Tensor]:
+        """Parameter name → the bank's tensor, in the base's dtype."""
+        held = self.parameters
+        return {
+            name: held[there].to(module.get_parameter(name).dtype)  # type: ignore[union-attr]
+            for name, there in self.members[self.active]
+        }
