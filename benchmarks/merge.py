@@ -198,10 +198,10 @@ def make_adapter(adapter: Path, base: Path, method: str) -> str:
     import torch
 
     import peft_core as pc
-    from peft_core import checkpoint, files
-    from peft_core.bank import Bank
+    from peft_core import files
+    from peft_core.adapter_file import HEADER, describe, owned_key
     from peft_core.base_model import meta_model
-    from peft_core.owned import OwnedWeight
+    from peft_core.checkpoint import TENSORS
     from peft_core.sharing import draw
     from peft_export.checkpoint_files import CODES
     from peft_export.shards import Item, Writer
@@ -212,7 +212,6 @@ def make_adapter(adapter: Path, base: Path, method: str) -> str:
         with contextlib.suppress(pc.PlanError):
             plan = pc.plan(model, pc.AdapterSpec(method=method, options=dict(chosen)))
             break
-    bank = Bank(model, "default", plan, seed=0)
     noise = torch.Generator().manual_seed(0)
     values: dict[str, Callable[[], torch.Tensor]] = {}
     shapes: dict[str, torch.Tensor] = {}
@@ -226,20 +225,19 @@ def make_adapter(adapter: Path, base: Path, method: str) -> str:
     if plan.spec.capabilities.owns_base_weight:
         block = torch.randn(1 << 24, generator=noise).mul_(0.02)
         for site in plan.sites:
-            bank.owned[site.path] = OwnedWeight()
             shape = (site.out_features, site.in_features)
-            shapes[f"base_weight/{site.path}"] = torch.empty(shape, device="meta")
-            values[f"base_weight/{site.path}"] = lambda shape=shape: block.repeat(
-                -(-shape[0] * shape[1] // len(block))
-            )[: shape[0] * shape[1]].view(shape)
+            shapes[owned_key(site.path)] = torch.empty(shape, device="meta")
+            values[owned_key(site.path)] = lambda shape=shape: block.repeat(-(-shape[0] * shape[1] // len(block)))[
+                : shape[0] * shape[1]
+            ].view(shape)
     adapter.mkdir()
     items = [Item(key, CODES[t.dtype], tuple(t.shape), t.numel() * t.element_size()) for key, t in shapes.items()]
-    with Writer(adapter, items, {}, name=checkpoint.TENSORS) as writer:
+    with Writer(adapter, items, {}, name=TENSORS) as writer:
         for key in writer.order:
             writer.write(key, values[key]())
-    checksums = {checkpoint.TENSORS: files.checksum(adapter / checkpoint.TENSORS)}
-    header = checkpoint.describe(bank, shapes, checksums)
-    (adapter / checkpoint.HEADER).write_text(header.model_dump_json())
+    checksums = {TENSORS: files.checksum(adapter / TENSORS)}
+    header = describe(plan, plan.base, shapes, checksums, seed=0, steps=0)
+    (adapter / HEADER).write_text(header.model_dump_json())
     return ", ".join(f"{name} {value}" for name, value in chosen.items())
 
 

@@ -283,7 +283,7 @@ def test_another_layout_of_the_method_is_refused(tmp_path, refused) -> None:
         plugins.unregister("changing")
     plugins.register(Other(), "changing")
     try:
-        with refused(pc.CheckpointError, "laid out otherwise"):
+        with refused(pc.CheckpointError, "has another layout"):
             pc.load(ODD.build(), tmp_path / "adapter")
     finally:
         plugins.unregister("changing")

@@ -9,6 +9,7 @@ import peft_core as pc
 from peft_core import AdapterSpec
 from peft_core.testing.checks import Snapshot, randomise, relative, run, same_bits
 from peft_core.testing.families import FAMILIES
+from peft_core.testing.methods import Sound
 
 ODD = FAMILIES["odd"]
 
@@ -246,3 +247,47 @@ def test_failing_attach_leaves_no_trace(blocks, monkeypatch) -> None:
 def test_input_of_another_width_is_named(blocks, adapter) -> None:
     with pytest.raises((pc.AdapterError, RuntimeError), match="63"):
         blocks(torch.randn(2, 62))
+
+
+def test_what_was_merged_for_good_stays_beneath_what_can_be_undone(blocks, spec, refused, monkeypatch) -> None:
+    first, second = (randomise(pc.attach(blocks, spec, name=name, seed=n)) for n, name in enumerate("ab"))
+    first.merge(keep="none")
+    beneath = Snapshot.of(blocks)
+    second.merge()
+    with refused(pc.MergeError, "'0.up'", "not kept"):
+        first.unmerge()
+    second.unmerge()
+    beneath.assert_same_values(blocks)
+    assert first.merged and not second.merged
+
+    merge, calls = Sound.merge, []
+
+    def fails_at_the_second(self, site, *arguments):
+        calls.append(site.path)
+        if len(calls) > 1:
+            raise RuntimeError("no")
+        return merge(self, site, *arguments)
+
+    monkeypatch.setattr(Sound, "merge", fails_at_the_second)
+    with pytest.raises(RuntimeError, match="no"):
+        second.merge()
+    beneath.assert_same_values(blocks)
+    assert first.merged and not second.merged
+
+
+def test_disabling_one_of_several_merged_adapters_restores_every_bit(blocks, spec) -> None:
+    adapters = [randomise(pc.attach(blocks, spec, name=name, seed=n)) for n, name in enumerate("abc")]
+    before = Snapshot.of(blocks)
+    for adapter in adapters:
+        adapter.merge()
+    merged, on = Snapshot.of(blocks), run(ODD, blocks)
+    for adapter in adapters:
+        with adapter.disabled():
+            assert not same_bits(run(ODD, blocks), on)
+            with adapter.disabled():
+                assert not same_bits(run(ODD, blocks), on)
+        merged.assert_same_values(blocks)
+    for adapter in adapters:
+        with adapter.disabled():
+            adapter.unmerge()
+    before.assert_same_values(blocks)

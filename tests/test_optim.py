@@ -291,7 +291,7 @@ def test_an_optimizer_made_before_attaching_never_steps_the_adapter(stepper: Any
     backward(made)
     optimizer.step()
     assert not stepper.log
-    with pytest.raises(pc.OptimizerStepError, match=r"1 gradients came, but no optimizer .* after attaching"):
+    with pytest.raises(pc.OptimizerStepError, match=r"received gradients, but no optimizer .* after attaching"):
         adapter.save(tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
@@ -314,7 +314,7 @@ def test_a_warning_after_256_gradients_without_a_step(stepper: Any) -> None:
         for _ in range(optim.WARN_AFTER - 1):
             backward(net)
     assert optim.WARN_AFTER == 256
-    with pytest.warns(UserWarning, match="'default': 256 gradients came without one optimizer step"):
+    with pytest.warns(UserWarning, match="'default': 256 backward passes without an optimizer step"):
         backward(net)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

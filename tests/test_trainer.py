@@ -339,7 +339,7 @@ def test_a_run_whose_optimizer_never_steps_the_adapter_ends_in_an_error(stepper:
     trainer = pc.AdapterTrainer(
         model=model, args=settings(tmp_path, max_steps=2), train_dataset=rows(), optimizers=(wrong, None)
     )
-    with pytest.raises(pc.OptimizerStepError, match="2 gradients came, but no optimizer"):
+    with pytest.raises(pc.OptimizerStepError, match="received gradients, but no optimizer"):
         trainer.train()
     args = settings(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     trainer = pc.AdapterTrainer(model=model, args=args, train_dataset=rows(), optimizers=(wrong, None))

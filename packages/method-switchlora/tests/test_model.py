@@ -64,9 +64,9 @@ def train(model, optimizer, steps, clip=None):
 def everything(model, adapter, optimizer=None):
     """Every tensor that training changes, by name."""
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
-    tensors.update({f"state/{name}": value for name, value in adapter._bank.state.items()})
+    tensors.update({f"state/{name}": value for name, value in adapter.bank.state.items()})
     tensors.update(
-        {f"master/{path}": owned.master for path, owned in adapter._bank.owned.items() if owned.master is not None}
+        {f"master/{path}": owned.master for path, owned in adapter.bank.owned.items() if owned.master is not None}
     )
     if optimizer is not None:
         for index, state in optimizer.state_dict()["state"].items():
@@ -111,7 +111,7 @@ def test_the_base_holds_the_rounded_master(dtype):
     model = make(dtype)
     adapter = adapt(model)
     train(model, RowAdamW(adapter.parameters(), lr=0.01), range(12))
-    for path, owned in adapter._bank.owned.items():
+    for path, owned in adapter.bank.owned.items():
         if dtype == torch.float32:
             assert owned.master is None
             continue
@@ -154,8 +154,8 @@ def test_candidates_are_no_parameters_and_stay_on_the_cpu():
     assert not [name for name in model.state_dict() if "candidates" in name]
     assert adapter.num_trainable == sum(parameter.numel() for parameter in adapter.parameters())
     assert adapter.num_trainable == 4 * (20 + 24 + 24 + 18 + 18 + 4)
-    assert all(tensor.device.type == "cpu" for tensor in adapter._bank.state.values())
-    assert {key.partition(".")[0] for key in adapter._bank.state} == {"first", "second"}
+    assert all(tensor.device.type == "cpu" for tensor in adapter.bank.state.values())
+    assert {key.partition(".")[0] for key in adapter.bank.state} == {"first", "second"}
 
 
 RESUME = """
@@ -256,7 +256,7 @@ def test_scaled_and_plain_training_switch_alike():
             nn.utils.clip_grad_norm_(adapter.parameters(), 0.1)
             scaler.step(optimizer)
             scaler.update()
-        digests.add(digest({name: value for name, value in adapter._bank.state.items() if "candidates" not in name}))
+        digests.add(digest({name: value for name, value in adapter.bank.state.items() if "candidates" not in name}))
     assert len(digests) == 1
 
 
@@ -326,7 +326,7 @@ def test_the_trainer_tells_the_length_and_resumes(tmp_path, optimizer):
         trainer.train(resume_from_checkpoint=resume)
         assert (adapter.steps, adapter.total_steps) == (12, 12)
         assert isinstance(trainer.optimizer.optimizer, RowAdamW) == (optimizer is None)
-        assert adapter._bank.state["first.next"].tolist() != [0, 2]
+        assert adapter.bank.state["first.next"].tolist() != [0, 2]
         return digest(everything(model, adapter))
 
     once = run("once")

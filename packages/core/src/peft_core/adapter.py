@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from . import bases, checkpoint, merge
@@ -15,7 +14,6 @@ from .bank import Bank
 from .errors import AdapterError, MergeError
 from .install import remove
 from .registry import Registry, registry
-from .sharded import sharded_like
 
 
 class Adapter:
@@ -94,48 +92,26 @@ class Adapter:
         self._registry()
         if self.merged:
             raise AdapterError(f"adapter '{self.name}' is merged; unmerge it to give it other values")
-        header = checkpoint.read_header(directory)
-        checkpoint.check_fit(directory, header, self.model)
-        checkpoint.check_layout(directory, header, self.bank)
-        stored = checkpoint.read(directory, header)
-        state = checkpoint.read_state(directory, header, self.plan) if self.bank.state else {}
-        with torch.no_grad():
-            for key, parameter in self.bank.named_parameters():
-                parameter.copy_(sharded_like(parameter, stored[key]))
-            for key, buffer in self.bank.named_fixed():
-                buffer.copy_(stored[key])
-            for key, value in state.items():
-                self.bank.state[key].copy_(value)
-            for path in self.bank.owned:
-                self.bank.write_owned_weight(self.bank.sites[path], stored[f"{checkpoint.OWNED}{path}"])
-        self.bank.seed, self.bank.progress.steps = header.seed, header.steps
-        self.bank.progress.forget_gradients()
+        checkpoint.restore(self.bank, directory)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The model without this adapter: the base's output bit for bit, if it is the only one.
 
         Raises:
-            MergeError, AdapterError: it is merged, or owns its base weight, and the original was not kept; or it is merged, and
-                an active adapter cannot be carried beside it.
+            MergeError, AdapterError: it is merged, or owns its base weight, and the original was not kept.
         """
         found = self._registry()
+        if self.merged:
+            with merge.left_out(self.model, found, self.bank):
+                yield
+            return
         before = dict(found.active)
-        merged = self.merged
-        if merged:
-            self.unmerge()
-            before_unmerge, before = before, dict(found.active)
-        active = self.name in found.active
-        if active:
-            set_active(self.model, {name: scale for name, scale in before.items() if name != self.name})
+        set_active(self.model, {name: scale for name, scale in before.items() if name != self.name})
         try:
             yield
         finally:
-            if active:
-                set_active(self.model, before)
-            if merged:
-                self.merge(self.bank.merged_keep)
-                set_active(self.model, before_unmerge)
+            set_active(self.model, before)
 
     def merge(self, keep: str | Path = "host") -> None:
         """Put the adapter into the base's weights; forward then costs what the base costs.
@@ -152,7 +128,6 @@ class Adapter:
             raise AdapterError(f"adapter '{self.name}' is merged already")
         scale = found.active.get(self.name, 1.0)
         merge.merge(self.model, found, self.bank, scale, keep)
-        self.bank.merged_scale, self.bank.merged_keep = scale, keep
         set_active(self.model, {name: scale for name, scale in found.active.items() if name != self.name})
 
     def unmerge(self) -> None:

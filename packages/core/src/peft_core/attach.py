@@ -9,10 +9,12 @@ from torch import nn
 
 from . import bases, checkpoint
 from .adapter import Adapter
+from .adapter_file import owned_key, read_header, spec_of
 from .bank import Bank
 from .errors import AdapterError
 from .initial_values import homes, initial_fixed, initial_state, initial_tensors
 from .install import install, refuse_divided
+from .matching import check_fit, check_plan
 from .plan import plan
 from .registry import registry
 from .spec import AdapterSpec
@@ -62,10 +64,10 @@ def load(
     """
     model = bases.unwrap(model, to_attach=True)
     _check_name(model, name)
-    header = checkpoint.read_header(directory)
-    checkpoint.check_fit(directory, header, model)
-    made = plan(model, checkpoint.spec_of(header))
-    checkpoint.check_plan(directory, header, made)
+    header = read_header(directory)
+    check_fit(directory, header, model)
+    made = plan(model, spec_of(header))
+    check_plan(directory, header, made)
     refuse_divided(model, made)
     stored = checkpoint.read(directory, header)
     bank = Bank(model, name, made, header.seed)
@@ -75,7 +77,7 @@ def load(
     home = homes(model, made)
     tensors = {key: stored[key].to(home[key]) for key, _ in made.tensors()}
     fixed = {key: stored[key].to(home[key]) for key, _ in made.fixed()}
-    owned = {path: stored[f"{checkpoint.OWNED}{path}"] for path in header.owned}
+    owned = {path: stored[owned_key(path)] for path in header.owned}
     install(bank, tensors, fixed, trainable=trainable, keep=keep, owned=owned)
     return Adapter(bank)
 

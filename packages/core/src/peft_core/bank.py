@@ -8,7 +8,6 @@ parameters (optimizers, `.to()`, DDP, FSDP2, state_dict) then finds each exactly
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ class Bank:
         root, name, plan, seed: of the adapter. sites: by path.
         state: key → training-only tensor (on the CPU). owned: site path → its weight, for methods that own it.
         progress: of its training.
-        merged_scale, merged_keep: the run-time scale at which the adapter was merged, if it is, and where the originals are.
+        merged_scale: the run-time scale at which the adapter was merged, if it is.
     """
 
     def __init__(self, root: nn.Module, name: str, plan: Plan, seed: int) -> None:
@@ -38,7 +37,6 @@ class Bank:
         self.owned: dict[str, OwnedWeight] = {}
         self.progress = Progress()
         self.merged_scale = 1.0
-        self.merged_keep: str | Path = "host"
         self.sites = {site.path: site for site in plan.sites}
         self._borrowed, self._bound = plan.borrowed(), plan.bound()
 
@@ -70,6 +68,10 @@ class Bank:
     def bound_keys(self, path: str) -> Mapping[str, str]:
         """Name in a site's binding → key."""
         return self._bound[path]
+
+    def trained_keys(self) -> dict[str, str]:
+        """Name of a base parameter that is trained in full → key of the tensor that stands in for it."""
+        return {f"{path}.{local}": key for path, named in self.plan.trained.items() for local, key in named.items()}
 
     def named_fixed(self) -> Iterator[tuple[str, Tensor]]:
         """(key, buffer) of every fixed tensor, each once."""

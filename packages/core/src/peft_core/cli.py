@@ -23,7 +23,7 @@ from .errors import CheckpointError, DataError, ModelError, PeftCoreError, SpecE
 if TYPE_CHECKING:
     import torch
 
-    from .checkpoint import AdapterFile
+    from .adapter_file import AdapterFile
 
 _USER_ERROR = 2
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which some versions of typer bring along
@@ -153,7 +153,8 @@ def inspect(
     json_: Json = False,
 ) -> None:
     """Show what a saved adapter is: method, base model, options, tensors. Its method may be missing."""
-    from .checkpoint import TENSORS, read_header
+    from .adapter_file import read_header
+    from .checkpoint import TENSORS
 
     header = read_header(directory)
     file = directory / TENSORS
@@ -230,8 +231,8 @@ def generate(
     json_: Json = False,
 ) -> None:
     """Write on from a prompt with a base model and a saved adapter, always taking the likeliest token."""
+    from .adapter_file import read_header
     from .attach import load
-    from .checkpoint import read_header
     from .data import whole_text
     from .models import complete, load_base
 

@@ -51,7 +51,7 @@ def install(
     assert found is not None
     before = found.active
     if not found.banks:
-        found.frozen = {name: p.requires_grad for name, p in model.named_parameters()}
+        found.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     found.banks[bank.name] = bank
     bank.register(tensors, fixed, trainable)
     adapt_root(model)
@@ -100,8 +100,8 @@ def remove(model: nn.Module, bank: Bank) -> None:
     bank.unregister()
     if not found.banks:
         for name, parameter in model.named_parameters():
-            if name in found.frozen:
-                parameter.requires_grad_(found.frozen[name])
+            if name in found.requires_grad:
+                parameter.requires_grad_(found.requires_grad[name])
         model.__dict__.pop("save_pretrained", None)
         restore_class(model)
         forget(model)

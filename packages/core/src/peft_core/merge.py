@@ -6,9 +6,10 @@ call it, so that they give the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,8 @@ from .bank import Bank
 from .bases import ROOT_PREFIX
 from .errors import MergeError
 from .method import Tensors
-from .originals import Kept, check, check_choice, drop, look_up, put_aside
-from .registry import MergedSite, Packed, Registry
+from .originals import check, check_choice, drop, look_up, put_aside
+from .registry import Merged, Registry
 from .sharded import whole
 from .sites import Site
 from .slots import SLOT
@@ -74,7 +75,7 @@ def merge(root: nn.Module, registry: Registry, bank: Bank, scale: float, keep: s
     """Merge one adapter into the base's weights and keep the originals as `keep` says.
 
     Raises:
-        MergeError: a weight is tied to a layer outside the adapter or offloaded, or `keep` is no choice.
+        MergeError: a weight is tied to a layer outside the adapter or offloaded, or `keep` is not a choice.
     Whatever is raised, by the method too: nothing has changed then.
     """
     check_choice(keep)
@@ -86,79 +87,76 @@ def merge(root: nn.Module, registry: Registry, bank: Bank, scale: float, keep: s
                 "or merge the checkpoint files with peft-export"
             )
     refuse_unwritable(root, [path for path, module in sites if not bases.is_quantized(module)])  # those are not written
-    trained = [(f"{path}.{name}", key) for path, named in bank.plan.trained.items() for name, key in named.items()]
-    _refuse_ties(root, [name for name, _ in trained], bank.plan.trained, "name both in train_modules")
-    scales = {**registry.active, bank.name: scale}
+    trained = bank.trained_keys()
+    _refuse_ties(root, list(trained), bank.plan.trained, "name both in train_modules")
+    bank.merged_scale = scale
     if keep == "none":  # there will be no way back: see first that every site can be merged
         for path, _ in sites:
-            _combined(root, registry, path, [*_merged_there(registry, path), bank.name], scales)
+            merged = registry.merged_sites.get(path, Merged())
+            _combined(root, registry, path, merged, [*merged.adapters, bank.name])
     hidden = not all(owned.shown for owned in bank.owned.values())
     # A method that owns the weight is merged into what it moved, not into what the base held before.
     bank.show_owned(True)
-    values = dict(bank.named_parameters())
     try:
         for path, module in sites:
-            if path not in registry.merged:
-                registry.merged[path] = MergedSite(_keep(module, path, keep))
-            kept = registry.merged[path]
-            kept.adapters.append(bank.name)
-            _write(root, registry, path, scales)
+            merged = _put_on(registry.merged_sites, path, module, "weight", bank.name, keep)
+            _write(root, registry, path)
             if path in bank.owned:
-                assert not isinstance(kept.original, Packed)
-                bank.owned[path].cover(kept.original)
-        for name, key in trained:
-            parameter = root.get_parameter(name)
-            if name not in registry.merged:
-                registry.merged[name] = MergedSite(put_aside(parameter, name, keep))
-            registry.merged[name].adapters.append(bank.name)
-            with torch.no_grad():
-                parameter.copy_(values[key])
+                bank.owned[path].cover(merged.original)
+        for name in trained:
+            path, _, local = name.rpartition(".")
+            _put_on(registry.merged_parameters, name, root.get_submodule(path), local, bank.name, keep)
+            _write_parameter(root, registry, name)
     except BaseException:
-        if keep != "none":
-            unmerge(root, registry, bank)
-            bank.show_owned(not hidden)
+        _take_out(root, registry, bank)
+        bank.show_owned(not hidden)
         raise
 
 
 def unmerge(root: nn.Module, registry: Registry, bank: Bank) -> None:
-    """Restore the original weights, and merge the other merged adapters again.
+    """Restore the original weights; other merged adapters stay merged.
 
     Raises:
         MergeError: the originals were not kept, or cannot be read. Nothing has changed then.
     """
-    mine = {path: kept for path, kept in registry.merged.items() if bank.name in kept.adapters}
-    if lost := [path for path, kept in mine.items() if kept.original is None]:
+    _check_restorable(registry, bank)
+    _take_out(root, registry, bank)
+
+
+@contextmanager
+def left_out(root: nn.Module, registry: Registry, bank: Bank) -> Iterator[None]:
+    """The weights without this merged adapter; with it again afterwards, in its place among the others, bit for bit.
+
+    Raises:
+        MergeError: the originals were not kept, or cannot be read. Nothing has changed then.
+    """
+    if bank.name in registry.left_out:
+        yield
+        return
+    _check_restorable(registry, bank)
+    if lost := [path for path, owned in bank.owned.items() if owned.original is None]:
         raise MergeError(
-            f"'{lost[0]}': the original weight was not kept (merge with keep='host' to be able to unmerge)"
+            f"'{lost[0]}': the original weight was not kept (attach with keep='host' to disable the adapter)"
         )
-    for kept in mine.values():
-        check(kept.original)
-    for path, kept in mine.items():
-        kept.adapters.remove(bank.name)
-        if path in bank.plan.base.shapes and bases.describe(_module(root, path)) is not None:
-            _restore(root, path, kept.original)
-            if path in bank.owned:
-                bank.owned[path].uncover()
-            if kept.adapters:
-                _write(root, registry, path, registry.active)
-        else:
-            source = _trained_value(registry, kept.adapters, path)
-            with torch.no_grad():
-                root.get_parameter(path).copy_(look_up(kept.original) if source is None else source)  # type: ignore[arg-type]
-        if not kept.adapters:
-            drop(kept.original)
-            del registry.merged[path]
+    registry.left_out.add(bank.name)
+    try:
+        _rewrite(root, registry, bank)
+        yield
+    finally:
+        registry.left_out.discard(bank.name)
+        _rewrite(root, registry, bank)
 
 
 def settle(root: nn.Module, bank: Bank, registry: Registry) -> None:
     """After the last merge: forget the originals, and replace quantized layers by dense ones that hold the merged weight."""
-    for path in [path for path, kept in registry.merged.items() if bank.name in kept.adapters]:
-        kept = registry.merged[path]
-        kept.adapters.remove(bank.name)
-        drop(kept.original)
-        kept.original = None
-        if not kept.adapters:
-            del registry.merged[path]
+    for places in (registry.merged_sites, registry.merged_parameters):
+        for path, merged in list(places.items()):
+            if bank.name in (*merged.adapters, *merged.beneath):
+                drop(merged.original)
+                left = [name for name in (*merged.beneath, *merged.adapters) if name != bank.name]
+                merged.original, merged.adapters, merged.beneath = None, left, []
+                if not left:
+                    del places[path]
     for site in bank.plan.sites:
         module = root.get_submodule(site.path)
         slot = module.__dict__.get(SLOT)
@@ -170,50 +168,119 @@ def settle(root: nn.Module, bank: Bank, registry: Registry) -> None:
             setattr(root.get_submodule(parent), child, plain.train(module.training))
 
 
-def contribution(bank: Bank, site: Site, scale: float) -> Contribution:
-    """What an attached adapter adds at a site."""
-    owned = bank.owned_weight(site) if bank.plan.spec.capabilities.owns_base_weight else None
-    tensors = {name: whole(tensor) for name, tensor in bank.tensors(site.path).items()}
-    return Contribution(bank.plan.spec.method, site, tensors, bank.binding(site.path), scale, owned)
+def _put_on(
+    places: dict[str, Merged], path: str, module: nn.Module, local: str, adapter: str, keep: str | Path
+) -> Merged:
+    """Note that an adapter is about to be merged into a parameter, and put aside what stands there, if that is to be kept."""
+    packed = local == "weight" and bases.is_quantized(module)
+    merged = places.get(path, Merged(packed=packed))
+    if not merged.restorable and keep != "none":
+        # What stands there may hold adapters whose original was not kept; it can be brought back, they cannot be taken out.
+        merged.original = put_aside(module.get_parameter(local), path, keep)
+        merged.beneath, merged.adapters = [*merged.beneath, *merged.adapters], []
+    merged.adapters.append(adapter)
+    places[path] = merged
+    return merged
 
 
-def _write(root: nn.Module, registry: Registry, path: str, scales: Mapping[str, float]) -> None:
-    """Put a site's merged weight in place."""
-    module = root.get_submodule(path)
+def _take_out(root: nn.Module, registry: Registry, bank: Bank) -> None:
+    """Restore every place that this adapter was merged into and whose original was kept."""
+    for places, write in ((registry.merged_sites, _write), (registry.merged_parameters, _write_parameter)):
+        for path, merged in list(places.items()):
+            if bank.name not in merged.adapters or not merged.restorable:
+                continue
+            merged.adapters.remove(bank.name)
+            write(root, registry, path)
+            if places is registry.merged_sites and path in bank.owned:
+                bank.owned[path].uncover()
+            if not merged.adapters:
+                drop(merged.original)
+                merged.original, merged.adapters, merged.beneath = None, merged.beneath, []
+                if not merged.adapters:
+                    del places[path]
+
+
+def _check_restorable(registry: Registry, bank: Bank) -> None:
+    """See that the weights beneath this merged adapter were kept, and are still there.
+
+    Raises:
+        MergeError: names the layer.
+    """
+    for path, merged in (*registry.merged_sites.items(), *registry.merged_parameters.items()):
+        if bank.name in merged.beneath or (bank.name in merged.adapters and not merged.restorable):
+            raise MergeError(
+                f"'{path}': the original weight was not kept (merge with keep='host' to be able to unmerge)"
+            )
+        if bank.name in merged.adapters:
+            check(merged.original)
+
+
+def _rewrite(root: nn.Module, registry: Registry, bank: Bank) -> None:
+    """Write every place that this adapter is merged into anew."""
+    for path, merged in registry.merged_sites.items():
+        if bank.name in merged.adapters:
+            _write(root, registry, path)
+    for name, merged in registry.merged_parameters.items():
+        if bank.name in merged.adapters:
+            _write_parameter(root, registry, name)
+
+
+def _write(root: nn.Module, registry: Registry, path: str) -> None:
+    """Put a site's weight in place, with the adapters that are merged there."""
+    module, merged = root.get_submodule(path), registry.merged_sites[path]
     slot = module.__dict__[SLOT]
-    merged = _combined(root, registry, path, registry.merged[path].adapters, scales)
-    if bases.is_quantized(module):
-        slot.dense = merged.to(_model_dtype(root))
+    names = [name for name in merged.adapters if name not in registry.left_out]
+    if names:
+        weight = _combined(root, registry, path, merged, names)
+        if merged.packed:
+            slot.dense = weight.to(_model_dtype(root))
+        else:
+            bases.write_weight(module, weight, slot.transposed)
+    elif merged.packed:
+        slot.dense = None
     else:
-        bases.write_weight(module, merged, slot.transposed)
+        # Of a method that owns the weight, `original` is what it moved; without the adapter, the base is what it was.
+        owners = (registry.banks[name].owned.get(path) for name in merged.adapters)
+        original = next((owned.original for owned in owners if owned is not None), merged.original)
+        assert original is not None
+        bases.write_weight(module, look_up(original), transposed=False)
+
+
+def _write_parameter(root: nn.Module, registry: Registry, name: str) -> None:
+    """Put a parameter of a module trained in full in place: as the last adapter has it that is merged there."""
+    merged = registry.merged_parameters[name]
+    last = next((adapter for adapter in reversed(merged.adapters) if adapter not in registry.left_out), None)
+    if last is not None:
+        bank = registry.banks[last]
+        value: Tensor = dict(bank.named_parameters())[bank.trained_keys()[name]]
+    else:
+        assert merged.original is not None
+        value = look_up(merged.original)
+    with torch.no_grad():
+        root.get_parameter(name).copy_(value)
 
 
 @torch.no_grad()
-def _combined(
-    root: nn.Module, registry: Registry, path: str, names: Sequence[str], scales: Mapping[str, float]
-) -> Tensor:
+def _combined(root: nn.Module, registry: Registry, path: str, merged: Merged, names: Sequence[str]) -> Tensor:
     """A site's weight (out × in) with these adapters merged: all into the original, or, where that was not kept, the last
     into what stands there.
     """
     module = root.get_submodule(path)
     start = bases.dense_weight(module)
-    if path in registry.merged:
-        kept = registry.merged[path].original
-        if kept is None:
-            names = names[-1:]
-        elif not isinstance(kept, Packed):
-            original = look_up(kept).to(start.device)
-            start = original.T if module.__dict__[SLOT].transposed else original
-    parts = []
-    for name in names:
-        bank = registry.banks[name]
-        parts.append(contribution(bank, bank.sites[path], scales.get(name, bank.merged_scale)))
-    return merged_weight(start, parts)
+    if merged.original is not None:
+        original = look_up(merged.original).to(start.device)
+        start = original.T if module.__dict__[SLOT].transposed else original
+    elif not merged.packed:
+        names = names[-1:]
+    return merged_weight(start, [_contribution(registry.banks[name], path) for name in names])
 
 
-def _merged_there(registry: Registry, path: str) -> list[str]:
-    kept = registry.merged.get(path)
-    return kept.adapters if kept is not None else []
+def _contribution(bank: Bank, path: str) -> Contribution:
+    """What an attached adapter adds at a site."""
+    site = bank.sites[path]
+    owned = bank.owned_weight(site) if path in bank.owned else None
+    tensors = {name: whole(tensor) for name, tensor in bank.tensors(path).items()}
+    return Contribution(bank.plan.spec.method, site, tensors, bank.binding(path), bank.merged_scale, owned)
 
 
 def _model_dtype(root: nn.Module) -> torch.dtype:
@@ -222,36 +289,6 @@ def _model_dtype(root: nn.Module) -> torch.dtype:
         (p.dtype for name, p in root.named_parameters() if p.is_floating_point() and not name.startswith(ROOT_PREFIX)),
         torch.float32,
     )
-
-
-def _keep(module: nn.Module, path: str, keep: str | Path) -> Kept | Packed:
-    return Packed() if bases.is_quantized(module) else put_aside(module.weight, path, keep)  # type: ignore[arg-type]
-
-
-def _restore(root: nn.Module, path: str, original: Any) -> None:
-    module = root.get_submodule(path)
-    if isinstance(original, Packed):
-        module.__dict__[SLOT].dense = None
-    else:
-        bases.write_weight(module, look_up(original), transposed=False)
-
-
-def _module(root: nn.Module, path: str) -> nn.Module:
-    try:
-        return root.get_submodule(path)
-    except AttributeError:
-        return root
-
-
-def _trained_value(registry: Registry, names: list[str], path: str) -> Tensor | None:
-    """The value of a parameter trained in full by the last of these merged adapters."""
-    for name in reversed(names):
-        bank = registry.banks[name]
-        for module, named in bank.plan.trained.items():
-            for local, key in named.items():
-                if f"{module}.{local}" == path:
-                    return dict(bank.named_parameters())[key].detach()
-    return None
 
 
 def refuse_unwritable(root: nn.Module, paths: Sequence[str]) -> None:

@@ -62,13 +62,13 @@ def check_stepped(bank: Bank) -> None:
     if watched is None:
         return
     watched.hook_gradients()
-    seen = bank.progress.backwards
-    if bank.progress.stepped_by or not (seen or any(p.grad is not None for _, p in bank.named_parameters())):
+    if bank.progress.stepped_by:
         return
-    raise OptimizerStepError(
-        f"adapter '{bank.name}': saw {seen or 'some'} backward passes but no optimizer step on its parameters, which method "
-        f"'{bank.plan.spec.method}' needs; give adapter.parameters() to the optimizer after attaching"
-    )
+    if bank.progress.backwards or any(parameter.grad is not None for _, parameter in bank.named_parameters()):
+        raise OptimizerStepError(
+            f"adapter '{bank.name}' received gradients, but no optimizer stepped its parameters, which method "
+            f"'{bank.plan.spec.method}' needs; give adapter.parameters() to the optimizer after attaching"
+        )
 
 
 class _Watch:

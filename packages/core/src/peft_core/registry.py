@@ -15,16 +15,26 @@ from .originals import Kept
 _REGISTRY = "_peft_adapters"
 
 
-class Packed:
-    """In place of an original: a quantized weight is not changed by merging, a dense one stands in for it."""
-
-
 @dataclass
-class MergedSite:
-    """What merging changed at one site: its original weight, or that it was packed, and the merged adapters in order."""
+class Merged:
+    """What merging changed at one place, a site's weight or a parameter of a module trained in full.
 
-    original: Kept | Packed
+    Attributes:
+        original: what stood there before; None: it was not kept, or there is none to keep.
+        packed: it is a quantized weight, which merging leaves alone: a dense one stands in for it.
+        adapters: merged on top of the original, in order. beneath: merged into what `original` holds: their own original was
+            not kept.
+    """
+
+    original: Kept = None
+    packed: bool = False
     adapters: list[str] = field(default_factory=list)
+    beneath: list[str] = field(default_factory=list)
+
+    @property
+    def restorable(self) -> bool:
+        """Whether what stood there can be brought back."""
+        return self.packed or self.original is not None
 
 
 class Registry:
@@ -32,22 +42,28 @@ class Registry:
 
     Attributes:
         banks: by name, in the order of attaching. active: name → run-time scale, in the order of application.
-        frozen: the requires_grad flags of the base before the first adapter came.
-        merged: path → what merging changed there.
+        requires_grad: the base's flags before the first adapter came.
+        merged_sites, merged_parameters: path of a site, name of a parameter → what merging changed there.
+        left_out: merged adapters that are disabled for the moment.
+        gradients: name on the root → where a shared tensor's gradient is summed. forwards: what plugins gave, by kind of site.
+        watches: adapter → what notices its gradients, see `optim`.
     """
 
     def __init__(self) -> None:
         self.banks: dict[str, Bank] = {}
         self.active: dict[str, float] = {}
-        self.frozen: dict[str, bool] = {}
-        self.merged: dict[str, MergedSite] = {}
+        self.requires_grad: dict[str, bool] = {}
+        self.merged_sites: dict[str, Merged] = {}
+        self.merged_parameters: dict[str, Merged] = {}
+        self.left_out: set[str] = set()
         self.gradients: dict[str, SharedGradient] = {}
         self.forwards: dict[Any, Forward] = {}
         self.watches: dict[str, Any] = {}
 
     def is_merged(self, name: str) -> bool:
         """Whether an adapter is merged into the base's weights."""
-        return any(name in kept.adapters for kept in self.merged.values())
+        places = (*self.merged_sites.values(), *self.merged_parameters.values())
+        return any(name in merged.adapters or name in merged.beneath for merged in places)
 
     def __getstate__(self) -> dict[str, Any]:
         # Functions of plugins do not pickle; layers ask for them again.

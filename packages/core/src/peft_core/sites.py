@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,12 +30,22 @@ class Site:
     @property
     def type(self) -> str:
         """Last component of the path."""
-        return self.path.rpartition(".")[2]
+        return module_type(self.path)
 
     @property
     def layer(self) -> int | None:
         """First number in the path: the layer's index."""
         return layer_index(self.path)
+
+
+def module_type(path: str) -> str:
+    """Last component of a module path: `q_proj`."""
+    return path.rpartition(".")[2]
+
+
+def count_types(paths: Iterable[str]) -> list[str]:
+    """`q_proj (32)` for every module type, in order of appearance."""
+    return [f"{name} ({count})" for name, count in Counter(map(module_type, paths)).items()]
 
 
 def layer_index(path: str) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from . import bases
 from .errors import TargetError, listed, suggestion
-from .sites import Site, layer_index
+from .sites import Site, count_types, layer_index, module_type
 from .spec import AdapterSpec, Patterns
 
 
@@ -54,7 +55,7 @@ def choose(model: nn.Module, spec: AdapterSpec) -> Choice:
         heads = heads_and_ties(model, known)
         chosen = [path for path in known if path not in heads and path not in skipped]
         if passed := [path for path in known if path in skipped]:
-            notes.append(f"left out, since their framework bypasses them: {_by_type(passed)}")
+            notes.append(f"left out, since their framework bypasses them: {listed(count_types(passed), 20)}")
     else:
         chosen = _match(spec.targets, known, model, "targets")
         if bad := [path for path in chosen if path in skipped]:
@@ -89,7 +90,7 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
     for name in names:
         paths = [path for path in modules if named(name, path)]
         if not paths:
-            types = {path.rpartition(".")[2] for path in modules if not path.rpartition(".")[2].isdigit()}
+            types = {module_type(path) for path in modules if not module_type(path).isdigit()}
             raise TargetError(
                 f"train_modules: no module is named '{name}'{suggestion(name, types)}; there are {listed(sorted(types), 20)}"
             )
@@ -154,7 +155,7 @@ def _match(patterns: Patterns, known: Mapping[str, bases.Base], model: nn.Module
         regex = _regex(patterns, what)
         found = [path for path in known if regex.fullmatch(path)]
         if not found:
-            types = {path.rpartition(".")[2] for path in known}
+            types = set(map(module_type, known))
             hint = f"; for a module name write ['{patterns}']" if patterns in types else suggestion(patterns, types)
             raise TargetError(
                 f"{what}: the regex '{patterns}' matches no whole module path{hint}; {_what_there_is(known)}"
@@ -174,25 +175,14 @@ def _unmatched(name: str, known: Mapping[str, bases.Base], model: nn.Module, wha
             f"{what}: '{name}' is a {kind}, which cannot carry an adapter (train_modules trains a module in full); "
             f"{_what_there_is(known)}"
         )
-    types = {path.rpartition(".")[2] for path in known}
+    types = set(map(module_type, known))
     return f"{what}: '{name}' matches no layer{suggestion(name, types)}; {_what_there_is(known)}"
 
 
 def _what_there_is(known: Mapping[str, bases.Base]) -> str:
-    types: dict[str, int] = {}
-    for path in known:
-        name = path.rpartition(".")[2]
-        types[name] = types.get(name, 0) + 1
-    if not types:
+    if not known:
         return "this model has no layer that can be adapted"
-    return "the layer types are " + listed([f"{name} ({count})" for name, count in types.items()], 30)
-
-
-def _by_type(paths: Iterable[str]) -> str:
-    types: dict[str, int] = {}
-    for path in paths:
-        types[path.rpartition(".")[2]] = types.get(path.rpartition(".")[2], 0) + 1
-    return listed([f"{name} ({count})" for name, count in types.items()], 20)
+    return "the layer types are " + listed(count_types(known), 30)
 
 
 def _in_layers(paths: list[str], layers: tuple[int, ...]) -> list[str]:
@@ -216,15 +206,12 @@ def _reader(model: nn.Module, path: str) -> str:
 
 def _expert_tensors(model: nn.Module) -> str:
     """Mixture-of-experts weights that are 3-D parameters, by name."""
-    counts: dict[str, int] = {}
+    found: Counter[str] = Counter()
     for path, module in model.named_modules():
-        if isinstance(module, (nn.modules.conv._ConvNd, nn.MultiheadAttention)):
-            continue
-        for name, parameter in bases.own_parameters(module):
-            if parameter.dim() == 3 and min(parameter.shape) > 1:
-                key = f"{path.rpartition('.')[2]}.{name}"
-                counts[key] = counts.get(key, 0) + 1
-    return listed([f"{name} ({count})" for name, count in counts.items()])
+        if not isinstance(module, (nn.modules.conv._ConvNd, nn.MultiheadAttention)):
+            three = [name for name, p in bases.own_parameters(module) if p.dim() == 3 and min(p.shape) > 1]
+            found.update(f"{module_type(path)}.{name}" for name in three)
+    return listed([f"{name} ({count})" for name, count in found.items()])
 
 
 def _regex(pattern: str, what: str) -> re.Pattern[str]:

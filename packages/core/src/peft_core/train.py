@@ -29,9 +29,9 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from . import files, jobs, models, pretrain, records, reporting
+from .adapter_file import HEADER
 from .attach import attach
 from .batches import Examples, LikeLengths
-from .checkpoint import HEADER
 from .errors import listed, suggestion
 from .jobs import Job
 from .runs import RunConfig, RunError, difference

@@ -120,11 +120,8 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
         """As the trainer's own; what stands in for a norm or a bias is treated as one."""
         decaying = set(super().get_decay_parameter_names(model))
         for adapter in adapters(model).values():
-            for path, named in adapter.plan.trained.items():
-                kept = {
-                    adapter.bank.root_name(key) for local, key in named.items() if f"{path}.{local}" not in decaying
-                }
-                decaying -= kept
+            stand_ins = adapter.bank.trained_keys().items()
+            decaying -= {adapter.bank.root_name(key) for name, key in stand_ins if name not in decaying}
         return list(decaying)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

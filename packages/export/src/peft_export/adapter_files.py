@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from peft_core import CheckpointError, MergeError, Site, files, plugins
-from peft_core.checkpoint import HEADER, TENSORS, read_header
+from peft_core.adapter_file import HEADER, owned_key, read_header
+from peft_core.checkpoint import TENSORS
 from peft_core.merge import Contribution
 
 from .checkpoint_files import CODES, Entry, Reader, read_entries
@@ -91,18 +92,18 @@ class AdapterFiles:
         tensors = {name: self._shared(key, reader) for name, key in self._borrowed[path].items()}
         binding = {name: self._shared(key, reader) for name, key in self._bindings.get(path, {}).items()}
         if owned is not None:
-            self._check_finite(f"base_weight/{path}", owned)
+            self._check_finite(owned_key(path), owned)
         elif self.owns(path):
             owned = self.owned(path, reader)
         return Contribution(self.header.method.name, self.sites[path], tensors, binding, self.weight, owned)
 
     def owned_entry(self, path: str) -> Entry:
         """Where the weight of a site lies that the adapter owns."""
-        return self._entries[f"base_weight/{path}"]
+        return self._entries[owned_key(path)]
 
     def owned(self, path: str, reader: Reader) -> Tensor:
         """The weight (out × in) of a site that the adapter owns."""
-        return self.tensor(f"base_weight/{path}", reader)
+        return self.tensor(owned_key(path), reader)
 
     def tensor(self, key: str, reader: Reader) -> Tensor:
         """One tensor.
@@ -161,7 +162,7 @@ class AdapterFiles:
         wanted.update(
             {key: path for path, named in self._bindings.items() if path in self.sites for key in named.values()}
         )
-        wanted.update({f"base_weight/{path}": path for path in self.header.owned if path in self.sites})
+        wanted.update({owned_key(path): path for path in self.header.owned if path in self.sites})
         if lost := [key for key in wanted if key not in self._entries]:
             raise MergeError(f"'{self.directory}': the tensor '{lost[0]}' of '{wanted[lost[0]]}' is missing")
         if unused := [key for key in self._entries if key not in wanted]:

@@ -21,7 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from peft_core import CheckpointError, MergeError, files, plugins
-from peft_core.checkpoint import HEADER, TENSORS, read_header
+from peft_core.adapter_file import HEADER, read_header
+from peft_core.checkpoint import TENSORS
 
 from .lora import export_lora
 

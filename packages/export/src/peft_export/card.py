@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from peft_core.checkpoint import AdapterFile
+from peft_core.adapter_file import AdapterFile
 from peft_core.plan_table import size
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from peft_core import CheckpointError
-from peft_core.checkpoint import AdapterFile
+from peft_core.adapter_file import AdapterFile
 
 from .checkpoint_files import Checkpoint
 from .names import Names, Wanted, by_prefix, matched, wanted_parameters

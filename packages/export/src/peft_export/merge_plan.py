@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_core import MergeError
-from peft_core.checkpoint import AdapterFile
+from peft_core.adapter_file import AdapterFile
 
 from .adapter_files import AdapterFiles
 from .checkpoint_files import CODES, DTYPES, PLAIN_FLOATS, Checkpoint, Entry, Reader

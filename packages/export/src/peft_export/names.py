@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from peft_core.checkpoint import AdapterFile
+from peft_core.adapter_file import AdapterFile
 
 from .checkpoint_files import Checkpoint, Entry
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_core import CheckpointError, MergeError
-from peft_core.checkpoint import AdapterFile
+from peft_core.adapter_file import AdapterFile
 from peft_core.files import whole_directory
 
 MARKER = "export.json"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import peft_core as pc
 from peft_core import CheckpointError, MergeError, ModelError
-from peft_core.checkpoint import AdapterFile
+from peft_core.adapter_file import AdapterFile
 from peft_core.errors import first_line
 from peft_core.models import quiet_transformers
 

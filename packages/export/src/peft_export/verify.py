@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from peft_core import CheckpointError, MergeError
-from peft_core.checkpoint import read_header
+from peft_core.adapter_file import read_header
 from peft_core.files import whole_directory
 
 from . import card, output

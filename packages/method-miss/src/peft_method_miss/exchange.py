@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_core import AdapterSpec, CheckpointError, PeftCoreError, Plan, files, plan
-from peft_core import checkpoint as ours
-from peft_core.bank import Bank
+from peft_core import AdapterSpec, CheckpointError, PeftCoreError, Plan, checkpoint, files, plan
+from peft_core.adapter_file import AdapterFile, read_header, spec_of
 from peft_core.base_model import meta_model
 from peft_core.spec import DTYPES
 from peft_core.targets import named
@@ -56,14 +55,9 @@ def from_hf_peft(source_dir: str | Path, out_dir: str | Path, base: nn.Module | 
         ModelError: the base cannot be read.
     """
     theirs = read_theirs(source_dir)
-    if base is not None:
-        model = base if isinstance(base, nn.Module) else meta_model(base)
-        made = _plan(source_dir, theirs, model)
-    else:
-        model, made = _recorded_base(source_dir, theirs)
-    bank = Bank(model, "default", made, seed=0)
-    bank.register(_values(source_dir, theirs, made), {}, trainable=False)
-    ours.save(bank, out_dir)
+    model = _recorded_base(source_dir, theirs) if base is None else base
+    made = _plan(source_dir, theirs, model if isinstance(model, nn.Module) else meta_model(model))
+    checkpoint.write(out_dir, made, made.base, _values(source_dir, theirs, made))
 
 
 def to_hf_peft(source_dir: str | Path, out_dir: str | Path) -> None:
@@ -75,14 +69,14 @@ def to_hf_peft(source_dir: str | Path, out_dir: str | Path) -> None:
         CheckpointError: the directory holds no MiSS adapter, or one that their library cannot express:
             variant `expand`, a contiguous layout, options that differ between layers, a transposed layer.
     """
-    header = ours.read_header(source_dir)
+    header = read_header(source_dir)
     if header.method.name != "miss":
         raise CheckpointError(f"'{source_dir}' is an adapter of method '{header.method.name}', not of 'miss'")
-    stored = ours.read(source_dir, header)
+    stored = checkpoint.read(source_dir, header)
     options = _their_options(source_dir, header)
     borrowed = header.borrowed()
     paths = [path for path, names in borrowed.items() if names]
-    spec = ours.spec_of(header)
+    spec = spec_of(header)
     config = {
         "peft_type": "MISS",
         "task_type": "CAUSAL_LM" if header.base.architecture.endswith("ForCausalLM") else None,
@@ -203,16 +197,15 @@ def _plan(source_dir: str | Path, theirs: Theirs, model: nn.Module) -> Plan:
     return exact
 
 
-def _recorded_base(source_dir: str | Path, theirs: Theirs) -> tuple[nn.Module, Plan]:
-    """The model of the directory that the adapter names, and the plan on it, if the adapter fits it."""
+def _recorded_base(source_dir: str | Path, theirs: Theirs) -> nn.Module:
+    """The model of the directory that the adapter names, on the meta device."""
     recorded = theirs.config.get("base_model_name_or_path") or ""
     if not (Path(recorded) / "config.json").is_file():
         raise CheckpointError(
-            f"'{source_dir}' names the base '{recorded}', which is no checkpoint directory here; "
+            f"'{source_dir}' names the base '{recorded}', which is not a checkpoint directory here; "
             "give base=: the model, or a directory with its config.json"
         )
-    model = meta_model(recorded)
-    return model, _plan(source_dir, theirs, model)
+    return meta_model(recorded)
 
 
 def _values(source_dir: str | Path, theirs: Theirs, made: Plan) -> dict[str, Tensor]:
@@ -244,7 +237,7 @@ def _values(source_dir: str | Path, theirs: Theirs, made: Plan) -> dict[str, Ten
     return {key: value.to(made.spec.torch_dtype) for key, value in found.items()}
 
 
-def _their_options(source_dir: str | Path, header: ours.AdapterFile) -> MissOptions:
+def _their_options(source_dir: str | Path, header: AdapterFile) -> MissOptions:
     """The options, the same for all layers and such that their library has them.
 
     Raises:
