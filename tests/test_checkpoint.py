@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -416,3 +417,44 @@ def test_card_names_what_there_is(saved) -> None:
 
 def test_saved_spec_loads_with_complete_options(saved) -> None:
     assert AdapterSpec.model_validate(header_of(saved)["spec"]) == AdapterSpec(method="sound")
+
+
+def test_a_link_to_a_directory_stays_a_link(saved, adapter, tmp_path) -> None:
+    (saved / "notes.txt").write_text("mine")
+    link = tmp_path / "latest"
+    link.symlink_to(saved, target_is_directory=True)
+    adapter.save(link)
+    assert link.is_symlink() and link.resolve() == saved.resolve()
+    assert {"adapter.json", "adapter.safetensors", "notes.txt"} <= {entry.name for entry in saved.iterdir()}
+    assert not [entry for entry in (*tmp_path.iterdir(), *saved.parent.iterdir()) if entry.name.endswith(".tmp")]
+
+
+def test_a_mount_point_is_filled_where_it_is(saved, adapter, blocks, tmp_path, monkeypatch) -> None:
+    """It can be neither renamed nor replaced, and what is above it may not be writable."""
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    (volume / "notes.txt").write_text("mine")
+    order, replace = [], os.replace
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == volume)
+    monkeypatch.setattr(files, "_put_in_place", None)
+    monkeypatch.setattr(os, "replace", lambda old, new: (order.append(Path(new).name), replace(old, new)))
+    for _ in range(2):
+        adapter.save(volume)
+        assert order[-1] == "adapter.json", "a save that is killed must not look whole"
+    assert {entry.name for entry in volume.iterdir()} == {entry.name for entry in saved.iterdir()} | {"notes.txt"}
+    pc.load(blocks, volume, name="again")
+
+
+def test_what_a_killed_save_had_put_aside_is_brought_back(saved, adapter) -> None:
+    """Where two directories cannot be exchanged in one step, a process may die between two renames."""
+    (saved / "notes.txt").write_text("mine")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    writer = files._writer().replace(str(os.getpid()), str(gone.pid))
+    saved.rename(saved.parent / f".{saved.name}.{writer}-x.old.tmp")
+    (saved.parent / f".{saved.name}.{writer}-x.tmp").mkdir()
+    other = saved.parent / f".{saved.name}.elsewhere.{gone.pid}-x.tmp"  # of another machine that writes to this disk
+    other.mkdir()
+    adapter.save(saved)
+    assert (saved / "notes.txt").read_text() == "mine"
+    assert [entry for entry in saved.parent.iterdir() if entry.name.endswith(".tmp")] == [other]

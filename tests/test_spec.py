@@ -1,6 +1,8 @@
 """What a user may write in a spec, and what is said about mistakes."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import yaml
@@ -53,6 +55,14 @@ def test_json_and_yaml_round_trip(tmp_path) -> None:
 def test_spec_is_frozen(spec) -> None:
     with pytest.raises(Exception, match="frozen"):
         spec.method = "other"
+    deep = AdapterSpec(method="sound", overrides={"q_proj": {"r": 2}})
+    for copied in (deep, copy.deepcopy(deep), pickle.loads(pickle.dumps(deep)), deep.model_copy()):
+        for options in (copied.options, copied.overrides["q_proj"]):
+            with pytest.raises(TypeError, match="frozen"):
+                options["r"] = 3
+            with pytest.raises(TypeError, match="frozen"):
+                options.update(r=3)
+        assert copied == deep and dict(copied.options) == {"r": 4, "alpha": 8.0}
 
 
 def test_json_schema_describes_every_field() -> None:

@@ -278,7 +278,7 @@ def test_output(
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
     assert_says(refused(out), "exists; choose another directory, or replace it with --overwrite")
-    assert_says(refused(out, "--overwrite"), "holds something that is no export.*is not replaced")
+    assert_says(refused(out, "--overwrite"), "is not an export.*will not be replaced")
     assert (out / "thesis.txt").is_file()
     (out / "thesis.txt").unlink()
     (tmp_path / "file").write_text("")

@@ -22,7 +22,7 @@ def activate(model: nn.Module, names: str | Sequence[str] | Mapping[str, float])
     names = [names] if isinstance(names, str) else names
     for name in names:
         if not isinstance(name, str):
-            raise AdapterError(f"activate: {name!r} is no name of an adapter; the choice is one for the whole batch")
+            raise AdapterError(f"activate: {name!r} is not an adapter's name; one choice applies to the whole batch")
     wanted = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
     found = registry(model)
     known = found.banks if found else {}

@@ -91,7 +91,7 @@ class Adapter:
         """
         self._registry()
         if self.merged:
-            raise AdapterError(f"adapter '{self.name}' is merged; unmerge it to give it other values")
+            raise AdapterError(f"adapter '{self.name}' is merged; unmerge it before it is restored")
         checkpoint.restore(self.bank, directory)
 
     @contextmanager
@@ -117,7 +117,7 @@ class Adapter:
         """Put the adapter into the base's weights; forward then costs what the base costs.
 
         Args:
-            keep: where the original weights wait for `unmerge`: `host` (memory), a directory, or `none`.
+            keep: where to keep the original weights for `unmerge`: `host` (memory), a directory, or `none`.
 
         Raises:
             AdapterError: it is merged already. MergeError: a weight is tied to another layer, or offloaded, or the originals

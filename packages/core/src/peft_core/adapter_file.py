@@ -171,11 +171,11 @@ def read_header(directory: str | Path) -> AdapterFile:
     """`adapter.json` of an adapter directory.
 
     Raises:
-        CheckpointError: it is no adapter directory, the file is damaged, or a newer peft-core wrote it.
+        CheckpointError: it is not an adapter directory, the file is damaged, or a newer peft-core wrote it.
     """
     path = Path(directory) / HEADER
     if not path.is_file():
-        what = "does not exist" if not Path(directory).exists() else f"is no adapter directory: it has no {HEADER}"
+        what = "does not exist" if not Path(directory).exists() else f"is not an adapter directory: it has no {HEADER}"
         if (Path(directory) / "adapter_config.json").is_file():
             what = "is an adapter of Hugging Face PEFT, not one of peft-core"
         raise CheckpointError(f"'{directory}' {what}")

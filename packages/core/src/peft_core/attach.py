@@ -27,7 +27,7 @@ def attach(
 
     Args:
         name: of the adapter; letters, digits, `_` and `-`. seed: of its initial values and random decisions.
-        keep: for methods that own the base weight, where the originals wait: `host` (memory), a directory, or `none`;
+        keep: for methods that own the base weight, where to keep the originals: `host` (memory), a directory, or `none`;
             without them the adapter can be neither disabled nor detached.
 
     Raises:
@@ -58,7 +58,7 @@ def load(
     """Put a saved adapter on a model. With `trainable`, training goes on from where it was saved.
 
     Raises:
-        CheckpointError: the directory is no adapter, is damaged, or belongs to another base model.
+        CheckpointError: the directory is not an adapter, is damaged, or belongs to another base model.
         PluginError: its method is not installed. AdapterError: the name is taken, or the model is wrapped for parallel
             training already.
     """

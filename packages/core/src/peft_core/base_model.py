@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from .errors import ModelError, first_line
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """What is remembered of a base model: enough to recognise it, and to name the first difference.
+    """What is recorded of a base model: enough to recognize it later, and to name the first difference.
 
     Attributes:
         name: as recorded by the spec or the model's configuration. model_type, architecture: as transformers has them.
@@ -39,34 +40,40 @@ class BaseInfo:
         return hashlib.sha256(json.dumps(self.shapes, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def meta_model(directory: str | Path) -> nn.Module:
-    """The model that a checkpoint directory describes, on the meta device: shapes without weights.
+def is_hub_id(name: str) -> bool:
+    """Whether this can be the name of a model on a hub: `owner/name`, and nothing on this disk."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).exists()
+
+
+def meta_model(source: str | Path) -> nn.Module:
+    """The model that a checkpoint directory, or a name on a hub, describes, on the meta device: shapes without weights.
 
     Raises:
         ModelError: there is no configuration, or it names a class that transformers does not have.
     """
     import transformers
 
-    path = Path(directory)
-    if not (path / "config.json").is_file():
-        raise ModelError(f"'{directory}' is no checkpoint directory: it has no config.json")
+    if not (Path(source) / "config.json").is_file() and not is_hub_id(str(source)):
+        raise ModelError(
+            f"'{source}' is neither a checkpoint directory (it has no config.json) nor a name on a hub ('owner/name')"
+        )
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(source)
     except (ValueError, OSError, KeyError) as error:
-        raise ModelError(f"'{directory}': config.json cannot be read: {first_line(error)[:200]}") from None
+        raise ModelError(
+            f"'{source}': config.json cannot be read: {first_line(error).partition('. ')[0][:200]}"
+        ) from None
     architecture = (config.architectures or [None])[0]
     cls = getattr(transformers, architecture or "", None)
     if cls is None:
-        raise ModelError(
-            f"'{directory}': config.json names the architecture '{architecture}', which transformers lacks"
-        )
+        raise ModelError(f"'{source}': config.json names the architecture '{architecture}', which transformers lacks")
     with torch.device("meta"):
         model: nn.Module = cls._from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
     return model
 
 
 def base_info(model: nn.Module, name: str | None = None) -> BaseInfo:
-    """What to remember of a base model. What adapters have registered on it is not part of it."""
+    """What to record of a base model. What adapters have registered on it is not part of it."""
     shapes: dict[str, tuple[int, ...]] = {}
     count = 0
     seen: set[int] = set()

@@ -138,7 +138,7 @@ def unwrap(model: nn.Module, to_attach: bool = False) -> nn.Module:
     """The model inside the wrappers of torch.compile and of data parallelism.
 
     Raises:
-        AdapterError: it is `to_attach` an adapter to, but is no loaded model, or is wrapped for parallel training: the wrapper
+        AdapterError: it is `to_attach` an adapter to, but is not a loaded model, or is wrapped for parallel training: the wrapper
             has its list of parameters already, and would leave new ones alone.
     """
     if to_attach and not isinstance(model, nn.Module):

@@ -6,6 +6,8 @@ import ctypes
 import errno
 import hashlib
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
@@ -19,6 +21,7 @@ from torch import Tensor
 from .errors import CheckpointError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_ASIDE = ".old.tmp"
 
 
 @contextmanager
@@ -26,28 +29,33 @@ def whole_directory(target: str | Path, ours: Collection[str]) -> Iterator[Path]
     """A temporary directory that takes the place of `target` in one step when the block ends well.
 
     What stands in `target` under other names than `ours` is carried over. If the block fails, or the process dies in it,
-    `target` is as it was.
+    `target` is as it was. A mount point cannot be renamed: there the files are moved in one by one, the first of `ours` last.
 
     Raises:
         CheckpointError: the target is a file, or cannot be written (no permission, disk full).
     """
-    target = Path(os.path.abspath(target))
+    target = Path(target).resolve()  # a link stays, what it leads to is replaced
     if target.exists() and not target.is_dir():
-        raise CheckpointError(f"'{target}' is a file; a directory is written there: choose another path")
+        raise CheckpointError(f"'{target}' is a file, but a directory must be written there; choose another path")
+    mounted = os.path.ismount(target)
+    beside = target if mounted else target.parent
     temporary = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}-", suffix=".tmp", dir=target.parent))
+        beside.mkdir(parents=True, exist_ok=True)
+        _sweep(target, beside)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.{_writer()}-", suffix=".tmp", dir=beside))
         os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
-        if target.exists():
+        if target.exists() and not mounted:
             _carry_over(target, temporary, ours)
         for path in sorted(temporary.rglob("*")):
             _sync(path)
         _sync(temporary)
-        _put_in_place(temporary, target)
-        _sync(target.parent)
+        if mounted:
+            _move_in(temporary, target, ours)
+        else:
+            _put_in_place(temporary, target)
+        _sync(beside)
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error)
         raise CheckpointError(
@@ -81,7 +89,7 @@ def read_tensors(path: Path, expected_checksum: str | None = None) -> dict[str, 
     """All tensors of a safetensors file, on the CPU.
 
     Raises:
-        CheckpointError: the file is missing, no safetensors file, cut short, or not the one that was written.
+        CheckpointError: the file is missing, not a safetensors file, truncated, or not the one that was written.
     """
     if not path.is_file():
         raise CheckpointError(f"'{path}' is missing")
@@ -97,13 +105,13 @@ def read_tensors(path: Path, expected_checksum: str | None = None) -> dict[str, 
         )
     if expected_checksum is not None and checksum(path) != expected_checksum:
         raise CheckpointError(
-            f"'{path}' is not the file that was saved (its SHA-256 differs): it is cut short, damaged or exchanged"
+            f"'{path}' is not the file that was saved (its SHA-256 differs): it was truncated, damaged or replaced"
         )
     try:
         # Copies: a tensor that is mapped from a file dies with it.
         return {key: tensor.clone() for key, tensor in safetensors.torch.load_file(path).items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}' cannot be read as safetensors: {error}; it is cut short or damaged") from None
+        raise CheckpointError(f"'{path}' cannot be read as safetensors: {error}; it is truncated or damaged") from None
 
 
 def checksum(path: Path) -> str:
@@ -143,17 +151,40 @@ def _put_in_place(temporary: Path, target: Path) -> None:
     names = os.fsencode(temporary), os.fsencode(target)
     if exchange is not None and exchange(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
         return
-    aside = temporary.with_suffix(".old.tmp")
+    aside = temporary.with_suffix(_ASIDE)
     os.rename(target, aside)
     os.rename(temporary, target)
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _sweep(target: Path) -> None:
-    """Remove what writers that were killed left behind."""
-    for left in target.parent.glob(f".{target.name}.*-*.tmp"):
-        pid = left.name.removeprefix(f".{target.name}.").partition("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
+def _move_in(temporary: Path, target: Path, ours: Collection[str]) -> None:
+    """Move what was written into a directory that must stay where it is; the first of `ours` last."""
+    last = next(iter(ours), "")
+    new = {entry.name for entry in temporary.iterdir()}
+    for name in sorted(new | set(ours), key=lambda name: name == last):
+        if (target / name).is_dir():
+            shutil.rmtree(target / name)
+        if name in new:
+            os.replace(temporary / name, target / name)
+        else:
+            (target / name).unlink(missing_ok=True)
+
+
+def _writer() -> str:
+    """This process among all that may write to a shared disk."""
+    return f"{re.sub(r'[^A-Za-z0-9]', '_', platform.node())}.{os.getpid()}"
+
+
+def _sweep(target: Path, beside: Path) -> None:
+    """Remove what writers on this machine left behind that were killed, and bring back what one of them had put aside."""
+    host = _writer().partition(".")[0]
+    for left in sorted(beside.glob(f".{target.name}.{host}.*-*.tmp")):
+        pid = left.name.removeprefix(f".{target.name}.{host}.").partition("-")[0]
+        if not pid.isdigit() or _alive(int(pid)):
+            continue
+        if left.name.endswith(_ASIDE) and not target.exists():
+            os.rename(left, target)
+        else:
             shutil.rmtree(left, ignore_errors=True)
 
 

@@ -139,7 +139,7 @@ def _add_all(ctx: Any, uses: list[Use], x: Tensor, y: Tensor, dropout: bool, *mo
             y.add_(delta, alpha=use.scale)
         if type(kept) is not tuple:
             raise PluginError(
-                f"{use.where}: add_ must return a tuple of the tensors that grad_ needs, it returned {kept!r:.80}"
+                f"{use.where}: add_ must return a tuple of the tensors that grad_ needs, got {kept!r:.80}"
             )
         layout.append((grad_, len(kept), mask is not None))
         saved += kept
@@ -199,7 +199,7 @@ def _deliver(use: Use, name: str, found: Any, parameter: Tensor) -> Tensor | Non
     if gradient is None or not fits:
         what = "none" if gradient is None else f"one of shape {list(gradient.shape)}"
         raise PluginError(
-            f"{use.where}: grad_ must return a gradient of shape {list(parameter.shape)} for '{name}', it returned {what}"
+            f"{use.where}: grad_ must return a gradient of shape {list(parameter.shape)} for '{name}', got {what}"
         )
     shared = use.shared.get(name)
     if shared is not None:

@@ -39,7 +39,7 @@ def peft_init(sites: Sequence[Site]) -> Layout:
 
 @hookspec(firstresult=True)
 def peft_attach(site: Site, weight: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
-    """At attach, per site, for methods that own their base weight: the weight (out × in) to stand in the base from now.
+    """At attach, per site, for methods that own their base weight: the weight (out × in) that the base holds from then on.
 
     Pure. `weight` is the original. A result in a wider dtype than the base's becomes a master copy, of which the base
     holds the rounded values.

@@ -176,7 +176,7 @@ def _take_over(bank: Bank, owned: Mapping[str, Tensor], keep: str | Path) -> Non
 
 @torch.no_grad()
 def _moved(bank: Bank, site: Site, stored: Mapping[str, Tensor]) -> Tensor:
-    """What the base shall hold at a site (out × in): as stored, or as the method computes it."""
+    """The weight that the base is to hold at a site (out × in): as stored, or as the method computes it."""
     weight = bases.dense_weight(bank.root.get_submodule(site.path))
     moved = stored.get(site.path)
     if moved is None:
@@ -211,12 +211,12 @@ def _refuse_conflicts(model: nn.Module, made: Plan, name: str) -> None:
             owner = made.spec.method if mine else bank.plan.spec.method
             raise AdapterError(
                 f"'{both[0]}' carries the adapter '{other}', and method '{owner}' owns its base weight: "
-                "they cannot stand on one layer; detach one or choose other targets"
+                "they cannot share a layer; detach one or choose other targets"
             )
         crossed = sorted((made.trained.keys() & taken) | (places & bank.plan.trained.keys()))
         if crossed:
             raise AdapterError(
-                f"'{crossed[0]}' is trained in full by one of the adapters '{other}' and '{name}' and adapted by the other"
+                f"the adapters '{other}' and '{name}' cannot share '{crossed[0]}': one trains it in full, the other adapts it"
             )
 
 
@@ -228,6 +228,6 @@ def refuse_divided(model: nn.Module, made: Plan) -> None:
         if len(real) > 1:
             here, there, *_ = real.values()
             raise AdapterError(
-                f"'{here}' is on {devices[here]} and '{there}' on {devices[there]}, and method '{made.spec.method}' lets them "
-                "share tensors; load the model on one device, or choose targets on one"
+                f"'{here}' is on {devices[here]} and '{there}' on {devices[there]}, and method '{made.spec.method}' shares "
+                "tensors between them; put the model on one device, or choose targets on a single device"
             )

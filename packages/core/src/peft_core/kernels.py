@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .dtypes import name_of
 from .errors import PeftCoreError, suggestion
 
 CHOICES = ("auto", "triton", "torch", "naive")
@@ -32,6 +33,7 @@ def chosen() -> str:
 @contextmanager
 def kernels(name: str) -> Iterator[None]:
     """Run with these kernels: `auto` (Triton on a GPU, else torch), `triton`, `torch`, or `naive` (the readable reference).
+    The choice holds for the whole process, in all its threads.
 
     Raises:
         PeftCoreError: there is no such choice.
@@ -71,13 +73,13 @@ obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.cache
 def _obstacle(device: str, dtype: torch.dtype) -> str:
     if dtype not in DTYPES:
-        return f"they compute in float32, the input is {str(dtype).removeprefix('torch.')}"
+        return f"they do not support {name_of(dtype)}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if not device.startswith("cuda"):
         return _obstacle_to_interpreting(device)
     if torch.version.cuda is None:
-        return "they are written for CUDA, this build of torch is not"
+        return "they need CUDA, and this build of torch has none"
     found = torch.cuda.get_device_capability(device)
     if found < OLDEST:
         return f"they need compute capability {OLDEST[0]}.{OLDEST[1]}, {device} has {found[0]}.{found[1]}"
@@ -97,5 +99,7 @@ def _obstacle_to_interpreting(device: str) -> str:
 
 def _checked(name: str, what: str) -> str:
     if name not in CHOICES:
-        raise PeftCoreError(f"{what}: '{name}' is none of {', '.join(CHOICES)}{suggestion(name, CHOICES)}")
+        raise PeftCoreError(
+            f"{what}: unknown kernels '{name}'; there are {', '.join(CHOICES)}{suggestion(name, CHOICES)}"
+        )
     return name

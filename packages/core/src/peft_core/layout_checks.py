@@ -26,7 +26,7 @@ def check_layout(spec: AdapterSpec, sites: tuple[Site, ...], layout: Layout, gro
             _check_tensor(tensor, f"{where}: tensor '{group.name}.{name}'")
         if integers := [name for name, t in group.tensors.items() if not (t.dtype or torch.float32).is_floating_point]:
             raise PlanError(
-                f"{where}: tensor '{group.name}.{integers[0]}' is of integers, which cannot be trained; make it fixed"
+                f"{where}: tensor '{group.name}.{integers[0]}' has an integer dtype and cannot be trained; declare it in `fixed`"
             )
         if BASE_WEIGHT in group.tensors:
             raise PlanError(
@@ -42,7 +42,7 @@ def check_layout(spec: AdapterSpec, sites: tuple[Site, ...], layout: Layout, gro
     for group in layout.groups:
         if strangers := [member for member in group.members if member not in paths]:
             raise PlanError(
-                f"{where}: group '{group.name}' has the member '{strangers[0]}', which is no site of the plan"
+                f"{where}: group '{group.name}' lists the member '{strangers[0]}', which is not a site of the plan"
             )
         if not (group.tensors or group.fixed) or not group.members:
             what = "members" if group.tensors or group.fixed else "tensors"
@@ -50,14 +50,14 @@ def check_layout(spec: AdapterSpec, sites: tuple[Site, ...], layout: Layout, gro
         starts = [tensor.init for tensor in (*group.tensors.values(), *group.fixed.values())]
         if lost := [init.path for init in starts if isinstance(init, FromWeight) and init.path not in paths]:
             raise PlanError(
-                f"{where}: group '{group.name}' starts from the weight of '{lost[0]}', which is no site of the plan"
+                f"{where}: group '{group.name}' starts from the weight of '{lost[0]}', which is not a site of the plan"
             )
     uncovered = paths - {member for group in layout.groups if group.tensors for member in group.members}
     if uncovered:
         raise PlanError(f"{where} gave no tensor to {listed(sorted(uncovered), 3)}")
     for path, named in layout.bindings.items():
         if path not in paths:
-            raise PlanError(f"{where}: a binding is for '{path}', which is no site of the plan")
+            raise PlanError(f"{where}: a binding is for '{path}', which is not a site of the plan")
         for name, tensor in named.items():
             _check_tensor(tensor, f"{where}: '{name}' in the binding of '{path}'")
     borrowed(layout.groups, paths, where)
@@ -66,8 +66,8 @@ def check_layout(spec: AdapterSpec, sites: tuple[Site, ...], layout: Layout, gro
 
 def _check_tensor(tensor: Any, what: str) -> None:
     if not isinstance(tensor, TensorSpec):
-        raise PlanError(f"{what} must be a TensorSpec, it is {tensor!r}")
+        raise PlanError(f"{what} must be a TensorSpec, got {tensor!r}")
     if not (isinstance(tensor.shape, tuple) and all(isinstance(length, int) and length > 0 for length in tensor.shape)):
-        raise PlanError(f"{what}: its shape must be a tuple of positive integers, it is {tensor.shape!r}")
+        raise PlanError(f"{what}: its shape must be a tuple of positive integers, got {tensor.shape!r}")
     if not isinstance(tensor.init, Initializer):
-        raise PlanError(f"{what}: its init must be an Initializer such as pc.Zeros(), it is {tensor.init!r}")
+        raise PlanError(f"{what}: its init must be an Initializer such as pc.Zeros(), got {tensor.init!r}")

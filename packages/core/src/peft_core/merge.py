@@ -301,7 +301,7 @@ def refuse_unwritable(root: nn.Module, paths: Sequence[str]) -> None:
         module = root.get_submodule(path)
         if module._parameters.get("weight") is None:
             raise MergeError(
-                f"'{path}': its weight is computed at every forward (weight_norm, pruning or another parametrization), so that "
+                f"'{path}': its weight is recomputed at every forward (weight_norm, pruning or another parametrization), so "
                 "nothing can be merged into it; make it a plain parameter first, or exclude the layer"
             )
     _refuse_ties(root, [f"{path}.weight" for path in paths], (), "exclude the tied layer")

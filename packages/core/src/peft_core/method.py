@@ -124,7 +124,7 @@ class Forward:
 
     def __post_init__(self) -> None:
         if not callable(self.naive):
-            raise PluginError(f"Forward: naive must be a function (x, tensors, binding) -> Δ(x), it is {self.naive!r}")
+            raise PluginError(f"Forward: naive must be a function (x, tensors, binding) -> Δ(x), got {self.naive!r}")
         if callable(self.add_) != callable(self.grad_):
             given, missing = ("add_", "grad_") if callable(self.add_) else ("grad_", "add_")
             raise PluginError(f"Forward: {given} is given without {missing}; give both, or naive alone")
@@ -155,7 +155,7 @@ class OptimizerStep:
 
     Attributes:
         index: number of real steps before this one, over resumes.
-        total_steps: length of the run, where somebody told (`adapter.total_steps`, or a trainer).
+        total_steps: length of the run in steps, if known (`adapter.total_steps`; trainers set it).
         seed: the adapter's seed, to key random decisions by (seed, index, site).
         optimizer: the optimizer that steps. loss_scale: what the gradients are multiplied by (1.0 without a scaler).
         members: the sites whose parameters this optimizer steps.

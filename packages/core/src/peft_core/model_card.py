@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from pathlib import Path
 
 from .adapter_file import AdapterFile
+from .base_model import is_hub_id
 from .dtypes import dtype_of
 from .errors import listed
 from .sites import count_types
-
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def model_card(header: AdapterFile) -> str:
@@ -20,7 +17,7 @@ def model_card(header: AdapterFile) -> str:
     size = sum(math.prod(s.shape) * dtype_of(s.dtype).itemsize for s in header.tensors.values())
     trainable = sum(math.prod(shape) for g in header.groups for shape in g.tensors.values())
     front = ["---", "library_name: peft-core", "tags:", "- peft-core", f"- {header.method.name}"]
-    if _HUB_ID.fullmatch(header.base.name) and not Path(header.base.name).exists():
+    if is_hub_id(header.base.name):
         front.insert(1, f"base_model: {header.base.name}")
     package = header.method.distribution or f"peft-method-{header.method.name}"
     return "\n".join(

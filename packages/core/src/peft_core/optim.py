@@ -249,7 +249,7 @@ def _served(optimizer: Optimizer) -> Iterator[tuple[Bank, list[StepMember]]]:
                 continue
             if any(id(tensor) not in held and tensor.requires_grad for tensor in tensors.values()):
                 raise OptimizerStepError(
-                    f"adapter '{bank.name}': the tensors of '{site.path}' are divided between optimizers "
+                    f"adapter '{bank.name}': the tensors of '{site.path}' are split across optimizers "
                     f"({', '.join(inside)} here); give all of a site's tensors to one"
                 )
             weight = bank.owned_weight(site) if site.path in bank.owned else None
@@ -273,9 +273,9 @@ def _refuse_half_resumed(bank: Bank, optimizer: Optimizer) -> None:
         counted = optimizer.state.get(parameter, {}).get("step", 0)
         if torch.as_tensor(counted).max() > 0:
             raise OptimizerStepError(
-                f"adapter '{bank.name}' is at its first step, but the optimizer is not: the optimizer was resumed without "
-                f"what method '{bank.plan.spec.method}' keeps beside its parameters; resume the adapter with "
-                "load(..., trainable=True) or Adapter.restore, or make a new optimizer"
+                f"adapter '{bank.name}' was never stepped, but its optimizer was: the optimizer was resumed without the training "
+                f"state of method '{bank.plan.spec.method}'; resume the adapter with load(..., trainable=True) or "
+                "Adapter.restore, or make a new optimizer"
             )
 
 

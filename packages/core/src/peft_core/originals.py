@@ -44,7 +44,9 @@ def check_choice(keep: str | Path) -> None:
         if Path(keep).is_dir() or not (bare or Path(keep).exists()):
             return
     meant = suggestion(str(keep), CHOICES)
-    raise MergeError(f"keep={str(keep)!r}: expected 'host' (memory), 'none' or a directory, as './originals'{meant}")
+    raise MergeError(
+        f"keep={str(keep)!r}: expected 'host' (memory), 'none' or a directory such as './originals'{meant}"
+    )
 
 
 def put_aside(weight: Tensor, name: str, keep: str | Path) -> Kept:
@@ -70,7 +72,7 @@ def check(kept: object) -> None:
     """See that a weight in a file is still there, without reading it.
 
     Raises:
-        MergeError: its file is gone, or cut short.
+        MergeError: its file is gone, or truncated.
     """
     if isinstance(kept, KeptFile):
         with _read(kept):

@@ -135,16 +135,14 @@ class Plan:
 
 
 def plan(model: nn.Module | str | Path, spec: AdapterSpec) -> Plan:
-    """Lay out a spec on a model: a module, on any device (meta included), or a checkpoint directory.
+    """Lay out a spec on a model: a module, on any device (meta included), a checkpoint directory, or a name on a hub.
 
     Raises:
         TargetError: the targets do not fit the model. PlanError: the method's options do not fit a site.
-        ModelError: the directory holds no model configuration that can be read. SpecError: `spec` is no AdapterSpec.
+        ModelError: there is no model configuration that can be read. SpecError: `spec` is not an AdapterSpec.
     """
     if not isinstance(spec, AdapterSpec):
-        raise SpecError(
-            f"a plan needs an AdapterSpec, it was given {spec!r:.80}: AdapterSpec.model_validate(...) makes one"
-        )
+        raise SpecError(f"plan needs an AdapterSpec, got {spec!r:.80}; build one with AdapterSpec.model_validate(...)")
     model = bases.unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
     choice = choose(model, spec)
     if spec.capabilities.owns_base_weight:
@@ -157,7 +155,7 @@ def plan(model: nn.Module | str | Path, spec: AdapterSpec) -> Plan:
     layout = plugins.call(spec.method, "peft_init", sites=choice.sites)
     if not isinstance(layout, Layout) or not isinstance(layout.groups, tuple):
         raise PlanError(
-            f"method '{spec.method}': peft_init must return a Layout with a tuple of groups, it returned {layout!r:.200}"
+            f"method '{spec.method}': peft_init must return a Layout with a tuple of groups, got {layout!r:.200}"
         )
     trained_groups, trained, trained_notes = _trained_modules(model, spec)
     groups = layout.groups + trained_groups

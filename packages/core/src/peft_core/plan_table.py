@@ -72,11 +72,13 @@ def table_of(plan: Plan) -> Table:
         size(plan.trainable_bytes),
         f"{100 * plan.num_trainable / plan.base.num_parameters:.3f}",
     )
-    remarks = [f"merging keeps {size(plan.merge_bytes)} of original weights, disabling {size(plan.disable_bytes)}"]
+    remarks = [
+        f"kept to undo: {size(plan.merge_bytes)} of original weights while merged, {size(plan.disable_bytes)} while attached"
+    ]
     if plan.fixed_bytes:
-        remarks.append(f"saved beside them, and never trained: {size(plan.fixed_bytes)}")
+        remarks.append(f"saved with them but never trained: {size(plan.fixed_bytes)}")
     if plan.state_bytes:
-        remarks.append(f"training keeps {size(plan.state_bytes)} of state that is no parameter, on the CPU")
+        remarks.append(f"training keeps {size(plan.state_bytes)} of further state on the CPU")
     table.caption = "\n".join([*remarks, *plan.notes])
     table.caption_justify = "left"
     return table

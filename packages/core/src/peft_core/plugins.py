@@ -117,7 +117,7 @@ def call(method_name: str, hook: str, **arguments: Any) -> Any:
     result = pm.subset_hook_caller(hook, remove_plugins=others)(**arguments)
     if result is None:
         raise PluginError(
-            f"method '{method_name}' ({_named(info)}) returned nothing from {hook}; it must implement the hook and return a value"
+            f"method '{method_name}' ({_named(info)}) returned None from {hook}; it must implement the hook and return a value"
         )
     return result
 
@@ -196,9 +196,7 @@ def _check_options(info: MethodInfo) -> None:
     if not (isinstance(info.options, type) and issubclass(info.options, BaseModel)):
         raise PluginError(f"{what} must be a pydantic model, a class; they are {info.options!r}")
     if info.options.model_config.get("extra") != "forbid":
-        raise PluginError(
-            f"{what} would take misspelt names without a word; set model_config = ConfigDict(extra='forbid')"
-        )
+        raise PluginError(f"{what} would silently accept misspelt names; set model_config = ConfigDict(extra='forbid')")
     if required := [name for name, field in info.options.model_fields.items() if field.is_required()]:
         raise PluginError(f"{what} need defaults; '{required[0]}' has none")
 

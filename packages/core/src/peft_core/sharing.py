@@ -129,7 +129,7 @@ class SharingGroup:
         tensors: the trainable tensors. A site may borrow from several groups, whose tensor names then differ.
         fixed: tensors that are never trained (a random projection), drawn and stored once for all members. Each finds them
             in its `binding`, beside those of its own (`Layout.bindings`).
-        state: tensors that only training needs (candidates, counters). They are no parameters, stay on the CPU, and
+        state: tensors that only training needs (candidates, counters). They are not parameters, stay on the CPU, and
             are saved to `state.safetensors`.
     """
 
@@ -209,7 +209,7 @@ def own_key(path: str, name: str) -> str:
 
 
 def _lend(group: Lender, names: Iterable[str], lent: dict[str, dict[str, str]], twice: str) -> None:
-    """Enter the keys of a group's tensors at its members; modules trained in full are no sites, and are passed over."""
+    """Enter the keys of a group's tensors at its members; modules trained in full are not sites, and are passed over."""
     for member in group.members:
         for name in names if member in lent else ():
             if name in lent[member]:

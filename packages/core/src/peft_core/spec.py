@@ -90,11 +90,12 @@ class AdapterSpec(BaseModel):
             for whole in ("owns_base_weight", "optimizer_step"):
                 if getattr(can, whole) != getattr(general, whole):
                     raise SpecError(
-                        f"{where}: with these options method '{spec.method}' differs in '{whole}' from the rest of the adapter; "
-                        "attach two adapters, each to its own targets"
+                        f"{where}: these options change '{whole}' of method '{spec.method}', which must be the same for the "
+                        "whole adapter; attach two adapters, each with its own targets"
                     )
         # Frozen for users; completed here, before anybody sees it.
-        spec.__dict__["options"] = complete
+        spec.__dict__["options"] = _Options(complete)
+        spec.__dict__["overrides"] = _Options({pattern: _Options(own) for pattern, own in spec.overrides.items()})
         return spec
 
     @property
@@ -146,6 +147,18 @@ class AdapterSpec(BaseModel):
         except (OSError, UnicodeDecodeError) as error:
             raise SpecError(f"spec file '{path}' cannot be read: {error}") from None
         return cls.from_json(text) if Path(path).suffix == ".json" else cls.from_yaml(text)
+
+
+class _Options(dict[str, Any]):
+    """A dictionary that stays as it is, as the rest of a spec does."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("an AdapterSpec is frozen; make another one with other options")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
+
+    def __reduce__(self) -> Any:
+        return _Options, (dict(self),)
 
 
 def _check_dropout(spec: AdapterSpec, can: Capabilities, options: str) -> None:

@@ -55,7 +55,7 @@ def choose(model: nn.Module, spec: AdapterSpec) -> Choice:
         heads = heads_and_ties(model, known)
         chosen = [path for path in known if path not in heads and path not in skipped]
         if passed := [path for path in known if path in skipped]:
-            notes.append(f"left out, since their framework bypasses them: {listed(count_types(passed), 20)}")
+            notes.append(f"left out, since their framework never calls them: {listed(count_types(passed), 20)}")
     else:
         chosen = _match(spec.targets, known, model, "targets")
         if bad := [path for path in chosen if path in skipped]:
@@ -73,9 +73,11 @@ def choose(model: nn.Module, spec: AdapterSpec) -> Choice:
         raise TargetError(f"'{trained[0]}' is both a target and in train_modules; choose one")
     chosen = [path for path in chosen if path not in trained]
     if not chosen:
-        raise TargetError(f"targets: no layer is left to adapt; {_what_there_is(known)}")
+        raise TargetError(
+            f"targets: nothing is left to adapt after exclude, layers and train_modules; {_what_there_is(known)}"
+        )
     if experts := _expert_tensors(model):
-        notes.append(f"out of reach, since they are 3-D parameters without Linear modules: {experts}")
+        notes.append(f"not adapted (3-D parameters, not Linear modules): {experts}")
     return Choice(tuple(_sites(chosen, known, spec)), tuple(notes))
 
 
@@ -99,8 +101,8 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
                 raise TargetError(f"train_modules: '{path}' has no parameters to train")
             if reader := _reader(model, path):
                 raise TargetError(
-                    f"train_modules: a {reader} reads the weights of '{path}' without calling it, so that a trained copy "
-                    f"would do nothing; name '{path.rpartition('.')[0]}' as a whole, or leave it out"
+                    f"train_modules: {reader} reads the weights of '{path}' without calling it, so a trained copy would have no "
+                    f"effect; name '{path.rpartition('.')[0]}' instead, or leave it out"
                 )
             kind = type(modules[path])
             if kind.forward is nn.Module.forward:
@@ -189,7 +191,7 @@ def _in_layers(paths: list[str], layers: tuple[int, ...]) -> list[str]:
     present = {layer_index(path) for path in paths} - {None}
     if missing := [layer for layer in layers if layer not in present]:
         there = f"0 to {max(i for i in present if i is not None)}" if present else "not numbered"
-        raise TargetError(f"layers: {missing[0]} is not the index of a chosen layer; they are {there}")
+        raise TargetError(f"layers: {missing[0]} is not the index of a matched layer; those are {there}")
     return [path for path in paths if layer_index(path) in layers]
 
 

@@ -244,8 +244,8 @@ def _check_arguments(trainer: AdapterTrainerMixin, model: Any, args: Any) -> Non
         if not present:
             raise AdapterError("the model has no adapter: attach one first, or use transformers' Trainer")
         raise AdapterError(
-            f"of the adapters {listed(present)} none is both trainable and active: load with trainable=True, "
-            "or activate the one that is to be trained"
+            f"none of the adapters ({listed(present)}) is both trainable and active: load with trainable=True, or activate the "
+            "one to train"
         )
     ours = {id(parameter) for adapter in adapters(model).values() for parameter in adapter.parameters()}
     loose = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
@@ -281,8 +281,8 @@ def _check_reference(model: nn.Module, args: Any) -> None:
     owners = [a.name for a in in_training(model) if a.plan.spec.capabilities.owns_base_weight]
     if owners and not getattr(args, "precompute_ref_log_probs", False):
         raise AdapterError(
-            f"adapter '{owners[0]}' has moved weight into the base, which cannot be changed between forward and backward "
-            "to serve as the reference; set precompute_ref_log_probs=True, or pass ref_model="
+            f"adapter '{owners[0]}' has moved weight into the base, so the base cannot also serve as the reference; set "
+            "precompute_ref_log_probs=True, or pass ref_model="
         )
 
 

@@ -33,7 +33,7 @@ class AdapterFiles:
         """Read and check the headers.
 
         Raises:
-            CheckpointError: it is no adapter, is damaged, or is cut short. PluginError: its method is not installed.
+            CheckpointError: it is not an adapter, is damaged, or is cut short. PluginError: its method is not installed.
             MergeError: a tensor of it has no use, a site has no tensor, or a weight is asked for where there is no Δ.
         """
         self.directory = Path(directory)

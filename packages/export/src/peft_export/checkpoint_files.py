@@ -116,7 +116,7 @@ def _open_sharded(path: Path) -> Checkpoint:
         weight_map = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
         places = {str(key): str(file) for key, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{where} is damaged: it is no index of a sharded checkpoint ({error!r})") from None
+        raise CheckpointError(f"{where} is damaged: it is not an index of a sharded checkpoint ({error!r})") from None
     entries: dict[str, Entry] = {}
     metadata: dict[str, str] = {}
     for file in dict.fromkeys(places.values()):
@@ -140,7 +140,7 @@ def read_entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The header of a safetensors file, checked against the file: entries in the order of their bytes, and metadata.
 
     Raises:
-        CheckpointError: it is no safetensors file, is cut short, or its header contradicts itself.
+        CheckpointError: it is not a safetensors file, is cut short, or its header contradicts itself.
     """
     try:
         size = path.stat().st_size

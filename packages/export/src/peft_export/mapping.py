@@ -58,7 +58,7 @@ def _difference(checkpoint: Checkpoint, header: AdapterFile, names: Names, wante
 
 
 def _more_layers(checkpoint: Checkpoint, names: Names, config: dict[str, Any]) -> str:
-    """A tensor that only a deeper model has. Layers beyond the configuration's own number are no part of the model."""
+    """A tensor that only a deeper model has. Layers beyond the configuration's own number are not part of the model."""
     inside = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
     counts = [
         inside[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if isinstance(inside.get(name), int)

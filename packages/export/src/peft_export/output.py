@@ -58,11 +58,11 @@ def export_directory(out: str | Path, inputs: Iterable[str | Path], overwrite: b
             raise MergeError(f"the output '{out}' exists; choose another directory, or replace it with --overwrite")
         if not (target / MARKER).is_file():
             raise MergeError(
-                f"the output '{out}' holds something that is no export (it has no {MARKER}) and is not replaced: "
+                f"the output '{out}' is not an export (it has no {MARKER}) and will not be replaced: "
                 "choose another directory"
             )
     old = [entry.name for entry in target.iterdir()] if target.is_dir() else []
-    with whole_directory(target, old) as temporary:
+    with whole_directory(target, [MARKER, *old]) as temporary:
         yield temporary
 
 
@@ -70,7 +70,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The model's `config.json`; empty if there is none.
 
     Raises:
-        CheckpointError: it is no JSON object.
+        CheckpointError: it is not a JSON object.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -80,7 +80,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise CheckpointError(f"'{path}' cannot be read: {error}") from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"'{path}' is no model configuration")
+        raise CheckpointError(f"'{path}' is not a model configuration")
     return config
 
 
@@ -110,11 +110,13 @@ def read_marker(directory: str | Path) -> dict[str, Any]:
     """`export.json` of an export.
 
     Raises:
-        CheckpointError: it is no export, is damaged, or a newer peft-export wrote it.
+        CheckpointError: it is not an export, is damaged, or a newer peft-export wrote it.
     """
     path = Path(directory) / MARKER
     if not path.is_file():
-        what = "does not exist" if not Path(directory).exists() else f"is no export of peft-export: it has no {MARKER}"
+        what = (
+            "does not exist" if not Path(directory).exists() else f"is not an export of peft-export: it has no {MARKER}"
+        )
         raise CheckpointError(f"'{directory}' {what}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -206,7 +206,7 @@ def parse_adapters(given: list[str]) -> dict[str, float]:
     """`["A=0.7", "B"]` as `{"A": 0.7, "B": 1.0}`. A directory whose own name ends like a weight is taken as it is.
 
     Raises:
-        MergeError: a weight is no number, or a directory is given twice.
+        MergeError: a weight is not a number, or a directory is given twice.
     """
     found: dict[str, float] = {}
     for text in given:
@@ -216,7 +216,7 @@ def parse_adapters(given: list[str]) -> dict[str, float]:
         try:
             weight = float(number)
         except ValueError:
-            raise MergeError(f"--adapter {text}: '{number}' is no weight; write DIR=0.7") from None
+            raise MergeError(f"--adapter {text}: '{number}' is not a weight; write DIR=0.7") from None
         if not abs(weight) < float("inf"):
             raise MergeError(f"--adapter {text}: the weight must be finite")
         if directory in found:

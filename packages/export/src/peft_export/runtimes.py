@@ -163,6 +163,6 @@ _SGLANG_MODULES = frozenset(
 RUNTIMES: Mapping[str, Runtime] = {
     "vllm": Runtime("vLLM", (1, 8, 16, 32, 64, 128, 256, 320, 512), None, _NO_LORA_IN_VLLM, lambda head: False, _vllm),
     "sglang": Runtime("SGLang", None, _SGLANG_MODULES, frozenset(), lambda head: False, _sglang),
-    # Its converter passes norms through and stops at everything else that is no factor.
+    # Its converter passes norms through and stops at everything else that is not a factor.
     "llama.cpp": Runtime("llama.cpp", None, None, frozenset(), lambda head: "norm" in head, _llama_cpp),
 }

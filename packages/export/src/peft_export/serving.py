@@ -36,13 +36,13 @@ def settings() -> Settings | None:
     """`PEFT_CORE_ADAPTERS`, `PEFT_CORE_ADAPTER_CACHE` and `PEFT_CORE_ADAPTER_CACHE_BYTES`; None without the first.
 
     Raises:
-        SpecError: the first is no directory, or the last no size.
+        SpecError: the first is not a directory, or the last is not a size.
     """
     adapters = os.environ.get(ADAPTERS)
     if not adapters:
         return None
     if not Path(adapters).is_dir():
-        raise SpecError(f"{ADAPTERS}: '{adapters}' is no directory; give the one that holds the adapters to serve")
+        raise SpecError(f"{ADAPTERS}: '{adapters}' is not a directory; give the one that holds the adapters to serve")
     try:
         limit = parse_size(os.environ.get(LIMIT) or "20GB")
     except SpecError as error:
@@ -58,7 +58,7 @@ def find_adapter(adapters: Path, name: str) -> Path | None:
     """
     parts = name.split("/")
     if not name.isprintable() or any(not part or part.startswith(".") for part in parts):
-        raise CheckpointError(f"{name!r} is no name of an adapter; names lie within '{adapters}', such as team/name")
+        raise CheckpointError(f"{name!r} is not an adapter's name; names lie within '{adapters}', such as team/name")
     path = adapters.joinpath(*parts)
     if not path.is_dir():
         return None
@@ -84,6 +84,6 @@ def base_directory(model: str) -> Path:
         found = None
     if not isinstance(found, str):
         raise CheckpointError(
-            f"the base '{model}' is no checkpoint directory and not in the hub's cache: it has no config.json"
+            f"the base '{model}' is not a checkpoint directory and not in the hub's cache: it has no config.json"
         )
     return Path(found).parent

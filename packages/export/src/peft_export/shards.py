@@ -235,7 +235,7 @@ def parse_size(text: str | int) -> int:
     """Bytes of a size such as `5GB`, `500MB`, `2GiB` or a plain number.
 
     Raises:
-        SpecError: it is no size.
+        SpecError: it is not a size.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
     size = 0
@@ -243,5 +243,5 @@ def parse_size(text: str | int) -> int:
         number, unit, binary = found.groups()
         size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
     if size <= 0:
-        raise SpecError(f"'{text}' is no size; write it like 5GB, 500MB or 2GiB")
+        raise SpecError(f"'{text}' is not a size; write it like 5GB, 500MB or 2GiB")
     return size

@@ -137,7 +137,7 @@ def dtype_code(dtype: str | None) -> str | None:
     """safetensors' code of a dtype's name.
 
     Raises:
-        SpecError: it is no floating-point dtype.
+        SpecError: it is not a floating-point dtype.
     """
     if dtype is None:
         return None

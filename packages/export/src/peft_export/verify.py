@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from peft_core import CheckpointError, MergeError
 from peft_core.adapter_file import read_header
-from peft_core.files import whole_directory
+from peft_core.files import whole_directory, write_text
 
 from . import card, output
 from .checkpoint_files import CODES, DTYPES, Reader, open_checkpoint, read_entries
@@ -237,7 +236,7 @@ def _kind(directory: Path) -> str:
     if (directory / "config.json").is_file():
         open_checkpoint(directory)
         return "merged"
-    what = "does not exist" if not directory.exists() else f"is no export: it has neither config.json nor {CONFIG}"
+    what = "does not exist" if not directory.exists() else f"is not an export: it has neither config.json nor {CONFIG}"
     raise CheckpointError(f"'{directory}' {what}")
 
 
@@ -305,9 +304,7 @@ def _record(
     readme = directory / card.NAME
     if (directory / output.MARKER).is_file() and readme.is_file():
         text = card.with_verification(readme.read_text(encoding="utf-8"), _card_lines(report))
-        temporary_file = readme.with_suffix(f".{os.getpid()}.tmp")
-        temporary_file.write_text(text, encoding="utf-8")
-        os.replace(temporary_file, readme)
+        write_text(readme, text)
 
 
 def _card_lines(report: VerifyReport) -> list[str]:

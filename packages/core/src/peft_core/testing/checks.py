@@ -210,7 +210,7 @@ class Snapshot:
         )
 
     def assert_same_values(self, model: nn.Module) -> None:
-        """Every entry of the state dict has its old value, bit for bit; new entries are no matter here."""
+        """Every entry of the state dict has its old value, bit for bit; new entries do not matter here."""
         now = model.state_dict()
         for key, value in self.state.items():
             assert same_bits(now[key], value), f"'{key}' has other values than before"

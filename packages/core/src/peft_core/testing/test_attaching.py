@@ -75,7 +75,7 @@ def test_attach_adds_one_key_per_tensor_and_changes_no_other(trial: Trial, famil
     assert len(added) == len(list(adapter.plan.tensors())), f"keys added: {added}"
     assert [key for key in state if key in before.state] == list(before.state), "the order of the old keys has changed"
     own = {id(parameter) for parameter in adapter.parameters()}
-    assert {id(state[key]) for key in added} == own, "an added key is no tensor of the bank"
+    assert {id(state[key]) for key in added} == own, "an added key is not a tensor of the bank"
     if not trial.can.owns_base_weight:
         before.assert_same_values(model)
     assert len(list(model.named_parameters(remove_duplicate=False))) == len(own) + len(
