@@ -244,7 +244,7 @@ def test_the_tensors_of_a_site_must_be_together(stepper: Any) -> None:
     optimizer = adamw([named["0.A"], named["2.A"], named["2.B"]])
     before = values(adapter)
     backward(net)
-    with pytest.raises(pc.OptimizerStepError, match=r"'0' are divided between optimizers \(A here\)"):
+    with pytest.raises(pc.OptimizerStepError, match=r"'0' are split across optimizers \(A here\)"):
         optimizer.step()
     assert unchanged(adapter, before) and adapter.steps == 0 and not stepper.log
 

@@ -139,7 +139,7 @@ BASES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "index of nonsense": (
         "40KB",
         lambda path: (path / INDEX).write_text("[]"),
-        "it is no index of a sharded checkpoint",
+        "it is not an index of a sharded checkpoint",
     ),
     "index names another shard": (
         "40KB",
@@ -203,7 +203,7 @@ ADAPTERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "nothing there": (shutil.rmtree, "does not exist"),
     "empty directory": (
         lambda path: (shutil.rmtree(path), path.mkdir()),
-        "is no adapter directory: it has no adapter.json",
+        "is not an adapter directory: it has no adapter.json",
     ),
     "of another library": (
         lambda path: (shutil.rmtree(path), path.mkdir(), (path / "adapter_config.json").write_text("{}")),
@@ -296,9 +296,9 @@ def test_output(
     [
         (["--dtype", "bfloat61"], r"no dtype 'bfloat61' \(did you mean 'bfloat16'\?\)"),
         (["--dtype", "int8"], "no dtype 'int8'"),
-        (["--max-shard-size", "5 apples"], "'5 apples' is no size"),
-        (["--max-shard-size", "0"], "'0' is no size"),
-        (["--adapter", "A=heavy"], "'heavy' is no weight"),
+        (["--max-shard-size", "5 apples"], "'5 apples' is not a size"),
+        (["--max-shard-size", "0"], "'0' is not a size"),
+        (["--adapter", "A=heavy"], "'heavy' is not a weight"),
         (["--adapter", "A=inf"], "the weight must be finite"),
     ],
 )

@@ -342,7 +342,7 @@ def test_names(tmp_path: Path) -> None:
         "team//one",
     ]
     for name in [*outside, "plain/", ".hidden", "team/.hidden", "plain\n", "pl\0ain"]:
-        with pytest.raises(pc.CheckpointError, match="is no name of an adapter") as error:
+        with pytest.raises(pc.CheckpointError, match="is not an adapter's name") as error:
             serving.find_adapter(adapters, name)
         assert "\n" not in str(error.value)
     with pytest.raises(pc.CheckpointError, match="leads out of"):
@@ -360,10 +360,10 @@ def test_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(serving.LIMIT, "500MB")
     assert serving.settings() == serving.Settings(tmp_path, tmp_path / "own", 500 * 10**6)
     monkeypatch.setenv(serving.LIMIT, "many")
-    with pytest.raises(pc.SpecError, match=r"PEFT_CORE_ADAPTER_CACHE_BYTES: 'many' is no size"):
+    with pytest.raises(pc.SpecError, match=r"PEFT_CORE_ADAPTER_CACHE_BYTES: 'many' is not a size"):
         serving.settings()
     monkeypatch.setenv(serving.ADAPTERS, str(tmp_path / "absent"))
-    with pytest.raises(pc.SpecError, match=r"PEFT_CORE_ADAPTERS: '.*absent' is no directory"):
+    with pytest.raises(pc.SpecError, match=r"PEFT_CORE_ADAPTERS: '.*absent' is not a directory"):
         serving.settings()
 
 
@@ -379,5 +379,5 @@ def test_where_the_base_lies(
     (downloaded / "refs/main").write_text("0123")
     assert serving.base_directory("owner/name") == downloaded / "snapshots/0123"
     for model in (str(tmp_path), "nobody/nothing-of-this-name", "a/b/c"):
-        with pytest.raises(pc.CheckpointError, match="no checkpoint directory and not in the hub's cache"):
+        with pytest.raises(pc.CheckpointError, match="not a checkpoint directory and not in the hub's cache"):
             serving.base_directory(model)

@@ -95,7 +95,7 @@ def test_bad_input(any_method: Trial, make: Callable[..., Any], fails: Callable[
     made = make(any_method)
     out = tmp_path / "out"
     assert "does not exist" in fails("verify", out)
-    assert "is no export" in fails("verify", made.adapter)
+    assert "is not an export" in fails("verify", made.adapter)
     peft_export.export_lora(made.base, made.adapter, out)
     assert "needs its base model" in fails("verify", out)
     assert "needs its base model" in fails("verify", out, "--adapter", made.adapter)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -113,55 +113,30 @@ def verify(
         CheckpointError: an input cannot be read. MergeError: something is missing for the comparison.
         ModelError: a model cannot be loaded or compared. SpecError: a dtype that is none.
     """
-    from . import running
-
     dtype_code(None if dtype == "auto" else dtype)
-
     started = time.perf_counter()
-    directory = Path(export)
+    directory, source, weights = Path(export), None if base is None else Path(base), _weights(adapters)
     kind = _kind(directory)
-    source = None if base is None else Path(base)
-    weights = _weights(adapters)
     if (weights or kind == "lora") and source is None:
         raise MergeError(
             f"{'the adapter' if weights else 'a LoRA export'} needs its base model: give base (--base DIR)"
         )
     if weights:
         assert source is not None
-        header = read_header(next(iter(weights)))
-        architecture = header.base.architecture
-        reference = running.adapted_model(source, weights, header, dtype)
-        config: Any = reference.config
-        vocabulary = getattr(config.get_text_config(), "vocab_size", 2)
-        inputs = running.make_prompts(prompts, [directory, source], vocabulary)
-        expected = running.logits(reference, inputs)
-        written = _greedy(reference, inputs[0].ids) if kind == "onnx" else None
-        del reference
+        reference = _from_adapted_model(directory, source, weights, prompts, dtype, generates=kind == "onnx")
+    elif prompts:
+        raise MergeError(
+            "golden logits are those of the prompts that they were made with; for others give base and adapters "
+            "(--base, --adapter)"
+        )
     else:
-        if prompts:
-            raise MergeError(
-                "golden logits are those of the prompts that they were made with; for others give base and adapters "
-                "(--base, --adapter)"
-            )
-        architecture = output.read_marker(directory)["architecture"]
-        inputs, expected, written = _read_golden(directory)
-    compared, equal = [], 0
-    if kind == "onnx":
-        from .onnx.runtime import OnnxModel
-
-        export_model = OnnxModel(directory)
-        for way, found in export_model.logits([prompt.ids for prompt in inputs]).items():
-            compared += _compared(inputs, expected, found, way)
-        if written is not None:
-            same = export_model.greedy(inputs[0].ids, len(written)) == written
-            equal = int(same.cumprod(0).sum())
-    else:
-        model = _load(kind, directory, source, architecture, dtype)
-        compared = _compared(inputs, expected, running.logits(model, inputs))
+        reference = _from_golden(directory)
+    compared, equal = _answers(kind, directory, source, reference, dtype)
     precision = _precision(kind, directory, source)
     limit = MAX_KL.get(precision, 1e-2) if max_kl is None else max_kl
     nearness = MAX_DIFFERENCE.get(precision) if max_kl is None else None
-    generated = 0 if written is None else len(written)
+    generated = 0 if reference.written is None else len(reference.written)
+    near = nearness is None or (all(found.difference <= nearness for found in compared) and equal == generated)
     report = VerifyReport(
         export=str(export),
         kind=kind,
@@ -169,8 +144,7 @@ def verify(
         dtype=precision,
         computed_in=dtype if dtype != "auto" else precision,
         max_kl=limit,
-        ok=all(found.mean_kl <= limit for found in compared)
-        and (nearness is None or (all(found.difference <= nearness for found in compared) and equal == generated)),
+        ok=near and all(found.mean_kl <= limit for found in compared),
         prompts=tuple(compared),
         seconds=round(time.perf_counter() - started, 3),
         max_difference=nearness,
@@ -178,14 +152,58 @@ def verify(
         generated_equal=equal,
     )
     if weights and record:
-        _record(directory, inputs, expected, written, report)
+        _record(directory, reference, report)
     return report
 
 
-def _compared(
-    inputs: Sequence[Prompt], expected: Sequence[Tensor], found: Sequence[Tensor], way: str = ""
-) -> list[Comparison]:
-    triples = zip(inputs, expected, found, strict=True)
+class _Reference(NamedTuple):
+    """What the export is compared with: for each prompt logits [positions, vocabulary], and what follows the first one when
+    it is generated greedily, if anything.
+    """
+
+    architecture: str
+    inputs: list[Prompt]
+    logits: list[Tensor]
+    written: Tensor | None
+
+
+def _from_adapted_model(
+    directory: Path, source: Path, weights: Mapping[str, float], prompts: Sequence[str], dtype: str, generates: bool
+) -> _Reference:
+    from . import running
+
+    header = read_header(next(iter(weights)))
+    model = running.adapted_model(source, weights, header, dtype)
+    config: Any = model.config
+    vocabulary = getattr(config.get_text_config(), "vocab_size", 2)
+    inputs = running.make_prompts(prompts, [directory, source], vocabulary)
+    logits = running.logits(model, inputs)
+    written = _greedy(model, inputs[0].ids) if generates else None
+    return _Reference(header.base.architecture, inputs, logits, written)
+
+
+def _answers(
+    kind: str, directory: Path, source: Path | None, reference: _Reference, dtype: str
+) -> tuple[list[Comparison], int]:
+    """The export's logits compared with the reference's, and how many of its tokens, from the first on, it writes, too."""
+    from . import running
+
+    if kind != "onnx":
+        model = _load(kind, directory, source, reference.architecture, dtype)
+        return _compared(reference, running.logits(model, reference.inputs)), 0
+    from .onnx.runtime import OnnxModel
+
+    export = OnnxModel(directory)
+    ways = export.logits([prompt.ids for prompt in reference.inputs]).items()
+    compared = [comparison for way, found in ways for comparison in _compared(reference, found, way)]
+    if reference.written is None:
+        return compared, 0
+    same = export.greedy(reference.inputs[0].ids, len(reference.written)) == reference.written
+    return compared, int(same.cumprod(0).sum())
+
+
+def _compared(reference: _Reference, found: Sequence[Tensor], way: str = "") -> list[Comparison]:
+    triples = zip(reference.inputs, reference.logits, found, strict=True)
     return [replace(compare(prompt.text, want, answer), way=way) for prompt, want, answer in triples]
 
 
@@ -255,7 +273,7 @@ def _weights(adapters: str | Path | Sequence[str | Path] | Mapping[str, float] |
     return dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(map(str, adapters), 1.0)
 
 
-def _read_golden(directory: Path) -> tuple[list[Prompt], list[Tensor], Tensor | None]:
+def _from_golden(directory: Path) -> _Reference:
     """The prompts, logits and greedy tokens that a verified export carries."""
     from .running import Prompt
 
@@ -280,21 +298,16 @@ def _read_golden(directory: Path) -> tuple[list[Prompt], list[Tensor], Tensor | 
     except KeyError as error:
         raise CheckpointError(f"'{path}' is damaged: {error} is missing") from None
     prompts = [Prompt(text, ids) for text, (ids, _) in zip(texts, found, strict=True)]
-    return prompts, [logits for _, logits in found], written
+    architecture = output.read_marker(directory)["architecture"]
+    return _Reference(architecture, prompts, [logits for _, logits in found], written)
 
 
-def _record(
-    directory: Path,
-    inputs: Sequence[Prompt],
-    expected: Sequence[Tensor],
-    written: Tensor | None,
-    report: VerifyReport,
-) -> None:
+def _record(directory: Path, reference: _Reference, report: VerifyReport) -> None:
     """Keep golden logits in the export, and the result in its card."""
-    tensors = {f"{number}.input_ids": prompt.ids for number, prompt in enumerate(inputs)}
-    tensors |= {f"{number}.logits": found for number, found in enumerate(expected)}
-    if written is not None:
-        tensors["0.greedy"] = written
+    tensors = {f"{number}.input_ids": prompt.ids for number, prompt in enumerate(reference.inputs)}
+    tensors |= {f"{number}.logits": found for number, found in enumerate(reference.logits)}
+    if reference.written is not None:
+        tensors["0.greedy"] = reference.written
     items = [Item(key, CODES[t.dtype], tuple(t.shape), t.numel() * t.element_size()) for key, t in tensors.items()]
     with whole_directory(directory / FOLDER, (GOLDEN, RESULTS)) as temporary:
         with Writer(temporary, items, {}, name=GOLDEN) as writer:
