@@ -146,7 +146,7 @@ def _group(path: str, *names: str, group: str = "") -> pc.SharingGroup:
         (lambda paths: [_group(path, "A", group="g") for path in paths], ["two groups named 'g'"]),
         (
             lambda paths: [*(_group(path, "A") for path in paths), _group("elsewhere", "A")],
-            ["'elsewhere'", "no site"],
+            ["'elsewhere'", "not a site"],
         ),
         (
             lambda paths: [*(_group(path, "A") for path in paths), _group(paths[0], "A", group="g")],
