@@ -73,7 +73,7 @@ def table_of(plan: Plan) -> Table:
         f"{100 * plan.num_trainable / plan.base.num_parameters:.3f}",
     )
     remarks = [
-        f"kept to undo: {size(plan.merge_bytes)} of original weights while merged, {size(plan.disable_bytes)} while attached"
+        f"merging keeps {size(plan.merge_bytes)} of original weights, disabling keeps {size(plan.disable_bytes)}"
     ]
     if plan.fixed_bytes:
         remarks.append(f"saved with them but never trained: {size(plan.fixed_bytes)}")
