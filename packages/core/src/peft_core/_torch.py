@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,6 +19,29 @@ is_tracing = torch._C._is_tracing
 
 backward_number = torch._C._current_graph_task_id
 """The number of the backward pass that runs in this thread; -1: none."""
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Whether a backward pass runs within that of a reentrant checkpoint, which has one of its own for each segment."""
+    from torch.utils.checkpoint import CheckpointFunction
+
+    frame, inner = sys._getframe(1), CheckpointFunction.backward.__code__
+    while frame is not None and frame.f_code is not inner:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
+
+
+def once_only(gradient: Tensor) -> Tensor:
+    """This gradient, which says so where a derivative of it is asked for: `once_differentiable`, for a function none of whose
+    inputs in backward requires a gradient.
+    """
+    refuse = torch._C._functions.DelayedError(b"the gradient of a shared tensor cannot be differentiated again", 1)
+    return refuse(gradient.detach().requires_grad_())  # type: ignore[no-any-return]
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation is active."""
+    return torch.autograd.forward_ad._current_level >= 0  # type: ignore[no-any-return]
 
 
 def after_backward(callback: Callable[[], None]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 
 from torch import nn
 
@@ -16,14 +18,11 @@ def activate(model: nn.Module, names: str | Sequence[str] | Mapping[str, float])
     """Choose the adapters that forward applies: one, several in order, or a map from name to a run-time scale.
 
     Raises:
-        AdapterError: no such adapter, a merged one, or two that one site cannot carry together.
+        AdapterError: no such adapter, a merged one, one named twice, two that one site cannot carry together, or a scale that
+            is not a finite number.
     """
     model = bases.unwrap(model)
-    names = [names] if isinstance(names, str) else names
-    for name in names:
-        if not isinstance(name, str):
-            raise AdapterError(f"activate: {name!r} is not an adapter's name; one choice applies to the whole batch")
-    wanted = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
+    wanted = _scales(names)
     found = registry(model)
     known = found.banks if found else {}
     for name in wanted:
@@ -33,10 +32,35 @@ def activate(model: nn.Module, names: str | Sequence[str] | Mapping[str, float])
             )
         if found and found.is_merged(name):
             raise AdapterError(f"adapter '{name}' is merged; unmerge it to make it active")
-    set_active(model, {name: float(scale) for name, scale in wanted.items()})
+    set_active(model, wanted)
+
+
+def _scales(names: object) -> dict[str, float]:
+    """Name → scale, from what a user gave."""
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, Iterable):
+        raise AdapterError(f"activate: expected a name, several, or a map from name to scale, got {names!r:.80}")
+    wanted: dict[str, float] = {}
+    for name in names:
+        if not isinstance(name, str):
+            raise AdapterError(
+                f"activate: {name!r:.80} is not an adapter's name; one choice applies to the whole batch"
+            )
+        if name in wanted:
+            raise AdapterError(f"activate: '{name}' is named twice; give it a scale instead: {{'{name}': 2.0}}")
+        scale = names[name] if isinstance(names, Mapping) else 1.0
+        if not isinstance(scale, Real) or not math.isfinite(scale):
+            raise AdapterError(f"activate: the scale of '{name}' must be a finite number, got {scale!r:.80}")
+        wanted[name] = float(scale)
+    return wanted
 
 
 def set_active(model: nn.Module, scales: dict[str, float]) -> None:
+    """Let forward apply these adapters, with their run-time scales, in this order.
+
+    Raises:
+        AdapterError: one site cannot carry two of them, or an adapter that owns its base weights cannot be switched off.
+    """
     found = registry(model)
     assert found is not None
     refuse_together(found, scales)
@@ -57,6 +81,11 @@ def set_active(model: nn.Module, scales: dict[str, float]) -> None:
 
 
 def refuse_together(found: Registry, scales: Mapping[str, float]) -> None:
+    """Refuse adapters that one site cannot carry at once.
+
+    Raises:
+        AdapterError: names the site and both adapters.
+    """
     carried: dict[str, str] = {}
     for name in scales:
         bank = found.banks[name]

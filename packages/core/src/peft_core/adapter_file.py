@@ -185,7 +185,9 @@ def read_header(directory: str | Path) -> AdapterFile:
     except (ValueError, KeyError, TypeError) as error:
         what = "not JSON" if isinstance(error, ValueError) else "no format_version"
         raise CheckpointError(f"'{path}' is damaged: {what}") from None
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"'{path}' is damaged: format_version is {version!r}, expected a number from 1 on")
+    if version > FORMAT_VERSION:
         raise CheckpointError(
             f"'{directory}' has format version {version}; this peft-core reads up to {FORMAT_VERSION}: upgrade peft-core"
         )

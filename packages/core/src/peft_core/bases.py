@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,25 +15,6 @@ from .subclassing import Mixin
 
 # Prefix of everything that an adapter registers on the root model; no module path can contain it.
 ROOT_PREFIX = "peft_core/"
-
-# Modules whose forward is never called, or not always, because their parent reads the weights itself: parent class → children.
-# An adapter there, or a copy that is trained, would do nothing.
-_MAMBA = ("conv1d", "dt_proj", "out_proj", "x_proj")
-_BYPASSED = {
-    "MultiheadAttention": ("out_proj",),
-    "TransformerEncoderLayer": ("linear1", "linear2", "norm1", "norm2", "self_attn"),  # by the fast path, in evaluation
-    "MambaMixer": _MAMBA,
-    "FalconMambaMixer": _MAMBA,
-    "JambaMambaMixer": ("conv1d", "dt_proj"),
-    "Mamba2Mixer": ("conv1d", "out_proj"),
-    "BambaMixer": ("conv1d", "out_proj"),
-    "Zamba2MambaMixer": ("conv1d", "out_proj"),
-    "FalconH1Mixer": ("conv1d", "out_proj"),
-    "GraniteMoeHybridMambaLayer": ("conv1d", "out_proj"),
-    "NemotronHMamba2Mixer": ("conv1d", "out_proj"),
-    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
-    "MobileBertLMPredictionHead": ("dense", "decoder"),
-}
 
 # Kinds of Linear, beside routers, whose forward gives more than x Wᵀ + b.
 _NO_PRODUCT = ("DeepseekV4GroupedLinear", "IdeficsDecoupledLinear")
@@ -127,11 +108,21 @@ def _dequantized_dtype(module: Any) -> torch.dtype:
     return getattr(module, "compute_dtype", None) or torch.float16
 
 
-def bypassed(parent: nn.Module, child: str) -> bool:
-    """Whether `parent` is known to read this child's weight without calling it."""
-    if getattr(parent, "slow_but_exact", False) and getattr(parent, "pretraining_tp", 1) > 1:  # Bloom, slice by slice
-        return child in ("dense", "dense_4h_to_h")
-    return any(child in _BYPASSED.get(cls.__name__, ()) for cls in type(parent).__mro__)
+def tied(model: nn.Module, names: Iterable[str], within: Iterable[str] = ()) -> dict[str, str]:
+    """Name of a parameter → that of the same tensor in another module, beside those that lie `within` one of these."""
+    inside = {id(module) for path in within for module in model.get_submodule(path).modules()}
+    holders: dict[int, dict[int, str]] = {}  # parameter → module → name; a module may have several names itself
+    for path, module in model.named_modules():
+        for local, parameter in own_parameters(module):
+            holders.setdefault(id(parameter), {})[id(module)] = f"{path}.{local}"
+    found = {}
+    for name in names:
+        path, _, local = name.rpartition(".")
+        mine = model.get_submodule(path)
+        there = holders[id(mine.get_parameter(local))]
+        if others := [other for module, other in there.items() if module != id(mine) and module not in inside]:
+            found[name] = others[0]
+    return found
 
 
 def unwrap(model: nn.Module, to_attach: bool = False) -> nn.Module:

@@ -126,7 +126,7 @@ def read(directory: str | Path, header: AdapterFile) -> dict[str, Tensor]:
         CheckpointError: names the first key that is missing, unexpected, wrongly shaped, empty or not finite.
     """
     path = Path(directory) / TENSORS
-    tensors = files.read_tensors(path, header.checksums.get(TENSORS))
+    tensors = files.read_tensors(path, _checksum(directory, header, TENSORS))
     _compare(str(path), {key: stored.shape for key, stored in header.tensors.items()}, tensors)
     for key, tensor in tensors.items():
         if name_of(tensor.dtype) != header.tensors[key].dtype:
@@ -146,9 +146,15 @@ def read_state(directory: str | Path, header: AdapterFile, plan: Plan) -> dict[s
     if not expected:
         return {}
     path = Path(directory) / STATE
-    tensors = files.read_tensors(path, header.checksums.get(STATE))
+    tensors = files.read_tensors(path, _checksum(directory, header, STATE))
     _compare(str(path), expected, tensors)
     return tensors
+
+
+def _checksum(directory: str | Path, header: AdapterFile, name: str) -> str:
+    if name not in header.checksums:
+        raise CheckpointError(f"'{Path(directory) / HEADER}' is damaged: it records no checksum of {name}")
+    return header.checksums[name]
 
 
 def _compare(path: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> None:

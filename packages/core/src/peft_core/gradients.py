@@ -10,11 +10,11 @@ backward passes) sees one ordinary gradient.
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _torch
 from .method import Gradient, Rows
@@ -30,9 +30,17 @@ class _Gate(torch.autograd.Function):
         return parameter.new_empty(0)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None]:
-        return ctx.shared._take(), None
+        gradient = ctx.shared._take()
+        # With create_graph a derivative of this one would leave out all that the borrowers computed.
+        if gradient is not None and torch.is_grad_enabled():
+            gradient = _torch.once_only(gradient)
+        return gradient, None
+
+
+def _distributed() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 class SharedGradient:
@@ -73,6 +81,12 @@ class SharedGradient:
         self._buffers.pop(task, None)
 
     def _take(self) -> Tensor | None:
+        if _distributed() and not hasattr(self._parameter, "device_mesh") and _torch.in_reentrant_checkpoint():
+            warnings.warn(
+                "reentrant checkpointing hands over the gradient of a shared tensor in parts, of which "
+                "DistributedDataParallel would reduce only the first: use use_reentrant=False, or static_graph=True",
+                stacklevel=2,
+            )
         return self._buffers.pop(_torch.backward_number(), None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedGradient:

@@ -161,6 +161,7 @@ def _paired(slot: Slot) -> bool:
         and not torch.compiler.is_compiling()
         and kernels.chosen() != "naive"
         and not _torch.transforms_functions()
+        and not _torch.forward_mode()
         and not _torch.is_tracing()
     )
 

@@ -313,14 +313,5 @@ def _refuse_ties(root: nn.Module, names: Sequence[str], within: Iterable[str], r
     Raises:
         MergeError: names both holders and the remedy.
     """
-    inside = {id(module) for path in within for module in root.get_submodule(path).modules()}
-    holders: dict[int, dict[int, str]] = {}  # parameter → module → name; a module may have several names itself
-    for path, module in root.named_modules():
-        for local, parameter in bases.own_parameters(module):
-            holders.setdefault(id(parameter), {})[id(module)] = f"{path}.{local}"
-    for name in names:
-        path, _, local = name.rpartition(".")
-        mine = root.get_submodule(path)
-        there = holders[id(mine.get_parameter(local))]
-        if others := [other for module, other in there.items() if module != id(mine) and module not in inside]:
-            raise MergeError(f"'{name}' is the same tensor as '{others[0]}': merging would change both; {remedy}")
+    for name, other in bases.tied(root, names, within).items():
+        raise MergeError(f"'{name}' is the same tensor as '{other}': merging would change both; {remedy}")

@@ -167,7 +167,18 @@ def plan(model: nn.Module | str | Path, spec: AdapterSpec) -> Plan:
         bindings=layout.bindings,
         trained=trained,
         base=base_info(model, spec.base_model),
-        notes=choice.notes + layout.notes + trained_notes,
+        notes=choice.notes + layout.notes + trained_notes + _tie_notes(model, choice.sites, trained),
+    )
+
+
+def _tie_notes(model: nn.Module, sites: tuple[Site, ...], trained: Mapping[str, Mapping[str, str]]) -> tuple[str, ...]:
+    """What is tied in the base and comes apart in an adapter can be trained, but not merged into one tensor."""
+    weights = [f"{site.path}.weight" for site in sites if "weight" in model.get_submodule(site.path)._parameters]
+    copies = [f"{path}.{local}" for path, named in trained.items() for local in named]
+    apart = bases.tied(model, weights) | bases.tied(model, copies, trained)
+    return tuple(
+        f"'{name}' and '{other}' are one tensor in the base: the adapter changes only the first, and cannot be merged in place"
+        for name, other in apart.items()
     )
 
 

@@ -11,9 +11,12 @@ from pydantic import BaseModel
 from torch import nn
 
 from . import bases
+from .bypassing import bypassed
 from .errors import TargetError, listed, suggestion
 from .sites import Site, count_types, layer_index, module_type
 from .spec import AdapterSpec, Patterns
+
+_EXPERTS = re.compile("expert|moe", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -203,14 +206,14 @@ def _reader(model: nn.Module, path: str) -> str:
     """The class of the parent that reads this module's weights without calling it, if it does."""
     parent_path, _, child = path.rpartition(".")
     parent = model.get_submodule(parent_path)
-    return type(parent).__name__ if bases.bypassed(parent, child) else ""
+    return type(parent).__name__ if bypassed(parent, child) else ""
 
 
 def _expert_tensors(model: nn.Module) -> str:
     """Mixture-of-experts weights that are 3-D parameters, by name."""
     found: Counter[str] = Counter()
     for path, module in model.named_modules():
-        if not isinstance(module, (nn.modules.conv._ConvNd, nn.MultiheadAttention)):
+        if _EXPERTS.search(path) or _EXPERTS.search(type(module).__name__):
             three = [name for name, p in bases.own_parameters(module) if p.dim() == 3 and min(p.shape) > 1]
             found.update(f"{module_type(path)}.{name}" for name in three)
     return listed([f"{name} ({count})" for name, count in found.items()])
