@@ -13,7 +13,7 @@ import peft_method_switchlora as switchlora
 from peft_core.sharing import draw
 from peft_method_switchlora import Options, RowAdamW, kernels, naive, switching
 from peft_method_switchlora.layout import layout
-from peft_method_switchlora.switching import decide, exchange_
+from peft_method_switchlora.switching import decide, exchange_, factor_exchange, fetch
 
 OPTIMIZERS = {
     "row-step": lambda parameters: RowAdamW(parameters, lr=0.1, weight_decay=0.1),
@@ -507,7 +507,7 @@ def test_what_goes_to_an_accelerator_goes_there_together(monkeypatch):
 def test_candidates_are_on_the_device_before_anything_switches(bench, monkeypatch):
     """Memory is taken at the first step, not bit by bit as sites come to switch."""
     moved = []
-    monkeypatch.setattr(switching, "to_device", moved.append)
+    monkeypatch.setattr(switching, "move_candidates", moved.append)
     for offload in (True, False):
         site = bench(offload_candidates=offload, interval=1e12)
         with site.around(0, RowAdamW(site.parameters())):
@@ -520,12 +520,10 @@ def test_the_exchange_reads_its_candidates_in_the_parameters_dtype(bench):
     site = bench(24, 20, dtype=torch.float32)
     tensors = {name: tensor.detach().bfloat16() for name, tensor in site.tensors.items()}
     before = site.weight + site.options.scale * tensors["B"].float() @ tensors["A"].float()
-    exchanges = decide(site.options, site.state, 0, 10**9, random.Random(0))
-    at = [torch.tensor(exchange.places) for exchange in exchanges]
-    arriving = [
-        site.state[f"candidates_{name}"][exchange.slots].bfloat16()
-        for name, exchange in zip("AB", exchanges, strict=True)
-    ]
-    exchange_(tensors, site.weight, site.options.scale, at, arriving)
+    member = pc.StepMember(site.site, tensors, {}, site.state, site.weight)
+    choices = decide(site.options, site.state, 0, 10**9, random.Random(0))
+    exchanges = [factor_exchange(member, name, choice) for name, choice in zip("AB", choices, strict=True)]
+    fetch(exchanges)
+    exchange_(site.weight, site.options.scale, *exchanges)
     after = site.weight + site.options.scale * tensors["B"].float() @ tensors["A"].float()
     torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
