@@ -124,6 +124,15 @@ def test_factors_are_exact(case: tuple[dict[str, Any], int, int]) -> None:
     torch.testing.assert_close(B @ A, delta_weight(site, tensors["D"], A), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("case", PAIRED, ids=ids)
+def test_factors_of_16_bit_parameters_are_exact(case: tuple[dict[str, Any], int, int]) -> None:
+    site = site_for(*case)
+    tensors = tensors_for(site, torch.bfloat16)
+    A, B = plugins.call("miss", "peft_lowrank", site=site, tensors=tensors, binding={})
+    expected = delta_weight(site, tensors["D"].double(), A)
+    assert (B.double() @ A.double() - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
 def compare_pair(site: pc.Site, dtype: torch.dtype, tolerance: float, tokens: int = TOKENS) -> None:
     """The pair in `dtype`, with float32 parameters, against autograd of the reference in float64."""
     functions = forward_of(site)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from peft_core import Capabilities, Forward, Layout, LowRank, MethodInfo, Site, Tensors, hookimpl, lowrank
@@ -53,7 +52,5 @@ def peft_merge(site: Site, weight: Tensor, tensors: Tensors, binding: Tensors) -
 
 @hookimpl
 def peft_lowrank(site: Site, tensors: Tensors, binding: Tensors) -> LowRank:
-    # A 16-bit B times the scale would be rounded.
-    wide = torch.promote_types(tensors["pool_B"].dtype, torch.float32)
-    A, B = factors(tensors, binding, wide)
+    A, B = factors(tensors, binding, tensors["pool_B"].dtype)
     return LowRank(A, B * (site.options.alpha / len(A)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from peft_core import Capabilities, Forward, Layout, LowRank, MethodInfo, Site, Tensors, hookimpl, lowrank
@@ -51,8 +50,7 @@ def peft_merge(site: Site, weight: Tensor, tensors: Tensors, binding: Tensors) -
 
 @hookimpl
 def peft_lowrank(site: Site, tensors: Tensors, binding: Tensors) -> LowRank:
-    wide = torch.promote_types(tensors["B"].dtype, torch.float32)  # a 16-bit B times the scale would be rounded
-    return LowRank(tensors["A"].to(wide), tensors["B"].to(wide) * _scale(site))
+    return LowRank(tensors["A"], tensors["B"] * _scale(site))
 
 
 def _scale(site: Site) -> float:
