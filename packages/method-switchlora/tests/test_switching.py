@@ -12,7 +12,7 @@ import peft_core as pc
 import peft_method_switchlora as switchlora
 from peft_core.sharing import draw
 from peft_method_switchlora import Options, RowAdamW, kernels, naive, switching
-from peft_method_switchlora.layout import layout
+from peft_method_switchlora.layout import lay_out
 from peft_method_switchlora.switching import decide, exchange_, factor_exchange, fetch
 
 OPTIMIZERS = {
@@ -36,7 +36,7 @@ def still(parameters):
 @pytest.mark.parametrize("m, n, r", [(256, 256, 64), (512, 192, 32), (192, 512, 128)])
 def test_initial_standard_deviations(m, n, r):
     site = pc.Site("q", n, m, False, torch.float32, Options(r=r))
-    (group,) = layout([site]).groups
+    (group,) = lay_out([site]).groups
     gain = 1 / math.sqrt(3)
     std_B = (r / math.sqrt(m * n)) ** 0.25 * gain**0.5
     std_A = (math.sqrt(m) * r / (n * math.sqrt(n))) ** 0.25 * gain**0.5
@@ -61,7 +61,7 @@ def test_layout_of_a_site(bench):
 
 def test_sites_without_spare_candidates_never_switch_and_the_plan_says_so():
     def planned(r):
-        return layout([pc.Site("q", 16, 24, False, torch.float32, Options(r=r))])
+        return lay_out([pc.Site("q", 16, 24, False, torch.float32, Options(r=r))])
 
     assert not planned(15).notes
     for r in (16, 20):
@@ -72,9 +72,9 @@ def test_sites_without_spare_candidates_never_switch_and_the_plan_says_so():
 
 def test_master_weights_are_named_in_the_plan():
     site = pc.Site("q", 1000, 500, False, torch.bfloat16, Options(r=4))
-    assert layout([site]).notes == ("training keeps float32 masters of 1 base weights: 2.0 MB",)
-    assert not layout([pc.Site("q", 1000, 500, False, torch.bfloat16, Options(r=4, weight_master="none"))]).notes
-    assert not layout([pc.Site("q", 1000, 500, False, torch.float32, Options(r=4, weight_master="float32"))]).notes
+    assert lay_out([site]).notes == ("training keeps float32 masters of 1 base weights: 2.0 MB",)
+    assert not lay_out([pc.Site("q", 1000, 500, False, torch.bfloat16, Options(r=4, weight_master="none"))]).notes
+    assert not lay_out([pc.Site("q", 1000, 500, False, torch.float32, Options(r=4, weight_master="float32"))]).notes
 
 
 # Attaching and merging
@@ -487,7 +487,7 @@ def test_candidates_on_the_device(bench):
                 optimizer.step()
         ends.append(site.snapshot())
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
-    (note,) = layout([site.site]).notes
+    (note,) = lay_out([site.site]).notes
     assert "offload_candidates" in note
 
 

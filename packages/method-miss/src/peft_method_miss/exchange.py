@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_core import AdapterSpec, CheckpointError, PeftCoreError, Plan, files, plan
+import peft_core as pc
 from peft_core import checkpoint as ours
+from peft_core import files
 from peft_core.bank import Bank
 from peft_core.plan import meta_model
 from peft_core.spec import DTYPES
 from peft_core.targets import named
 
-from .options import MissOptions
+from .options import Options
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, BLOCK = "base_model.model.", ".miss_block"
@@ -77,7 +78,7 @@ def to_hf_peft(source_dir: str | Path, out_dir: str | Path) -> None:
     """
     header = ours.read_header(source_dir)
     if header.method.name != "miss":
-        raise CheckpointError(f"'{source_dir}' is an adapter of method '{header.method.name}', not of 'miss'")
+        raise pc.CheckpointError(f"'{source_dir}' is an adapter of method '{header.method.name}', not of 'miss'")
     stored = ours.read(source_dir, header)
     options = _their_options(source_dir, header)
     borrowed = header.borrowed()
@@ -118,19 +119,19 @@ def read_theirs(directory: str | Path) -> Theirs:
     """
     path = Path(directory) / CONFIG
     if not path.is_file():
-        raise CheckpointError(f"'{directory}' is no adapter of Hugging Face PEFT: it has no {CONFIG}")
+        raise pc.CheckpointError(f"'{directory}' is no adapter of Hugging Face PEFT: it has no {CONFIG}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = config["peft_type"]
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"'{path}' is damaged: {error!r}") from None
+        raise pc.CheckpointError(f"'{path}' is damaged: {error!r}") from None
     if kind != "MISS":
-        raise CheckpointError(f"'{directory}' is a {kind} adapter; only MISS ones become adapters of 'miss'")
+        raise pc.CheckpointError(f"'{directory}' is a {kind} adapter; only MISS ones become adapters of 'miss'")
     if config.get("bias", "none") != "none":
-        raise CheckpointError(f"'{directory}' trained biases (bias='{config['bias']}'), which have no place here")
+        raise pc.CheckpointError(f"'{directory}' trained biases (bias='{config['bias']}'), which have no place here")
     weights = Path(directory) / TENSORS
     if not weights.exists() and weights.with_name("adapter_model.bin").exists():
-        raise CheckpointError(
+        raise pc.CheckpointError(
             f"'{directory}' holds adapter_model.bin, a pickle, which can run code when it is read; "
             "save it again with safe_serialization=True"
         )
@@ -142,11 +143,11 @@ def read_theirs(directory: str | Path) -> Theirs:
             continue
         module = _saved_module(name, config.get("modules_to_save") or [])
         if module is None:
-            raise CheckpointError(f"'{weights}': '{key}' is no miss_block and in none of its modules_to_save")
+            raise pc.CheckpointError(f"'{weights}': '{key}' is no miss_block and in none of its modules_to_save")
         whole[name] = tensor
         modules.append(module)
     if not blocks:
-        raise CheckpointError(f"'{weights}' holds no miss_block")
+        raise pc.CheckpointError(f"'{weights}' holds no miss_block")
     return Theirs(config, blocks, whole, tuple(dict.fromkeys(modules)))
 
 
@@ -157,16 +158,16 @@ def _saved_module(parameter: str, names: list[str]) -> str | None:
     return next((path for path in paths if path.endswith(tuple(names))), None)
 
 
-def _spec(source_dir: str | Path, theirs: Theirs, targets: tuple[str, ...]) -> AdapterSpec:
+def _spec(source_dir: str | Path, theirs: Theirs, targets: tuple[str, ...]) -> pc.AdapterSpec:
     """The spec that says of these layers what their configuration says."""
     config = theirs.config
     variant = config.get("init_weights", True)
     if not isinstance(variant, bool) and variant not in ("mini", "bat"):
-        raise CheckpointError(f"'{source_dir}': init_weights={variant!r}: known are true, false, 'mini' and 'bat'")
+        raise pc.CheckpointError(f"'{source_dir}': init_weights={variant!r}: known are true, false, 'mini' and 'bat'")
     options = {"variant": "efficient" if isinstance(variant, bool) else variant, "r": config.get("r", 64)}
     if variant == "mini":
         options["mini_r"] = config.get("mini_r", 1)
-    return AdapterSpec(
+    return pc.AdapterSpec(
         method="miss",
         targets=targets,
         options=options,
@@ -185,29 +186,29 @@ def _dtype(theirs: Theirs) -> Any:
     return next((name for name, dtype in DTYPES.items() if dtype == common), "float32")
 
 
-def _plan(source_dir: str | Path, theirs: Theirs, model: nn.Module) -> Plan:
+def _plan(source_dir: str | Path, theirs: Theirs, model: nn.Module) -> pc.Plan:
     """A plan of exactly the layers that have a tensor: by names where these say it, else by paths."""
     paths = tuple(theirs.blocks)
     if strangers := [path for path in paths if path not in dict(model.named_modules())]:
-        raise CheckpointError(f"'{source_dir}' does not fit this base: it has no layer '{strangers[0]}'")
-    exact = plan(model, _spec(source_dir, theirs, paths))
+        raise pc.CheckpointError(f"'{source_dir}' does not fit this base: it has no layer '{strangers[0]}'")
+    exact = pc.plan(model, _spec(source_dir, theirs, paths))
     listed_targets = theirs.config.get("target_modules")
     if isinstance(listed_targets, list):
         names = tuple(sorted(name for name in listed_targets if any(named(name, path) for path in paths)))
         try:
-            made = plan(model, _spec(source_dir, theirs, names))
-        except PeftCoreError:
+            made = pc.plan(model, _spec(source_dir, theirs, names))
+        except pc.PeftCoreError:
             return exact
         if made.sites == exact.sites:
             return made
     return exact
 
 
-def _recorded_base(source_dir: str | Path, theirs: Theirs) -> tuple[nn.Module, Plan]:
+def _recorded_base(source_dir: str | Path, theirs: Theirs) -> tuple[nn.Module, pc.Plan]:
     """The model of the directory that the adapter names, and the plan on it, if the adapter fits it."""
     recorded = theirs.config.get("base_model_name_or_path") or ""
     if not (Path(recorded) / "config.json").is_file():
-        raise CheckpointError(
+        raise pc.CheckpointError(
             f"'{source_dir}' names the base '{recorded}', which is no checkpoint directory here; "
             "give base=: the model, or a directory with its config.json"
         )
@@ -215,7 +216,7 @@ def _recorded_base(source_dir: str | Path, theirs: Theirs) -> tuple[nn.Module, P
     return model, _plan(source_dir, theirs, model)
 
 
-def _values(source_dir: str | Path, theirs: Theirs, made: Plan) -> dict[str, Tensor]:
+def _values(source_dir: str | Path, theirs: Theirs, made: pc.Plan) -> dict[str, Tensor]:
     """Key of each trainable tensor → their value, in the spec's dtype.
 
     Raises:
@@ -227,42 +228,42 @@ def _values(source_dir: str | Path, theirs: Theirs, made: Plan) -> dict[str, Ten
         for local, key in parameters.items():
             value = left.pop(f"{path}.{local}", None)
             if value is None:
-                raise CheckpointError(f"'{source_dir}': '{path}.{local}' is missing")
+                raise pc.CheckpointError(f"'{source_dir}': '{path}.{local}' is missing")
             if key in found and not torch.equal(found[key], value):
-                raise CheckpointError(
+                raise pc.CheckpointError(
                     f"'{source_dir}': '{path}.{local}' and '{key}' are one tensor in the base, but were trained apart"
                 )
             found[key] = value
     if left:
-        raise CheckpointError(f"'{source_dir}' does not fit this base: it has no '{next(iter(left))}'")
+        raise pc.CheckpointError(f"'{source_dir}' does not fit this base: it has no '{next(iter(left))}'")
     for key, tensor in made.tensors():
         if tuple(found[key].shape) != tensor.shape:
-            raise CheckpointError(
+            raise pc.CheckpointError(
                 f"'{source_dir}' does not fit this base: '{key}' has shape {list(found[key].shape)}, "
                 f"expected {list(tensor.shape)}"
             )
     return {key: value.to(made.spec.torch_dtype) for key, value in found.items()}
 
 
-def _their_options(source_dir: str | Path, header: ours.AdapterFile) -> MissOptions:
+def _their_options(source_dir: str | Path, header: ours.AdapterFile) -> Options:
     """The options, the same for all layers and such that their library has them.
 
     Raises:
         CheckpointError: as `to_hf_peft`.
     """
     sites = header.site_list()
-    options: MissOptions = sites[0].options
+    options: Options = sites[0].options
     if different := [site.path for site in sites if site.options != options]:
-        raise CheckpointError(
+        raise pc.CheckpointError(
             f"'{source_dir}': '{different[0]}' has other options than '{sites[0].path}'; MissConfig has one set for all"
         )
     if options.variant == "expand" or not options.interleaved:
         what = "variant 'expand'" if options.variant == "expand" else "layout 'contiguous'"
-        raise CheckpointError(
+        raise pc.CheckpointError(
             f"'{source_dir}' has {what}, which Hugging Face PEFT cannot express; export it as LoRA instead"
         )
     if transposed := [site.path for site in sites if site.transposed]:
-        raise CheckpointError(
+        raise pc.CheckpointError(
             f"'{source_dir}': '{transposed[0]}' is a transposed layer (Conv1D), which MissConfig cannot adapt"
         )
     return options

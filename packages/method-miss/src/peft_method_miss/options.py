@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 
-class MissOptions(BaseModel):
+class Options(BaseModel):
     """Options of MiSS (arXiv 2409.15371)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,7 +38,7 @@ class MissOptions(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _fitting(self) -> MissOptions:
+    def _fitting(self) -> Options:
         if self.sizes is not None and self.variant != "expand":
             raise ValueError("sizes belongs to variant 'expand'")
         if self.sizes is not None and len(self.sizes) != self.r:

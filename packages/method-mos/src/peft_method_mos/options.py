@@ -29,7 +29,7 @@ def _switched(value: Any) -> Any:
     return ({} if value else None) if isinstance(value, bool) else value
 
 
-class MoSOptions(BaseModel):
+class Options(BaseModel):
     """Names and meanings as in the package's README."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,7 +60,7 @@ class MoSOptions(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> MoSOptions:
+    def _consistent(self) -> Options:
         if not self.subset_selection:
             return self
         e, r, p = self.equivalent_rank, self.r, self.private_rank

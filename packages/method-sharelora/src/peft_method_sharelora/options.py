@@ -10,7 +10,7 @@ Share: TypeAlias = Literal["A", "B", "AB", "none"]
 """Which factors are common to the sites of a group."""
 
 
-class ShareLoRAOptions(BaseModel):
+class Options(BaseModel):
     """Names and meanings as in the package's README."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,3 +43,8 @@ class ShareLoRAOptions(BaseModel):
         if value != "all" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError("expected 'all' or a number of consecutive layers, 1 or more")
         return value
+
+    @property
+    def scale(self) -> float:
+        """What B·A is multiplied by."""
+        return self.alpha / self.r

@@ -36,7 +36,7 @@ class FirstPlaces(pc.Initializer):
         return torch.tensor([0, self.r // 2])
 
 
-def layout(sites: Sequence[pc.Site]) -> pc.Layout:
+def lay_out(sites: Sequence[pc.Site]) -> pc.Layout:
     """A private group per site; what only switching needs is its state."""
     return pc.Layout(tuple(_group(site) for site in sites), notes=tuple(_notes(sites)))
 
@@ -57,12 +57,8 @@ def _group(site: pc.Site) -> pc.SharingGroup:
         "frozen_until": pc.TensorSpec((2, r), dtype=torch.int64),
         "next": pc.TensorSpec((2,), FirstPlaces(r), torch.int64),
     }
-    return pc.SharingGroup(
-        name=site.path,
-        members=(site.path,),
-        tensors={"A": pc.TensorSpec((r, n), uniform_A), "B": pc.TensorSpec((m, r), uniform_B)},
-        state=state if switches(site) else {},
-    )
+    tensors = {"A": pc.TensorSpec((r, n), uniform_A), "B": pc.TensorSpec((m, r), uniform_B)}
+    return pc.SharingGroup.private(site, tensors, state if switches(site) else {})
 
 
 def _notes(sites: Sequence[pc.Site]) -> list[str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peft_core import lowrank
+import peft_core as pc
 
 
 def split_off(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """W₀' = W₀ − s·B·A: what is left in the base, so that W₀'x + s·B·A·x is W₀x."""
-    return lowrank.merged(weight, A, B, -scale)
+    return pc.lowrank.merged(weight, A, B, -scale)
 
 
 def switch_column(weight: Tensor, A: Tensor, B: Tensor, i: int, candidate: Tensor, scale: float) -> None:

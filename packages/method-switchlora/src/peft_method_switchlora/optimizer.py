@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from peft_core import OptimizerStepError
+import peft_core as pc
 
 
 class RowAdamW(torch.optim.AdamW):
@@ -149,7 +149,7 @@ def check(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> Non
     """
     known = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD))
     if not known or not all(_is_plain(optimizer.state.get(parameter, {}), parameter) for parameter in parameters):
-        raise OptimizerStepError(
+        raise pc.OptimizerStepError(
             "SwitchLoRA resets single vectors in the optimizer's state, and does not know that of "
             f"{type(optimizer).__name__}; use peft_method_switchlora.RowAdamW, or torch's AdamW, Adam or SGD"
         )
