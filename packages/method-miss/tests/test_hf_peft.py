@@ -189,6 +189,23 @@ def test_modules_trained_in_full_come_along(tmp_path: Path) -> None:
     near(logits(again), expected, 1e-5)
 
 
+def test_the_base_stays_as_it_was(tmp_path: Path) -> None:
+    """Its parameters and an adapter that it carries, also where the conversion fails."""
+    their_model().save_pretrained(tmp_path / "theirs")
+    model = LLAMA.build()
+    adapter = pc.attach(model, pc.AdapterSpec(method="miss", targets=LAYERS, options={"r": 8}))
+    before, output = copy.deepcopy(model.state_dict()), logits(model)
+    from_hf_peft(tmp_path / "theirs", tmp_path / "ours", base=model)
+    (tmp_path / "file").touch()
+    with pytest.raises(pc.CheckpointError):
+        from_hf_peft(tmp_path / "theirs", tmp_path / "file" / "ours", base=model)
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(logits(model), output)
+    adapter.detach()
+    near(logits(model), logits(LLAMA.build()), 0.0)
+
+
 def test_a_classifier(tmp_path: Path) -> None:
     bert = FAMILIES["bert"]
     config = peft.MissConfig(task_type="SEQ_CLS", r=5, target_modules=["query", "value"])

@@ -28,6 +28,8 @@ from .options import Options
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, BLOCK = "base_model.model.", ".miss_block"
+PASSING = "from Hugging Face PEFT"
+"""The adapter's name while it stands on the base: one that no attached adapter can have."""
 
 
 class Theirs(NamedTuple):
@@ -62,9 +64,13 @@ def from_hf_peft(source_dir: str | Path, out_dir: str | Path, base: nn.Module | 
         made = _plan(source_dir, theirs, model)
     else:
         model, made = _recorded_base(source_dir, theirs)
-    bank = Bank(model, "default", made, seed=0)
-    bank.register(_values(source_dir, theirs, made), {}, trainable=False)
-    ours.save(bank, out_dir)
+    values = _values(source_dir, theirs, made)
+    bank = Bank(model, PASSING, made, seed=0)
+    try:
+        bank.register(values, {}, trainable=False)
+        ours.save(bank, out_dir)
+    finally:
+        bank.unregister()
 
 
 def to_hf_peft(source_dir: str | Path, out_dir: str | Path) -> None:
