@@ -264,7 +264,7 @@ KEY = "base_model.model.model.layers.1.self_attn.q_proj.miss_block"
     "config, tensors, message",
     [
         ({"peft_type": "LORA"}, {}, "is a LORA adapter"),
-        ({"bias": "all"}, {}, "trained biases"),
+        ({"bias": "all"}, {}, "has trained biases"),
         ({"init_weights": "olora"}, {}, "init_weights='olora'"),
         ({}, {KEY: None}, "does not fit|laid out|missing|no layer"),
         (
@@ -277,7 +277,7 @@ KEY = "base_model.model.model.layers.1.self_attn.q_proj.miss_block"
         (
             {},
             {"base_model.model.model.embed_tokens.weight": torch.zeros(2, 2)},
-            "in none of its modules_to_save",
+            "nor part of a module in modules_to_save",
         ),
         ({"init_weights": "bat", "r": 7}, {}, "needs an r that divides"),
     ],
@@ -297,7 +297,7 @@ def test_what_of_theirs_does_not_fit(
 
 
 def test_directories_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(pc.CheckpointError, match="no adapter_config"):
+    with pytest.raises(pc.CheckpointError, match=r"adapter_config.json is missing"):
         from_hf_peft(tmp_path, tmp_path / "ours")
     with pytest.raises(pc.CheckpointError, match="no adapter directory"):
         to_hf_peft(tmp_path, tmp_path / "theirs")
@@ -317,7 +317,7 @@ def test_directories_that_are_none(tmp_path: Path) -> None:
     [
         ({"options": {"variant": "expand", "r": 4}}, "variant 'expand'"),
         ({"options": {"r": 4, "layout": "contiguous"}}, "layout 'contiguous'"),
-        ({"options": {"r": 4}, "overrides": {"q_proj": {"r": 2}}}, "has other options"),
+        ({"options": {"r": 4}, "overrides": {"q_proj": {"r": 2}}}, "have different options"),
     ],
 )
 def test_what_of_ours_they_cannot_express(tmp_path: Path, fields: dict[str, Any], message: str) -> None:

@@ -314,11 +314,11 @@ def test_what_would_fit_is_told_for_the_layers_with_the_same_options() -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"variant": "expand", "layout": "contiguous"}, "layout belongs to"),
-        ({"variant": "bat", "layout": "contiguous"}, "layout belongs to"),
-        ({"sizes": [1, 2]}, "sizes belongs to variant 'expand'"),
-        ({"variant": "expand", "r": 3, "sizes": [1, 2]}, "sizes names 2 shards, r is 3"),
-        ({"mini_r": 4}, "mini_r belongs to variant 'mini'"),
+        ({"variant": "expand", "layout": "contiguous"}, "layout 'contiguous' is for"),
+        ({"variant": "bat", "layout": "contiguous"}, "layout 'contiguous' is for"),
+        ({"sizes": [1, 2]}, "sizes is an option of variant 'expand'"),
+        ({"variant": "expand", "r": 3, "sizes": [1, 2]}, "sizes has 2 lengths, but r is 3"),
+        ({"mini_r": 4}, "mini_r is an option of variant 'mini'"),
         ({"variant": "mini"}, "needs mini_r"),
         ({"variant": "efficent"}, "efficient"),
         ({"rank": 4}, "'rank' is not a field"),

@@ -122,7 +122,7 @@ def block(k=12, d=18, layers=3):
             {"r": 5, "shards": 1},
             ["'proj' has 3 layers", "= 3 public", "private_rank = 4", "r ≤ 4", "rank ≥ 3"],
         ),
-        ({"random_scaling": {"mean": 0}}, ["random_scaling", "too near 0"]),
+        ({"random_scaling": {"mean": 0}}, ["random_scaling", "too close to 0"]),
         ({"shard": 2}, ["'shard'", "did you mean 'shards'"]),
         ({"alpha": float("nan")}, ["alpha"]),
     ],

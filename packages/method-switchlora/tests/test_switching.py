@@ -66,7 +66,7 @@ def test_sites_without_spare_candidates_never_switch_and_the_plan_says_so():
     assert not planned(15).notes
     for r in (16, 20):
         assert not planned(r).groups[0].state
-        assert planned(r).notes == (f"1 sites never switch, 'q' the first of them: r = {r} leaves no candidate over",)
+        assert planned(r).notes == (f"sites that never switch: 1, first 'q' (r = {r} leaves no spare candidates)",)
     assert "r = 1" in planned(1).notes[0]
 
 

@@ -18,7 +18,6 @@ __all__ = ["Options", "from_hf_peft", "to_hf_peft"]
 
 @pc.hookimpl
 def peft_method() -> pc.MethodInfo:
-    """Describe the method."""
     return pc.MethodInfo(
         name="miss",
         options=Options,
@@ -49,7 +48,7 @@ def peft_init(sites: Sequence[pc.Site]) -> pc.Layout:
 
 @pc.hookimpl
 def peft_forward(site: pc.Site) -> pc.Forward:
-    """The variant's pair."""
+    """Δ(x) of the site's variant."""
     options: Options = site.options
     if options.variant == "bat":
         return kernels.bat(options.scale)
@@ -75,8 +74,7 @@ def peft_lowrank(site: pc.Site, tensors: pc.Tensors, binding: pc.Tensors) -> pc.
     D = tensors["D"]
     if options.variant == "bat":
         raise pc.MergeError(
-            f"'{site.path}': MiSS variant 'bat' has no low-rank factors: its ΔW has full rank; "
-            "merge it into the weights instead"
+            f"'{site.path}': MiSS variant 'bat' has no low-rank factors, since its ΔW has full rank; merge the adapter instead"
         )
     if options.variant == "expand":
         E = kernels.indicator(site.out_features, options.r, False, options.sizes, D.dtype, D.device)

@@ -1,4 +1,4 @@
-"""Which matrix each layer trains, and which options fit which layers."""
+"""Which matrix each layer trains, and whether the options fit it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The accumulating pair: gather the site's factors, then core's low-rank product.
 
-Backward finds them saved: they are little beside x (the README has the measurement). In Triton a gather is one launch, for one
-site or for all of a group.
+The gathered factors are saved for backward: they are small beside x (the README has the measurement). In Triton a gather is
+one launch, for one site or for a whole group.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def gather_group(tensors: pc.Tensors, bindings: Sequence[pc.Tensors], dtype: tor
 
 @cache
 def forward(alpha: float) -> pc.Forward:
-    """Δ(x) for an alpha; r and l are read from the index, so that all sites run the same code."""
+    """Δ(x) with scale alpha/r. r and l are read from the index, so that all sites run the same code."""
 
     def reference(x: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:
         if torch.compiler.is_compiling() and "index" in binding and use_triton(x):  # an operator, without atomics
@@ -83,7 +83,7 @@ def _gather(pool: Tensor, binding: pc.Tensors, which: int, dtype: torch.dtype) -
 
 
 def _scattered(rows: Tensor, binding: pc.Tensors, which: int) -> Gradient:
-    """Gradient of a factor's rows [r, width] as one of the pool: its shards, none twice."""
+    """Gradient of a factor's rows [r, width] as a gradient of the pool: its shards, each at most once."""
     if "index" not in binding:
         return rows
     index = binding["index"][which].flatten()  # [r·l]
@@ -91,5 +91,5 @@ def _scattered(rows: Tensor, binding: pc.Tensors, which: int) -> Gradient:
 
 
 def _scaled(rows: Tensor, binding: pc.Tensors) -> Tensor:
-    """Rows times their random factor, if there are any: for A and, since it is linear, for its gradient."""
+    """Rows times their random factors, if any: for A and, since scaling is linear, for its gradient."""
     return rows * binding["scaling"].to(rows.dtype)[:, None] if "scaling" in binding else rows

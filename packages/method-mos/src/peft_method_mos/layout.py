@@ -55,7 +55,7 @@ def lay_out(sites: Sequence[pc.Site]) -> pc.Layout:
         }
         groups.append(pc.SharingGroup(name, tuple(site.path for site in members), pools))
     ranks = ", ".join(f"{name} {r}" for name, r in whole.items())
-    notes = (f"subset_selection is off: sites take whole pools in order, with r: {ranks}",) if whole else ()
+    notes = (f"subset_selection is off: every site uses the whole pool, so that r is: {ranks}",) if whole else ()
     return pc.Layout(tuple(groups), bindings, notes)
 
 
@@ -76,7 +76,7 @@ def _binding(number: int, count: int, options: Options) -> dict[str, pc.TensorSp
 
 
 def _check(name: str, members: Sequence[pc.Site], options: Options) -> None:
-    """What only the layers can tell."""
+    """Refuse options that do not fit these layers."""
     L, e, p, r = len(members), options.equivalent_rank, options.private_rank, options.r
     fan_in, fan_out = members[0].in_features, members[0].out_features
     if fan_in % options.shards or fan_out % options.shards:
@@ -88,8 +88,8 @@ def _check(name: str, members: Sequence[pc.Site], options: Options) -> None:
     if r - p > public:
         raise pc.PlanError(
             f"mos: '{name}' has {L} {'layer' if L == 1 else 'layers'}, so its pools hold "
-            f"{L}·(equivalent_rank {e} - private_rank {p}) = {public} public ranks; "
-            f"a layer cannot draw r - private_rank = {r - p} of them; "
+            f"{L}·(equivalent_rank {e} - private_rank {p}) = {public} public ranks, "
+            f"fewer than the r - private_rank = {r - p} that each layer draws; "
             f"set r ≤ {public + p} or equivalent_rank ≥ {math.ceil((r - p) / L) + p} "
-            f"(overrides can do so for '{members[0].type}' alone)"
+            f"(for '{members[0].type}' alone with overrides)"
         )

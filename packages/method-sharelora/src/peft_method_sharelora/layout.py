@@ -1,4 +1,4 @@
-"""Which factor belongs to whom: a group for what a module type has in common, one per site for the rest."""
+"""Which factor belongs to whom: a group for what a module type shares, and one per site for the rest."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def lay_out(sites: Sequence[pc.Site]) -> pc.Layout:
     sharing = [site for site in sites if share(site) != "none"]
     for name, members in pc.alike(sharing, key=lambda site: (share(site), block(site))):
         common = {factor: spec for factor, spec in _factors(members[0]).items() if factor in share(members[0])}
-        # The prefix keeps clear of the paths that name the private groups (both are "0" in a Sequential).
+        # The prefix avoids the paths that name the private groups (both are "0" in a Sequential).
         groups.append(pc.SharingGroup(f"shared.{name}", tuple(site.path for site in members), common))
     for site in sites:
-        # "none" holds neither letter.
+        # "none" contains neither letter.
         if own := {factor: spec for factor, spec in _factors(site).items() if factor not in share(site)}:
             groups.append(pc.SharingGroup.private(site, own))
     types = {site.path: site.type for site in sites}
@@ -38,7 +38,7 @@ def _factors(site: pc.Site) -> dict[str, pc.TensorSpec]:
 
 
 def share(site: pc.Site) -> Share:
-    """What this site shares. In a map the last pattern that matches decides; without one it is "none"."""
+    """What this site shares. In a map the last matching pattern decides; without a match it is "none"."""
     options: Options = site.options
     if isinstance(options.share, str):
         return options.share
@@ -47,7 +47,7 @@ def share(site: pc.Site) -> Share:
 
 
 def block(site: pc.Site) -> int | None:
-    """The block of consecutive layers this site is in; sites outside of numbered layers have their own."""
+    """The block of consecutive layers this site is in; sites outside of numbered layers form one of their own."""
     scope: str | int = site.options.scope
     return None if isinstance(scope, str) or site.layer is None else site.layer // scope
 
@@ -59,5 +59,5 @@ def _refuse_idle_patterns(sites: Sequence[pc.Site]) -> None:
             types = ", ".join(dict.fromkeys(site.type for site in sites))
             raise pc.PlanError(
                 f"sharelora: share['{pattern}'] matches none of the chosen layers; use one of their names "
-                f"({types}), a suffix of a path, or a regex that matches a whole path"
+                f"({types}), a suffix of a path, or a regex for the whole path"
             )

@@ -1,4 +1,4 @@
-"""SwitchLoRA for peft-core: the hooks. The mathematics is in the README, and readable in `naive`."""
+"""SwitchLoRA (arXiv 2406.06564): full-rank learning in which vectors of low-rank factors are exchanged for others."""
 
 from __future__ import annotations
 
@@ -67,6 +67,6 @@ def peft_merge(site: pc.Site, weight: Tensor, tensors: pc.Tensors, binding: pc.T
 @pc.hookimpl
 def peft_lowrank(site: pc.Site, tensors: pc.Tensors, binding: pc.Tensors) -> pc.LowRank:
     raise pc.MergeError(
-        f"'{site.path}': SwitchLoRA has moved weight into the base, so that its change has full rank and no "
-        "exact low-rank factors; merge it, or ask for a truncated SVD, whose error is then reported"
+        f"'{site.path}': SwitchLoRA has moved weight into the base, so its change has full rank and no exact low-rank "
+        "factors; merge the adapter, or ask for a truncated SVD, whose error is reported"
     )
