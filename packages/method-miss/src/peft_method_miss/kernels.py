@@ -1,8 +1,8 @@
 """The accumulating pair of MiSS, as torch products and in Triton.
 
-Both are made of two passes, the sum over shards S = x·Eᵀ and the repetition y += S·E with the shard indicator E (0/1). As
-torch products on a matrix unit they cost less than the strided additions that they replace; in Triton they are
-just the bytes of x, or of y twice. What is saved is S [tokens, r], and x only by `expand`, whose gradient needs it.
+Both consist of two passes, the sum over shards S = x·Eᵀ and the repetition y += S·E with the shard indicator E (0/1). As
+torch products on a matrix unit they cost less than the strided additions that they replace; in Triton they read x once, and
+read and write y once. What is saved is S [tokens, r], and x only by `expand`, whose gradient needs it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Shards:
         return make(self.count, self.r, self.interleaved, self.sizes, like.dtype, like.device)
 
     def _runs(self, like: Tensor) -> tuple[Tensor | None, int]:
-        """Where shards begin, if that is not a formula, and the length of the longest."""
+        """Where shards begin, unless a formula gives it, and the length of the longest."""
         if self.sizes is None:
             return None, -(-self.count // self.r)
         make = _starts if type(like) is Tensor else starts
@@ -154,7 +154,7 @@ def expand(d: int, r: int, sizes: tuple[int, ...] | None, scale: float) -> pc.Fo
 
 @functools.cache
 def bat(scale: float) -> pc.Forward:
-    """Wᵢⱼ + s·(Wᵢⱼ·Dᵢ + Dᵢ), with the base weight at hand: the reference only, since it is no added Δ."""
+    """Wᵢⱼ + s·(Wᵢⱼ·Dᵢ + Dᵢ), from the base weight: the reference alone, since it is not an added Δ."""
 
     def reference(x: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:
         return naive.bat(x, tensors["D"], tensors["base_weight"], scale)
