@@ -68,9 +68,7 @@ class Stepper:
             "A": pc.TensorSpec((site.options.r, site.in_features), pc.Normal(0.1)),
             "B": pc.TensorSpec((site.out_features, site.options.r)),
         }
-        return pc.SharingGroup(
-            site.path, (site.path,), tensors, state={"factor": pc.TensorSpec((1,), pc.Normal(0.1, 1.0))}
-        )
+        return pc.SharingGroup.private(site, tensors, state={"factor": pc.TensorSpec((1,), pc.Normal(0.1, 1.0))})
 
     @hookimpl
     def peft_attach(self, site: pc.Site, weight: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:

@@ -208,7 +208,7 @@ class Plugin:
 
     @pc.hookimpl
     def peft_init(self, sites: Any) -> pc.Layout:
-        groups = tuple(pc.SharingGroup(site.path, (site.path,), self.tensors(site)) for site in sites)
+        groups = tuple(pc.SharingGroup.private(site, self.tensors(site)) for site in sites)
         return pc.Layout(self.parts.get("groups", lambda groups: groups)(groups), self.parts.get("bindings", {}))
 
     def tensors(self, site: pc.Site) -> Mapping[str, Any]:

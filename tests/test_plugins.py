@@ -8,6 +8,8 @@ import torch
 
 import peft_core as pc
 from peft_core import AdapterSpec, plugins
+from peft_core.merge import contribution
+from peft_core.registry import registry
 from peft_core.testing.methods import Options, Sound
 
 
@@ -193,6 +195,32 @@ def test_a_plugin_registered_later_does_not_answer_for_another(blocks, spec) -> 
         assert asked == []
         pc.plan(blocks, AdapterSpec(method="later"))
         assert asked == ["peft_init"]
+
+
+def test_weights_are_computed_from_widened_tensors(blocks) -> None:
+    """What a method multiplies there would be rounded to the 16 bits of its parameters."""
+    seen: dict[str, set] = {"peft_merge": set(), "peft_lowrank": set()}
+
+    class Noting(Sound):
+        name = "noting"
+
+        @pc.hookimpl
+        def peft_merge(self, site, weight, tensors, binding):
+            seen["peft_merge"] |= {tensor.dtype for tensor in (*tensors.values(), *binding.values())}
+            return super().peft_merge(site, weight, tensors, binding)
+
+        @pc.hookimpl
+        def peft_lowrank(self, site, tensors, binding):
+            seen["peft_lowrank"] |= {tensor.dtype for tensor in (*tensors.values(), *binding.values())}
+            return super().peft_lowrank(site, tensors, binding)
+
+    with registered(Noting(), "noting"):
+        adapter = pc.attach(blocks, AdapterSpec(method="noting", dtype="bfloat16"))
+        adapter.merge()
+        for site in adapter.plan.sites:
+            part = contribution(registry(blocks).banks["default"], site, 1.0)
+            plugins.call("noting", "peft_lowrank", site=site, tensors=part.tensors, binding=part.binding)
+    assert seen["peft_merge"] == seen["peft_lowrank"] == {torch.float32, torch.int64}
 
 
 def _distribution(site, name: str, module: str, source: str, entry: str) -> None:

@@ -189,6 +189,23 @@ def test_modules_trained_in_full_come_along(tmp_path: Path) -> None:
     near(logits(again), expected, 1e-5)
 
 
+def test_the_base_stays_as_it_was(tmp_path: Path) -> None:
+    """Its parameters and an adapter that it carries, also where the conversion fails."""
+    their_model().save_pretrained(tmp_path / "theirs")
+    model = LLAMA.build()
+    adapter = pc.attach(model, pc.AdapterSpec(method="miss", targets=LAYERS, options={"r": 8}))
+    before, output = copy.deepcopy(model.state_dict()), logits(model)
+    from_hf_peft(tmp_path / "theirs", tmp_path / "ours", base=model)
+    (tmp_path / "file").touch()
+    with pytest.raises(pc.CheckpointError):
+        from_hf_peft(tmp_path / "theirs", tmp_path / "file" / "ours", base=model)
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(logits(model), output)
+    adapter.detach()
+    near(logits(model), logits(LLAMA.build()), 0.0)
+
+
 def test_a_classifier(tmp_path: Path) -> None:
     bert = FAMILIES["bert"]
     config = peft.MissConfig(task_type="SEQ_CLS", r=5, target_modules=["query", "value"])
@@ -247,7 +264,7 @@ KEY = "base_model.model.model.layers.1.self_attn.q_proj.miss_block"
     "config, tensors, message",
     [
         ({"peft_type": "LORA"}, {}, "is a LORA adapter"),
-        ({"bias": "all"}, {}, "trained biases"),
+        ({"bias": "all"}, {}, "has trained biases"),
         ({"init_weights": "olora"}, {}, "init_weights='olora'"),
         ({}, {KEY: None}, "does not fit|laid out|missing|no layer"),
         (
@@ -260,7 +277,7 @@ KEY = "base_model.model.model.layers.1.self_attn.q_proj.miss_block"
         (
             {},
             {"base_model.model.model.embed_tokens.weight": torch.zeros(2, 2)},
-            "in none of its modules_to_save",
+            "nor part of a module in modules_to_save",
         ),
         ({"init_weights": "bat", "r": 7}, {}, "needs an r that divides"),
     ],
@@ -280,7 +297,7 @@ def test_what_of_theirs_does_not_fit(
 
 
 def test_directories_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(pc.CheckpointError, match="no adapter_config"):
+    with pytest.raises(pc.CheckpointError, match=r"adapter_config.json is missing"):
         from_hf_peft(tmp_path, tmp_path / "ours")
     with pytest.raises(pc.CheckpointError, match="no adapter directory"):
         to_hf_peft(tmp_path, tmp_path / "theirs")
@@ -300,7 +317,7 @@ def test_directories_that_are_none(tmp_path: Path) -> None:
     [
         ({"options": {"variant": "expand", "r": 4}}, "variant 'expand'"),
         ({"options": {"r": 4, "layout": "contiguous"}}, "layout 'contiguous'"),
-        ({"options": {"r": 4}, "overrides": {"q_proj": {"r": 2}}}, "has other options"),
+        ({"options": {"r": 4}, "overrides": {"q_proj": {"r": 2}}}, "have different options"),
     ],
 )
 def test_what_of_ours_they_cannot_express(tmp_path: Path, fields: dict[str, Any], message: str) -> None:

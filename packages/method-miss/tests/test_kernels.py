@@ -22,7 +22,7 @@ from peft_core.testing.checks import (
     same_bits,
     weighted,
 )
-from peft_method_miss import MissOptions, naive, triton_kernels
+from peft_method_miss import Options, naive, triton_kernels
 from peft_method_miss.kernels import Shards
 
 pytestmark = pytest.mark.usefixtures("in_triton")
@@ -146,7 +146,7 @@ def test_what_is_dropped_is_independent() -> None:
 
 
 def site_for(options: dict[str, Any]) -> pc.Site:
-    return pc.Site("layer", 63, 60, False, torch.float32, MissOptions(**options))
+    return pc.Site("layer", 63, 60, False, torch.float32, Options(**options))
 
 
 @DTYPES

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peft_core as pc
 from peft_core import plugins
-from peft_method_miss import MissOptions
+from peft_method_miss import Options
 
 K, D_OUT, TOKENS = 63, 60, 7
 
@@ -41,7 +41,7 @@ PAIRED = [case for case in CASES if case[0].get("variant") != "bat"]
 
 
 def site_for(options: dict[str, Any], inputs: int = K, outputs: int = D_OUT) -> pc.Site:
-    return pc.Site("layer", inputs, outputs, False, torch.float32, MissOptions(**options))
+    return pc.Site("layer", inputs, outputs, False, torch.float32, Options(**options))
 
 
 def tensors_for(site: pc.Site, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
@@ -67,7 +67,7 @@ def runs(count: int, r: int) -> list[int]:
 
 def delta_weight(site: pc.Site, D: Tensor, W: Tensor) -> Tensor:
     """ΔW, entry by entry from METHODS.md."""
-    options: MissOptions = site.options
+    options: Options = site.options
     d, k, r = site.out_features, site.in_features, options.r
     out = torch.zeros(d, k, dtype=torch.float64)
     if options.variant == "bat":
@@ -122,6 +122,15 @@ def test_factors_are_exact(case: tuple[dict[str, Any], int, int]) -> None:
     A, B = plugins.call("miss", "peft_lowrank", site=site, tensors=tensors, binding={})
     assert A.shape == (site.options.r, site.in_features) and B.shape == (site.out_features, site.options.r)
     torch.testing.assert_close(B @ A, delta_weight(site, tensors["D"], A), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", PAIRED, ids=ids)
+def test_factors_of_16_bit_parameters_are_exact(case: tuple[dict[str, Any], int, int]) -> None:
+    site = site_for(*case)
+    tensors = tensors_for(site, torch.bfloat16)
+    A, B = plugins.call("miss", "peft_lowrank", site=site, tensors=tensors, binding={})
+    expected = delta_weight(site, tensors["D"].double(), A)
+    assert (B.double() @ A.double() - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
 def compare_pair(site: pc.Site, dtype: torch.dtype, tolerance: float, tokens: int = TOKENS) -> None:
@@ -262,22 +271,28 @@ def test_the_variants_counts(llama_7b: nn.Module, options: dict[str, Any], count
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"r": 64}, "'0': r=64 is more than its 63 inputs; all its layers take r ≤ 60"),
-        ({"variant": "expand", "r": 61}, "'0': r=61 is more than its 60 outputs; all its layers take r ≤ 60"),
-        ({"variant": "expand", "r": 2, "sizes": [30, 31]}, "'0': sizes sum to 61, the layer has 60 outputs"),
+        ({"r": 64}, "'0': r=64 is more than its 63 inputs; set r ≤ 60, which fits all layers with these options"),
+        (
+            {"variant": "expand", "r": 61},
+            "'0': r=61 is more than its 60 outputs; set r ≤ 60, which fits all layers with these options",
+        ),
+        (
+            {"variant": "expand", "r": 2, "sizes": [30, 31]},
+            "'0': sizes add up to 61, but the layer has 60 outputs; change sizes, or leave them out",
+        ),
         (
             {"variant": "mini", "r": 4, "mini_r": 7},
-            "'0': mini_r=7 does not divide its 60 outputs; all its layers take 3, 1",
+            "'0': mini_r=7 does not divide its 60 outputs; values that fit all layers with these options: 1, 3",
         ),
         (
             {"variant": "bat", "r": 4},
-            "'0': variant 'bat' needs an r that divides its 63 inputs and 60 outputs, r=4 does not; "
-            "all its layers take 3, 1",
+            "'0': variant 'bat' needs an r that divides its 63 inputs and 60 outputs, and r=4 does not; "
+            "values that fit all layers with these options: 1, 3",
         ),
         (
             {"variant": "bat", "r": 20},
-            "'0': variant 'bat' needs an r that divides its 63 inputs and 60 outputs, r=20 does not; "
-            "all its layers take 3, 1",
+            "'0': variant 'bat' needs an r that divides its 63 inputs and 60 outputs, and r=20 does not; "
+            "values that fit all layers with these options: 1, 3",
         ),
     ],
     ids=str,
@@ -292,18 +307,18 @@ def test_what_does_not_fit_a_layer(options: dict[str, Any], message: str) -> Non
 def test_what_would_fit_is_told_for_the_layers_with_the_same_options() -> None:
     model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64), nn.Linear(64, 7))
     spec = pc.AdapterSpec(method="miss", options={"variant": "bat", "r": 48}, overrides={"2": {"r": 1}})
-    with pytest.raises(pc.PlanError, match=r"all its layers take 32, 16, 8, 4, 2, 1$"):
+    with pytest.raises(pc.PlanError, match=r"with these options: 1, 2, 4, 8, 16, 32$"):
         pc.plan(model, spec)
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"variant": "expand", "layout": "contiguous"}, "layout belongs to"),
-        ({"variant": "bat", "layout": "contiguous"}, "layout belongs to"),
-        ({"sizes": [1, 2]}, "sizes belongs to variant 'expand'"),
-        ({"variant": "expand", "r": 3, "sizes": [1, 2]}, "sizes names 2 shards, r is 3"),
-        ({"mini_r": 4}, "mini_r belongs to variant 'mini'"),
+        ({"variant": "expand", "layout": "contiguous"}, "layout 'contiguous' is for"),
+        ({"variant": "bat", "layout": "contiguous"}, "layout 'contiguous' is for"),
+        ({"sizes": [1, 2]}, "sizes is an option of variant 'expand'"),
+        ({"variant": "expand", "r": 3, "sizes": [1, 2]}, "sizes has 2 lengths, but r is 3"),
+        ({"mini_r": 4}, "mini_r is an option of variant 'mini'"),
         ({"variant": "mini"}, "needs mini_r"),
         ({"variant": "efficent"}, "efficient"),
         ({"rank": 4}, "'rank' is not a field"),

@@ -22,7 +22,7 @@ from peft_core.testing.checks import (
     same_bits,
     weighted,
 )
-from peft_method_mos import MoSOptions, naive, triton_kernels
+from peft_method_mos import Options, naive, triton_kernels
 from peft_method_mos.kernels import gather_factors, gather_group
 
 pytestmark = pytest.mark.usefixtures("in_triton")
@@ -41,7 +41,7 @@ LAYERS, IN, OUT = 5, 63, 60
 
 def group(options: dict[str, Any]) -> tuple[list[pc.Site], dict[str, Tensor], list[dict[str, Tensor]]]:
     """The sites of a group, their pools with random values, and each site's binding."""
-    given = MoSOptions(**options)
+    given = Options(**options)
     sites = [pc.Site(f"{i}.up", IN, OUT, False, torch.float32, given) for i in range(LAYERS)]
     layout = plugins.call("mos", "peft_init", sites=sites)
     (made,) = layout.groups

@@ -114,7 +114,7 @@ def block(k=12, d=18, layers=3):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"r": 4, "shards": 4}, ["'proj'", "shards 4", "12 in, 18 out", "that do are 1, 2, 3, 6"]),
+        ({"r": 4, "shards": 4}, ["'proj'", "shards 4", "12 in, 18 out", "values that do: 1, 2, 3, 6"]),
         ({"r": 2, "equivalent_rank": 3}, ["equivalent_rank 3", "r 2", "set r ≥ 3"]),
         ({"r": 4, "private_rank": 3}, ["private_rank 3", "equivalent_rank 2", "set private_rank ≤ 2"]),
         ({"r": 4, "private_rank": 2}, ["private_rank 2", "set private_rank ≤ 1 or r = 2"]),
@@ -122,7 +122,7 @@ def block(k=12, d=18, layers=3):
             {"r": 5, "shards": 1},
             ["'proj' has 3 layers", "= 3 public", "private_rank = 4", "r ≤ 4", "rank ≥ 3"],
         ),
-        ({"random_scaling": {"mean": 0}}, ["random_scaling", "too near 0"]),
+        ({"random_scaling": {"mean": 0}}, ["random_scaling", "too close to 0"]),
         ({"shard": 2}, ["'shard'", "did you mean 'shards'"]),
         ({"alpha": float("nan")}, ["alpha"]),
     ],

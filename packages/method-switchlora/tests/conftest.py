@@ -6,7 +6,7 @@ import torch
 import peft_core as pc
 from peft_core.sharing import draw
 from peft_method_switchlora import Options
-from peft_method_switchlora.layout import layout
+from peft_method_switchlora.layout import lay_out
 from peft_method_switchlora.switching import switching
 
 
@@ -18,7 +18,7 @@ class Bench:
         self.site = pc.Site(path, in_features, out_features, False, dtype, Options(**options))
         self.options = self.site.options
         self.seed = seed
-        (group,) = layout([self.site]).groups
+        (group,) = lay_out([self.site]).groups
         self.tensors = {
             name: torch.nn.Parameter(draw(spec, dtype, seed, group.name, name)) for name, spec in group.tensors.items()
         }

@@ -12,8 +12,8 @@ import peft_core as pc
 import peft_method_switchlora as switchlora
 from peft_core.sharing import draw
 from peft_method_switchlora import Options, RowAdamW, kernels, naive, switching
-from peft_method_switchlora.layout import layout
-from peft_method_switchlora.switching import decide, exchange_
+from peft_method_switchlora.layout import lay_out
+from peft_method_switchlora.switching import decide, exchange_, factor_exchange, fetch
 
 OPTIMIZERS = {
     "row-step": lambda parameters: RowAdamW(parameters, lr=0.1, weight_decay=0.1),
@@ -36,7 +36,7 @@ def still(parameters):
 @pytest.mark.parametrize("m, n, r", [(256, 256, 64), (512, 192, 32), (192, 512, 128)])
 def test_initial_standard_deviations(m, n, r):
     site = pc.Site("q", n, m, False, torch.float32, Options(r=r))
-    (group,) = layout([site]).groups
+    (group,) = lay_out([site]).groups
     gain = 1 / math.sqrt(3)
     std_B = (r / math.sqrt(m * n)) ** 0.25 * gain**0.5
     std_A = (math.sqrt(m) * r / (n * math.sqrt(n))) ** 0.25 * gain**0.5
@@ -61,20 +61,20 @@ def test_layout_of_a_site(bench):
 
 def test_sites_without_spare_candidates_never_switch_and_the_plan_says_so():
     def planned(r):
-        return layout([pc.Site("q", 16, 24, False, torch.float32, Options(r=r))])
+        return lay_out([pc.Site("q", 16, 24, False, torch.float32, Options(r=r))])
 
     assert not planned(15).notes
     for r in (16, 20):
         assert not planned(r).groups[0].state
-        assert planned(r).notes == (f"1 sites never switch, 'q' the first of them: r = {r} leaves no candidate over",)
+        assert planned(r).notes == (f"sites that never switch: 1, first 'q' (r = {r} leaves no spare candidates)",)
     assert "r = 1" in planned(1).notes[0]
 
 
 def test_master_weights_are_named_in_the_plan():
     site = pc.Site("q", 1000, 500, False, torch.bfloat16, Options(r=4))
-    assert layout([site]).notes == ("training keeps float32 masters of 1 base weights: 2.0 MB",)
-    assert not layout([pc.Site("q", 1000, 500, False, torch.bfloat16, Options(r=4, weight_master="none"))]).notes
-    assert not layout([pc.Site("q", 1000, 500, False, torch.float32, Options(r=4, weight_master="float32"))]).notes
+    assert lay_out([site]).notes == ("training keeps float32 masters of 1 base weights: 2.0 MB",)
+    assert not lay_out([pc.Site("q", 1000, 500, False, torch.bfloat16, Options(r=4, weight_master="none"))]).notes
+    assert not lay_out([pc.Site("q", 1000, 500, False, torch.float32, Options(r=4, weight_master="float32"))]).notes
 
 
 # Attaching and merging
@@ -487,7 +487,7 @@ def test_candidates_on_the_device(bench):
                 optimizer.step()
         ends.append(site.snapshot())
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
-    (note,) = layout([site.site]).notes
+    (note,) = lay_out([site.site]).notes
     assert "offload_candidates" in note
 
 
@@ -507,7 +507,7 @@ def test_what_goes_to_an_accelerator_goes_there_together(monkeypatch):
 def test_candidates_are_on_the_device_before_anything_switches(bench, monkeypatch):
     """Memory is taken at the first step, not bit by bit as sites come to switch."""
     moved = []
-    monkeypatch.setattr(switching, "to_device", moved.append)
+    monkeypatch.setattr(switching, "move_candidates", moved.append)
     for offload in (True, False):
         site = bench(offload_candidates=offload, interval=1e12)
         with site.around(0, RowAdamW(site.parameters())):
@@ -520,12 +520,10 @@ def test_the_exchange_reads_its_candidates_in_the_parameters_dtype(bench):
     site = bench(24, 20, dtype=torch.float32)
     tensors = {name: tensor.detach().bfloat16() for name, tensor in site.tensors.items()}
     before = site.weight + site.options.scale * tensors["B"].float() @ tensors["A"].float()
-    exchanges = decide(site.options, site.state, 0, 10**9, random.Random(0))
-    at = [torch.tensor(exchange.places) for exchange in exchanges]
-    arriving = [
-        site.state[f"candidates_{name}"][exchange.slots].bfloat16()
-        for name, exchange in zip("AB", exchanges, strict=True)
-    ]
-    exchange_(tensors, site.weight, site.options.scale, at, arriving)
+    member = pc.StepMember(site.site, tensors, {}, site.state, site.weight)
+    choices = decide(site.options, site.state, 0, 10**9, random.Random(0))
+    exchanges = [factor_exchange(member, name, choice) for name, choice in zip("AB", choices, strict=True)]
+    fetch(exchanges)
+    exchange_(site.weight, site.options.scale, *exchanges)
     after = site.weight + site.options.scale * tensors["B"].float() @ tensors["A"].float()
     torch.testing.assert_close(after, before, rtol=0, atol=1e-6)

@@ -57,7 +57,7 @@ def _group(site: pc.Site) -> pc.SharingGroup:
         "B": pc.TensorSpec((outs, r), pc.Zeros()),
         "m": pc.TensorSpec((outs,), pc.FromWeight(site.path, norms), torch.float32),
     }
-    return pc.SharingGroup(site.path, (site.path,), tensors)
+    return pc.SharingGroup.private(site, tensors)
 
 
 def norms(weight: Tensor) -> Tensor:

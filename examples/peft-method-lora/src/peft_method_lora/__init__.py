@@ -56,7 +56,7 @@ def _group(site: pc.Site) -> pc.SharingGroup:
         "A": pc.TensorSpec((rank, site.in_features), pc.kaiming_uniform(site.in_features)),
         "B": pc.TensorSpec((site.out_features, rank), pc.Zeros()),
     }
-    return pc.SharingGroup(name=site.path, members=(site.path,), tensors=tensors)
+    return pc.SharingGroup.private(site, tensors)
 
 
 @pc.hookimpl

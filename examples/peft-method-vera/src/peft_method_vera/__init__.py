@@ -60,7 +60,7 @@ def _vectors(site: pc.Site) -> pc.SharingGroup:
         "d": pc.TensorSpec((site.options.r,), pc.Constant(site.options.d_initial)),
         "b": pc.TensorSpec((site.out_features,), pc.Zeros()),
     }
-    return pc.SharingGroup(site.path, (site.path,), tensors)
+    return pc.SharingGroup.private(site, tensors)
 
 
 def _factors(tensors: pc.Tensors, binding: pc.Tensors) -> pc.LowRank:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -64,6 +65,12 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the known name nearest to `name`, or nothing."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def divisors(sizes: Iterable[int], most: int = 20) -> str:
+    """`1, 2, 3, 6`: the numbers that divide all of these sizes."""
+    common = math.gcd(*sizes)
+    return listed([str(number) for number in range(1, common + 1) if common % number == 0], most)
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:

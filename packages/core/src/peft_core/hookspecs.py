@@ -63,13 +63,18 @@ def peft_merge(site: Site, weight: Tensor, tensors: Tensors, binding: Tensors) -
     """At merge, per site: the merged weight (out × in). Pure; no module is needed.
 
     `weight` (out × in) is the base weight in float32 or float64 (for methods that own it: the owned weight); compute in
-    its dtype and do not change it in place. Core rounds the result to the base's dtype.
+    its dtype and do not change it in place. Core rounds the result to the base's dtype. `tensors` and `binding` are in
+    float32 or float64, too: core widens 16-bit parameters.
     """
 
 
 @hookspec(firstresult=True)
 def peft_lowrank(site: Site, tensors: Tensors, binding: Tensors) -> LowRank:
-    """On request, per site: exact factors with ΔW = B·A, scale included. Raise `MergeError` where there are none."""
+    """On request, per site: exact factors with ΔW = B·A, scale included. Raise `MergeError` where there are none.
+
+    Core widens 16-bit `tensors` and `binding` to float32, so that a factor times the scale is not rounded; compute in their
+    dtype.
+    """
 
 
 @hookspec

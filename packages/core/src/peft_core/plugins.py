@@ -8,11 +8,12 @@ import importlib.metadata
 from typing import Any
 
 import pluggy
+import torch
 from pydantic import BaseModel
 
 from . import hookspecs
 from .errors import PluginError, suggestion
-from .method import MethodInfo
+from .method import MethodInfo, Tensors
 
 ENTRY_POINTS = "peft_core.plugins"
 _METHOD_HOOKS = (
@@ -24,6 +25,8 @@ _METHOD_HOOKS = (
     "peft_lowrank",
 )
 _REQUIRED_HOOKS = ("peft_init", "peft_forward", "peft_merge")
+# Hooks that compute weights: a 16-bit factor that is multiplied by anything would be rounded.
+_WIDE_HOOKS = ("peft_merge", "peft_lowrank")
 # The hook that each capability promises.
 _PROMISES = {
     "owns_base_weight": "peft_attach",
@@ -106,7 +109,8 @@ def method(name: str) -> MethodInfo:
 def call(method_name: str, hook: str, **arguments: Any) -> Any:
     """Call one hook of one method (and of the plugins that wrap it).
 
-    The caller is made here and dropped: a kept one would let a plugin that is registered later answer too.
+    The caller is made here and dropped: a kept one would let a plugin that is registered later answer too. Hooks that compute
+    weights find 16-bit tensors widened to float32.
 
     Raises:
         PluginError: the method does not implement the hook, or returned nothing.
@@ -114,12 +118,22 @@ def call(method_name: str, hook: str, **arguments: Any) -> Any:
     info, plugin = _find(method_name)
     pm = manager()
     others = [other for _, other in _methods(pm).values() if other is not plugin]
+    if hook in _WIDE_HOOKS:
+        arguments |= {name: _widened(arguments[name]) for name in ("tensors", "binding")}
     result = pm.subset_hook_caller(hook, remove_plugins=others)(**arguments)
     if result is None:
         raise PluginError(
             f"method '{method_name}' ({_named(info)}) returned None from {hook}; it must implement the hook and return a value"
         )
     return result
+
+
+def _widened(named: Tensors) -> Tensors:
+    """Floating-point tensors in float32 or float64."""
+    return {
+        name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
+        for name, tensor in named.items()
+    }
 
 
 def add_commands(app: Any) -> None:

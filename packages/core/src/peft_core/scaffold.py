@@ -69,19 +69,15 @@ def peft_method() -> pc.MethodInfo:
 @pc.hookimpl
 def peft_init(sites: Sequence[pc.Site]) -> pc.Layout:
     """The tensors and who borrows them: here each layer has its own."""
-    return pc.Layout(
-        tuple(
-            pc.SharingGroup(
-                site.path,
-                (site.path,),
-                {
-                    "A": pc.TensorSpec((site.options.r, site.in_features), pc.kaiming_uniform(site.in_features)),
-                    "B": pc.TensorSpec((site.out_features, site.options.r), pc.Zeros()),
-                },
-            )
-            for site in sites
-        )
-    )
+    return pc.Layout(tuple(_group(site) for site in sites))
+
+
+def _group(site: pc.Site) -> pc.SharingGroup:
+    tensors = {
+        "A": pc.TensorSpec((site.options.r, site.in_features), pc.kaiming_uniform(site.in_features)),
+        "B": pc.TensorSpec((site.out_features, site.options.r), pc.Zeros()),
+    }
+    return pc.SharingGroup.private(site, tensors)
 
 
 @pc.hookimpl

@@ -121,7 +121,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class SharingGroup:
-    """Named tensors and the sites that borrow them, in order. A private tensor is a group of one member.
+    """Named tensors and the sites that borrow them, in order. A private tensor is in a group of one member (`private`).
 
     Attributes:
         name: stable and unique in its plan; a tensor's key in the checkpoint is `{name}.{tensor}`.
@@ -138,6 +138,13 @@ class SharingGroup:
     tensors: Mapping[str, TensorSpec]
     state: Mapping[str, TensorSpec] = field(default_factory=dict)
     fixed: Mapping[str, TensorSpec] = field(default_factory=dict)
+
+    @classmethod
+    def private(
+        cls, site: Site, tensors: Mapping[str, TensorSpec], state: Mapping[str, TensorSpec] | None = None
+    ) -> SharingGroup:
+        """The tensors that one site has to itself: a group of its own, named by its path."""
+        return cls(site.path, (site.path,), tensors, state or {})
 
     @property
     def num_trainable(self) -> int:

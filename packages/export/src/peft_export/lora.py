@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_core import LowRank, MergeError, PluginError, SpecError, Tensors, plugins
+from peft_core import LowRank, MergeError, PluginError, SpecError, plugins
 from peft_core.errors import listed
 from peft_core.merge import Contribution, merged_weight
 
@@ -191,7 +191,7 @@ class _Lowering:
         """
         wants_svd = self._rank is not None or self._energy is not None
         for path in self._source.sites:
-            part = _widened(self._source.contribution(path, self._reader))
+            part = self._source.contribution(path, self._reader)
             factors, reason = self._exact(part)
             if factors is not None:
                 yield path, svd.reduce(factors.A, factors.B, self._rank)
@@ -235,18 +235,6 @@ class _Lowering:
         weight = stored.to(torch.promote_types(stored.dtype, torch.float32))
         weight = weight.T if part.site.transposed else weight
         return merged_weight(weight, [part]) - weight
-
-
-def _widened(part: Contribution) -> Contribution:
-    """The contribution in at least float32: a 16-bit factor times a scale would be rounded."""
-
-    def wide(named: Tensors) -> dict[str, Tensor]:
-        return {
-            name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
-            for name, tensor in named.items()
-        }
-
-    return part._replace(tensors=wide(part.tensors), binding=wide(part.binding))
 
 
 def _named(found: svd.Truncated) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:

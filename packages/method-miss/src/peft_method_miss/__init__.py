@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from peft_core import Capabilities, Forward, Layout, LowRank, MergeError, MethodInfo, Site, hookimpl, lowrank
+import peft_core as pc
 
-from . import kernels, layout, naive
+from . import kernels, naive
 from .exchange import from_hf_peft, to_hf_peft
-from .options import MissOptions
+from .layout import lay_out
+from .options import Options
 
-__all__ = ["MissOptions", "from_hf_peft", "to_hf_peft"]
+__all__ = ["Options", "from_hf_peft", "to_hf_peft"]
 
 
-@hookimpl
-def peft_method() -> MethodInfo:
-    """Describe the method."""
-    return MethodInfo(
+@pc.hookimpl
+def peft_method() -> pc.MethodInfo:
+    return pc.MethodInfo(
         name="miss",
-        options=MissOptions,
+        options=Options,
         capabilities=_capabilities,
         summary="Matrix Shard Sharing: one matrix per layer, repeated over shards of the weight",
         paper="arXiv 2409.15371",
@@ -35,21 +35,21 @@ def peft_method() -> MethodInfo:
     )
 
 
-def _capabilities(options: MissOptions) -> Capabilities:
+def _capabilities(options: Options) -> pc.Capabilities:
     added = options.variant != "bat"
-    return Capabilities(additive=added, lowrank=added, dropout=added)
+    return pc.Capabilities(additive=added, lowrank=added, dropout=added)
 
 
-@hookimpl
-def peft_init(sites: Sequence[Site]) -> Layout:
+@pc.hookimpl
+def peft_init(sites: Sequence[pc.Site]) -> pc.Layout:
     """One zero tensor D per site."""
-    return layout.lay_out(sites)
+    return lay_out(sites)
 
 
-@hookimpl
-def peft_forward(site: Site) -> Forward:
-    """The variant's pair."""
-    options: MissOptions = site.options
+@pc.hookimpl
+def peft_forward(site: pc.Site) -> pc.Forward:
+    """Δ(x) of the site's variant."""
+    options: Options = site.options
     if options.variant == "bat":
         return kernels.bat(options.scale)
     if options.variant == "expand":
@@ -57,28 +57,27 @@ def peft_forward(site: Site) -> Forward:
     return kernels.efficient(site.in_features, site.out_features, options.r, options.interleaved, options.scale)
 
 
-@hookimpl
-def peft_merge(site: Site, weight: Tensor, tensors: Mapping[str, Tensor], binding: Mapping[str, Tensor]) -> Tensor:
+@pc.hookimpl
+def peft_merge(site: pc.Site, weight: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:
     """W + B·A, with the exact factors; `bat`: W + s·(W·D + D) block by block."""
     D = tensors["D"].to(weight)
     if site.options.variant == "bat":
         return weight + naive.bat_delta(weight, D, site.options.scale)
     A, B = peft_lowrank(site, {"D": D}, binding)
-    return lowrank.merged(weight, A, B, 1.0)
+    return pc.lowrank.merged(weight, A, B, 1.0)
 
 
-@hookimpl
-def peft_lowrank(site: Site, tensors: Mapping[str, Tensor], binding: Mapping[str, Tensor]) -> LowRank:
+@pc.hookimpl
+def peft_lowrank(site: pc.Site, tensors: pc.Tensors, binding: pc.Tensors) -> pc.LowRank:
     """A = E, B = s·Dᵀ (tiled for `mini`); for `expand` A = D, B = s·Eᵀ."""
-    options: MissOptions = site.options
+    options: Options = site.options
     D = tensors["D"]
     if options.variant == "bat":
-        raise MergeError(
-            f"'{site.path}': MiSS variant 'bat' has no low-rank factors: its ΔW has full rank; "
-            "merge it into the weights instead"
+        raise pc.MergeError(
+            f"'{site.path}': MiSS variant 'bat' has no low-rank factors, since its ΔW has full rank; merge the adapter instead"
         )
     if options.variant == "expand":
         E = kernels.indicator(site.out_features, options.r, False, options.sizes, D.dtype, D.device)
-        return LowRank(A=D, B=options.scale * E.T)
+        return pc.LowRank(A=D, B=options.scale * E.T)
     E = kernels.indicator(site.in_features, options.r, options.interleaved, None, D.dtype, D.device)
-    return LowRank(A=E, B=options.scale * D.repeat(1, site.out_features // D.shape[1]).T)
+    return pc.LowRank(A=E, B=options.scale * D.repeat(1, site.out_features // D.shape[1]).T)

@@ -2,8 +2,8 @@
 
 Theirs is `adapter_config.json` and `adapter_model.safetensors`. The latter holds, for every layer,
 `base_model.model.{path}.miss_block`, which is our D of the variants `efficient`, `mini` and `bat` in the
-interleaved layout, and `base_model.model.{path}.{parameter}` for modules that were trained in full. They know
-no scale: ours goes into D, in which ΔW is linear.
+interleaved layout, and `base_model.model.{path}.{parameter}` for modules that were trained in full. Their format
+has no scale; ours is multiplied into D, in which ΔW is linear.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_core import AdapterSpec, CheckpointError, PeftCoreError, Plan, checkpoint, files, plan
+import peft_core as pc
+from peft_core import checkpoint, files
 from peft_core.adapter_file import AdapterFile, read_header, spec_of
 from peft_core.base_model import meta_model
 from peft_core.spec import DTYPES
 from peft_core.targets import named
 
-from .options import MissOptions
+from .options import Options
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, BLOCK = "base_model.model.", ".miss_block"
@@ -50,8 +51,8 @@ def from_hf_peft(source_dir: str | Path, out_dir: str | Path, base: nn.Module | 
             configuration is read. By default the directory that the adapter names.
 
     Raises:
-        CheckpointError: the directory holds no such adapter, or something of theirs that has no counterpart
-            here, or does not fit the base; the message names the first key.
+        CheckpointError: the directory does not hold such an adapter, or it does not fit the base, or it holds something that
+            ours cannot express; the message names the first key.
         ModelError: the base cannot be read.
     """
     theirs = read_theirs(source_dir)
@@ -66,12 +67,12 @@ def to_hf_peft(source_dir: str | Path, out_dir: str | Path) -> None:
     A scale (`alpha`) is multiplied into D, since theirs has none; everything else is kept as it is.
 
     Raises:
-        CheckpointError: the directory holds no MiSS adapter, or one that their library cannot express:
+        CheckpointError: the directory does not hold a MiSS adapter, or holds one that their library cannot express:
             variant `expand`, a contiguous layout, options that differ between layers, a transposed layer.
     """
     header = read_header(source_dir)
     if header.method.name != "miss":
-        raise CheckpointError(f"'{source_dir}' is an adapter of method '{header.method.name}', not of 'miss'")
+        raise pc.CheckpointError(f"'{source_dir}' is an adapter of method '{header.method.name}', not of 'miss'")
     stored = checkpoint.read(source_dir, header)
     options = _their_options(source_dir, header)
     borrowed = header.borrowed()
@@ -112,19 +113,21 @@ def read_theirs(directory: str | Path) -> Theirs:
     """
     path = Path(directory) / CONFIG
     if not path.is_file():
-        raise CheckpointError(f"'{directory}' is no adapter of Hugging Face PEFT: it has no {CONFIG}")
+        raise pc.CheckpointError(f"'{directory}' is not an adapter of Hugging Face PEFT: {CONFIG} is missing")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = config["peft_type"]
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"'{path}' is damaged: {error!r}") from None
+        raise pc.CheckpointError(f"'{path}' is damaged: {error!r}") from None
     if kind != "MISS":
-        raise CheckpointError(f"'{directory}' is a {kind} adapter; only MISS ones become adapters of 'miss'")
+        raise pc.CheckpointError(f"'{directory}' is a {kind} adapter; only those of type MISS can be converted")
     if config.get("bias", "none") != "none":
-        raise CheckpointError(f"'{directory}' trained biases (bias='{config['bias']}'), which have no place here")
+        raise pc.CheckpointError(
+            f"'{directory}' has trained biases (bias='{config['bias']}'), which 'miss' cannot hold"
+        )
     weights = Path(directory) / TENSORS
     if not weights.exists() and weights.with_name("adapter_model.bin").exists():
-        raise CheckpointError(
+        raise pc.CheckpointError(
             f"'{directory}' holds adapter_model.bin, a pickle, which can run code when it is read; "
             "save it again with safe_serialization=True"
         )
@@ -136,11 +139,13 @@ def read_theirs(directory: str | Path) -> Theirs:
             continue
         module = _saved_module(name, config.get("modules_to_save") or [])
         if module is None:
-            raise CheckpointError(f"'{weights}': '{key}' is no miss_block and in none of its modules_to_save")
+            raise pc.CheckpointError(
+                f"'{weights}': '{key}' is neither a miss_block nor part of a module in modules_to_save"
+            )
         whole[name] = tensor
         modules.append(module)
     if not blocks:
-        raise CheckpointError(f"'{weights}' holds no miss_block")
+        raise pc.CheckpointError(f"'{weights}' contains no miss_block: no layer is adapted")
     return Theirs(config, blocks, whole, tuple(dict.fromkeys(modules)))
 
 
@@ -151,16 +156,18 @@ def _saved_module(parameter: str, names: list[str]) -> str | None:
     return next((path for path in paths if path.endswith(tuple(names))), None)
 
 
-def _spec(source_dir: str | Path, theirs: Theirs, targets: tuple[str, ...]) -> AdapterSpec:
-    """The spec that says of these layers what their configuration says."""
+def _spec(source_dir: str | Path, theirs: Theirs, targets: tuple[str, ...]) -> pc.AdapterSpec:
+    """Their configuration as a spec for these layers."""
     config = theirs.config
     variant = config.get("init_weights", True)
     if not isinstance(variant, bool) and variant not in ("mini", "bat"):
-        raise CheckpointError(f"'{source_dir}': init_weights={variant!r}: known are true, false, 'mini' and 'bat'")
+        raise pc.CheckpointError(
+            f"'{source_dir}': init_weights={variant!r} is unknown; known values: true, false, 'mini', 'bat'"
+        )
     options = {"variant": "efficient" if isinstance(variant, bool) else variant, "r": config.get("r", 64)}
     if variant == "mini":
         options["mini_r"] = config.get("mini_r", 1)
-    return AdapterSpec(
+    return pc.AdapterSpec(
         method="miss",
         targets=targets,
         options=options,
@@ -179,18 +186,18 @@ def _dtype(theirs: Theirs) -> Any:
     return next((name for name, dtype in DTYPES.items() if dtype == common), "float32")
 
 
-def _plan(source_dir: str | Path, theirs: Theirs, model: nn.Module) -> Plan:
-    """A plan of exactly the layers that have a tensor: by names where these say it, else by paths."""
+def _plan(source_dir: str | Path, theirs: Theirs, model: nn.Module) -> pc.Plan:
+    """A plan of exactly the layers that have a tensor: with names as targets if these select the same layers, else paths."""
     paths = tuple(theirs.blocks)
     if strangers := [path for path in paths if path not in dict(model.named_modules())]:
-        raise CheckpointError(f"'{source_dir}' does not fit this base: it has no layer '{strangers[0]}'")
-    exact = plan(model, _spec(source_dir, theirs, paths))
+        raise pc.CheckpointError(f"'{source_dir}' does not fit this base: the base has no layer '{strangers[0]}'")
+    exact = pc.plan(model, _spec(source_dir, theirs, paths))
     listed_targets = theirs.config.get("target_modules")
     if isinstance(listed_targets, list):
         names = tuple(sorted(name for name in listed_targets if any(named(name, path) for path in paths)))
         try:
-            made = plan(model, _spec(source_dir, theirs, names))
-        except PeftCoreError:
+            made = pc.plan(model, _spec(source_dir, theirs, names))
+        except pc.PeftCoreError:
             return exact
         if made.sites == exact.sites:
             return made
@@ -201,14 +208,14 @@ def _recorded_base(source_dir: str | Path, theirs: Theirs) -> nn.Module:
     """The model of the directory that the adapter names, on the meta device."""
     recorded = theirs.config.get("base_model_name_or_path") or ""
     if not (Path(recorded) / "config.json").is_file():
-        raise CheckpointError(
-            f"'{source_dir}' names the base '{recorded}', which is not a checkpoint directory here; "
-            "give base=: the model, or a directory with its config.json"
+        raise pc.CheckpointError(
+            f"'{source_dir}' names the base '{recorded}', which is not a checkpoint directory on this machine; "
+            "pass base=, the model or a directory with its config.json"
         )
     return meta_model(recorded)
 
 
-def _values(source_dir: str | Path, theirs: Theirs, made: Plan) -> dict[str, Tensor]:
+def _values(source_dir: str | Path, theirs: Theirs, made: pc.Plan) -> dict[str, Tensor]:
     """Key of each trainable tensor → their value, in the spec's dtype.
 
     Raises:
@@ -220,49 +227,49 @@ def _values(source_dir: str | Path, theirs: Theirs, made: Plan) -> dict[str, Ten
         for local, key in parameters.items():
             value = left.pop(f"{path}.{local}", None)
             if value is None:
-                raise CheckpointError(f"'{source_dir}': '{path}.{local}' is missing")
+                raise pc.CheckpointError(f"'{source_dir}': '{path}.{local}' is missing")
             if key in found and not torch.equal(found[key], value):
-                raise CheckpointError(
-                    f"'{source_dir}': '{path}.{local}' and '{key}' are one tensor in the base, but were trained apart"
+                raise pc.CheckpointError(
+                    f"'{source_dir}': '{path}.{local}' and '{key}' are one tensor in the base, but have different values here"
                 )
             found[key] = value
     if left:
-        raise CheckpointError(f"'{source_dir}' does not fit this base: it has no '{next(iter(left))}'")
+        raise pc.CheckpointError(f"'{source_dir}' does not fit this base: the base has no '{next(iter(left))}'")
     for key, tensor in made.tensors():
         if tuple(found[key].shape) != tensor.shape:
-            raise CheckpointError(
+            raise pc.CheckpointError(
                 f"'{source_dir}' does not fit this base: '{key}' has shape {list(found[key].shape)}, "
                 f"expected {list(tensor.shape)}"
             )
     return {key: value.to(made.spec.torch_dtype) for key, value in found.items()}
 
 
-def _their_options(source_dir: str | Path, header: AdapterFile) -> MissOptions:
-    """The options, the same for all layers and such that their library has them.
+def _their_options(source_dir: str | Path, header: AdapterFile) -> Options:
+    """The options, which must be the same for all layers and known to their library.
 
     Raises:
         CheckpointError: as `to_hf_peft`.
     """
     sites = header.site_list()
-    options: MissOptions = sites[0].options
+    options: Options = sites[0].options
     if different := [site.path for site in sites if site.options != options]:
-        raise CheckpointError(
-            f"'{source_dir}': '{different[0]}' has other options than '{sites[0].path}'; MissConfig has one set for all"
+        raise pc.CheckpointError(
+            f"'{source_dir}': '{different[0]}' and '{sites[0].path}' have different options, and MissConfig has one set for all"
         )
     if options.variant == "expand" or not options.interleaved:
         what = "variant 'expand'" if options.variant == "expand" else "layout 'contiguous'"
-        raise CheckpointError(
+        raise pc.CheckpointError(
             f"'{source_dir}' has {what}, which Hugging Face PEFT cannot express; export it as LoRA instead"
         )
     if transposed := [site.path for site in sites if site.transposed]:
-        raise CheckpointError(
+        raise pc.CheckpointError(
             f"'{source_dir}': '{transposed[0]}' is a transposed layer (Conv1D), which MissConfig cannot adapt"
         )
     return options
 
 
 def _their_targets(paths: list[str], shapes: Mapping[str, Any], trained: Mapping[str, Any]) -> list[str]:
-    """Their `target_modules` for these layers: the module types where they say it, else the paths."""
+    """Their `target_modules` for these layers: the module types if these select no other layer, else the paths."""
     types = sorted({path.rpartition(".")[2] for path in paths})
     reached = {path for path in shapes if any(named(name, path) for name in types)}
     return types if reached == set(paths) and not trained else paths

@@ -1,8 +1,8 @@
 """The accumulating pair of MiSS, as torch products and in Triton.
 
-Both are made of two passes, the sum over shards S = x·Eᵀ and the repetition y += S·E with the shard indicator E (0/1). As
-torch products on a matrix unit they cost less than the strided additions that they replace; in Triton they are
-just the bytes of x, or of y twice. What is saved is S [tokens, r], and x only by `expand`, whose gradient needs it.
+Both consist of two passes, the sum over shards S = x·Eᵀ and the repetition y += S·E with the shard indicator E (0/1). As
+torch products on a matrix unit they cost less than the strided additions that they replace; in Triton they read x once, and
+read and write y once. What is saved is S [tokens, r], and x only by `expand`, whose gradient needs it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from peft_core import Forward, Tensors
+import peft_core as pc
 from peft_core.kernels import use_triton
 from peft_core.method import AddInPlace, GradInPlace
 
@@ -75,7 +75,7 @@ class Shards:
         return make(self.count, self.r, self.interleaved, self.sizes, like.dtype, like.device)
 
     def _runs(self, like: Tensor) -> tuple[Tensor | None, int]:
-        """Where shards begin, if that is not a formula, and the length of the longest."""
+        """Where shards begin, unless a formula gives it, and the length of the longest."""
         if self.sizes is None:
             return None, -(-self.count // self.r)
         make = _starts if type(like) is Tensor else starts
@@ -86,12 +86,12 @@ _indicator, _starts = functools.cache(indicator), functools.cache(starts)
 
 
 @functools.cache
-def efficient(k: int, d: int, r: int, interleaved: bool, scale: float) -> Forward:
+def efficient(k: int, d: int, r: int, interleaved: bool, scale: float) -> pc.Forward:
     """ΔW = s·Dᵀ·E with D [r, d] and the indicator of the input's shards; `mini`: D [r, m] tiled d/m times."""
     shard_of = naive.shard_of(k, r, interleaved)
     shards = Shards(k, r, interleaved)
 
-    def reference(x: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
+    def reference(x: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:
         if torch.compiler.is_compiling():  # a product or an operator, in place of scattered additions
             S = shards.sum(x.reshape(-1, k))
             return (S @ tiled(tensors["D"], x.dtype) * scale).view(*x.shape[:-1], d)
@@ -102,13 +102,13 @@ def efficient(k: int, d: int, r: int, interleaved: bool, scale: float) -> Forwar
         return D if D.shape[1] == d else D.repeat(1, d // D.shape[1])
 
     def pair(drop: Drop) -> tuple[AddInPlace, GradInPlace]:
-        def add_(x: Tensor, y: Tensor, tensors: Tensors, binding: Tensors) -> tuple[Tensor, ...]:
+        def add_(x: Tensor, y: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> tuple[Tensor, ...]:
             S = shards.sum(x, drop)  # [tokens, r]
             y.addmm_(S, tiled(tensors["D"], x.dtype), alpha=scale)
             return (S,)
 
         def grad_(
-            dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: Tensors, binding: Tensors
+            dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: pc.Tensors, binding: pc.Tensors
         ) -> dict[str, Tensor]:
             D = tensors["D"]
             if dx is not None:
@@ -121,27 +121,27 @@ def efficient(k: int, d: int, r: int, interleaved: bool, scale: float) -> Forwar
 
         return add_, grad_
 
-    return Forward(reference, *pair(KEEP_ALL), dropped=lambda p, seed: pair((p, seed)))
+    return pc.Forward(reference, *pair(KEEP_ALL), dropped=lambda p, seed: pair((p, seed)))
 
 
 @functools.cache
-def expand(d: int, r: int, sizes: tuple[int, ...] | None, scale: float) -> Forward:
+def expand(d: int, r: int, sizes: tuple[int, ...] | None, scale: float) -> pc.Forward:
     """ΔW = s·Eᵀ·D with D [r, in] and the indicator of the output's shards."""
     shard_of = naive.shard_of(d, r, False, sizes)
     shards = Shards(d, r, False, sizes)
 
-    def reference(x: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
+    def reference(x: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:
         if torch.compiler.is_compiling():
             return shards.repeat(x @ tensors["D"].to(x.dtype).T) * scale
         return naive.expand(x, tensors["D"], shard_of.to(x.device), scale)
 
-    def add_(x: Tensor, y: Tensor, tensors: Tensors, binding: Tensors) -> tuple[Tensor, ...]:
+    def add_(x: Tensor, y: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> tuple[Tensor, ...]:
         z = torch.mm(x, tensors["D"].to(x.dtype).t())  # [tokens, r]
         shards.expand_add_(z, y, scale)
         return (x,)
 
     def grad_(
-        dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: Tensors, binding: Tensors
+        dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: pc.Tensors, binding: pc.Tensors
     ) -> dict[str, Tensor]:
         dz = shards.sum(dy)  # [tokens, r]
         if dx is not None:
@@ -149,14 +149,14 @@ def expand(d: int, r: int, sizes: tuple[int, ...] | None, scale: float) -> Forwa
         dD = torch.mm(dz.t(), saved[0])  # [r, in]
         return {"D": dD if scale == 1.0 else dD * scale}
 
-    return Forward(reference, add_, grad_)
+    return pc.Forward(reference, add_, grad_)
 
 
 @functools.cache
-def bat(scale: float) -> Forward:
-    """Wᵢⱼ + s·(Wᵢⱼ·Dᵢ + Dᵢ), with the base weight at hand: the reference only, since it is no added Δ."""
+def bat(scale: float) -> pc.Forward:
+    """Wᵢⱼ + s·(Wᵢⱼ·Dᵢ + Dᵢ), from the base weight: the reference alone, since it is not an added Δ."""
 
-    def reference(x: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
+    def reference(x: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:
         return naive.bat(x, tensors["D"], tensors["base_weight"], scale)
 
-    return Forward(reference)
+    return pc.Forward(reference)

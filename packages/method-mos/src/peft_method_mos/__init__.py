@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from peft_core import Capabilities, Forward, Layout, LowRank, MethodInfo, Site, Tensors, hookimpl, lowrank
+import peft_core as pc
 
 from .kernels import forward
 from .layout import lay_out
 from .naive import factors
-from .options import MoSOptions, RandomScaling
+from .options import Options, RandomScaling
 
-__all__ = ["MoSOptions", "RandomScaling"]
+__all__ = ["Options", "RandomScaling"]
 
 
-@hookimpl
-def peft_method() -> MethodInfo:
-    return MethodInfo(
+@pc.hookimpl
+def peft_method() -> pc.MethodInfo:
+    return pc.MethodInfo(
         name="mos",
-        options=MoSOptions,
-        capabilities=Capabilities(lowrank=True),
+        options=Options,
+        capabilities=pc.Capabilities(lowrank=True),
         summary="low-rank factors made of shards from pools that all layers share",
         paper="arXiv 2410.00938",
         trials=(
@@ -35,25 +34,23 @@ def peft_method() -> MethodInfo:
     )
 
 
-@hookimpl
-def peft_init(sites: Sequence[Site]) -> Layout:
+@pc.hookimpl
+def peft_init(sites: Sequence[pc.Site]) -> pc.Layout:
     return lay_out(sites)
 
 
-@hookimpl
-def peft_forward(site: Site) -> Forward:
+@pc.hookimpl
+def peft_forward(site: pc.Site) -> pc.Forward:
     return forward(site.options.alpha)
 
 
-@hookimpl
-def peft_merge(site: Site, weight: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
+@pc.hookimpl
+def peft_merge(site: pc.Site, weight: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:
     A, B = factors(tensors, binding, weight.dtype)
-    return lowrank.merged(weight, A, B, site.options.alpha / len(A))
+    return pc.lowrank.merged(weight, A, B, site.options.alpha / len(A))
 
 
-@hookimpl
-def peft_lowrank(site: Site, tensors: Tensors, binding: Tensors) -> LowRank:
-    # A 16-bit B times the scale would be rounded.
-    wide = torch.promote_types(tensors["pool_B"].dtype, torch.float32)
-    A, B = factors(tensors, binding, wide)
-    return LowRank(A, B * (site.options.alpha / len(A)))
+@pc.hookimpl
+def peft_lowrank(site: pc.Site, tensors: pc.Tensors, binding: pc.Tensors) -> pc.LowRank:
+    A, B = factors(tensors, binding, tensors["pool_B"].dtype)
+    return pc.LowRank(A, B * (site.options.alpha / len(A)))

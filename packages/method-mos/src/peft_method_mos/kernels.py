@@ -1,7 +1,7 @@
 """The accumulating pair: gather the site's factors, then core's low-rank product.
 
-Backward finds them saved: they are little beside x (the README has the measurement). In Triton a gather is one launch, for one
-site or for all of a group.
+The gathered factors are saved for backward: they are small beside x (the README has the measurement). In Triton a gather is
+one launch, for one site or for a whole group.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from peft_core import Forward, Rows, Tensors, lowrank
+import peft_core as pc
 from peft_core.kernels import use_triton
 from peft_core.method import Gradient
 
 from . import naive
 
 
-def gather_factors(tensors: Tensors, binding: Tensors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def gather_factors(tensors: pc.Tensors, binding: pc.Tensors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A [r, in] and B [out, r] of a site in `dtype`. Casts what is gathered, never a pool."""
     if "index" in binding and use_triton(tensors["pool_A"]):
         A, B = gather_group(tensors, [binding], dtype)
@@ -28,7 +28,7 @@ def gather_factors(tensors: Tensors, binding: Tensors, dtype: torch.dtype) -> tu
     return _scaled(A, binding), Bt.T
 
 
-def gather_group(tensors: Tensors, bindings: Sequence[Tensors], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def gather_group(tensors: pc.Tensors, bindings: Sequence[pc.Tensors], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A [sites, r, in] and B [sites, out, r] of sites that share pools and options, differentiable.
 
     In Triton one launch, whatever the number of sites, and one for the gradients: sums over the pieces that a shard fills,
@@ -46,35 +46,35 @@ def gather_group(tensors: Tensors, bindings: Sequence[Tensors], dtype: torch.dty
 
 
 @cache
-def forward(alpha: float) -> Forward:
-    """Δ(x) for an alpha; r and l are read from the index, so that all sites run the same code."""
+def forward(alpha: float) -> pc.Forward:
+    """Δ(x) with scale alpha/r. r and l are read from the index, so that all sites run the same code."""
 
-    def reference(x: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
+    def reference(x: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:
         if torch.compiler.is_compiling() and "index" in binding and use_triton(x):  # an operator, without atomics
             A, B = gather_factors(tensors, binding, x.dtype)
-            return lowrank.naive(x, A, B, alpha / len(A))
+            return pc.lowrank.naive(x, A, B, alpha / len(A))
         return naive.delta(x, tensors, binding, alpha)
 
-    def add_(x: Tensor, y: Tensor, tensors: Tensors, binding: Tensors) -> tuple[Tensor, ...]:
+    def add_(x: Tensor, y: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> tuple[Tensor, ...]:
         A, B = gather_factors(tensors, binding, x.dtype)
-        return x, lowrank.add_(x, y, A, B, alpha / len(A)), A, B  # [tokens, in], [tokens, r], [r, in], [out, r]
+        return x, pc.lowrank.add_(x, y, A, B, alpha / len(A)), A, B  # [tokens, in], [tokens, r], [r, in], [out, r]
 
     def grad_(
-        dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: Tensors, binding: Tensors
+        dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: pc.Tensors, binding: pc.Tensors
     ) -> dict[str, Gradient]:
         x, h, A, B = saved
-        dA, dB = lowrank.grad_(dy, dx, x, h, A, B, alpha / len(A))
+        dA, dB = pc.lowrank.grad_(dy, dx, x, h, A, B, alpha / len(A))
         dA = _scaled(dA, binding)
         return {"pool_A": _scattered(dA, binding, 0), "pool_B": _scattered(dB.T, binding, -1)}
 
-    return Forward(reference, add_, grad_)
+    return pc.Forward(reference, add_, grad_)
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)  # a view: no launch
 
 
-def _gather(pool: Tensor, binding: Tensors, which: int, dtype: torch.dtype) -> Tensor:
+def _gather(pool: Tensor, binding: pc.Tensors, which: int, dtype: torch.dtype) -> Tensor:
     """A factor's rows [r, width] from a pool [shards, width/l]; the whole pool where there is no index."""
     if "index" not in binding:
         return pool.to(dtype)
@@ -82,14 +82,14 @@ def _gather(pool: Tensor, binding: Tensors, which: int, dtype: torch.dtype) -> T
     return pool.index_select(0, index.flatten()).to(dtype).view(len(index), -1)
 
 
-def _scattered(rows: Tensor, binding: Tensors, which: int) -> Gradient:
-    """Gradient of a factor's rows [r, width] as one of the pool: its shards, none twice."""
+def _scattered(rows: Tensor, binding: pc.Tensors, which: int) -> Gradient:
+    """Gradient of a factor's rows [r, width] as a gradient of the pool: its shards, each at most once."""
     if "index" not in binding:
         return rows
     index = binding["index"][which].flatten()  # [r·l]
-    return Rows(index, rows.reshape(len(index), -1))
+    return pc.Rows(index, rows.reshape(len(index), -1))
 
 
-def _scaled(rows: Tensor, binding: Tensors) -> Tensor:
-    """Rows times their random factor, if there are any: for A and, since it is linear, for its gradient."""
+def _scaled(rows: Tensor, binding: pc.Tensors) -> Tensor:
+    """Rows times their random factors, if any: for A and, since scaling is linear, for its gradient."""
     return rows * binding["scaling"].to(rows.dtype)[:, None] if "scaling" in binding else rows

@@ -9,24 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peft_core import (
-    Initializer,
-    Layout,
-    Normal,
-    PlanError,
-    SharingGroup,
-    Site,
-    TensorSpec,
-    alike,
-    kaiming_uniform,
-)
-from peft_core.errors import listed
+import peft_core as pc
+from peft_core.errors import divisors
 
-from .options import MoSOptions
+from .options import Options
 
 
 @dataclass(frozen=True)
-class Shards(Initializer):
+class Shards(pc.Initializer):
     """Index matrices of one site, [1 or 2, r, l]: public shards without replacement, then the site's own.
 
     Attributes:
@@ -43,13 +33,13 @@ class Shards(Initializer):
         return torch.stack(drawn).view(shape).to(torch.int32)
 
 
-def lay_out(sites: Sequence[Site]) -> Layout:
+def lay_out(sites: Sequence[pc.Site]) -> pc.Layout:
     """A group per module type and shape, of `pool_A` and `pool_B`; bindings `index` and `scaling`."""
-    groups: list[SharingGroup] = []
-    bindings: dict[str, dict[str, TensorSpec]] = {}
+    groups: list[pc.SharingGroup] = []
+    bindings: dict[str, dict[str, pc.TensorSpec]] = {}
     whole: dict[str, int] = {}
-    for name, members in alike(sites):
-        options: MoSOptions = members[0].options
+    for name, members in pc.alike(sites):
+        options: Options = members[0].options
         fan_in, fan_out = members[0].in_features, members[0].out_features
         rank = len(members) * options.equivalent_rank  # of the pools
         pieces = options.shards if options.subset_selection else 1
@@ -60,16 +50,16 @@ def lay_out(sites: Sequence[Site]) -> Layout:
         for number, site in enumerate(members):
             bindings[site.path] = _binding(number, len(members), options)
         pools = {
-            "pool_A": TensorSpec((rank * pieces, fan_in // pieces), kaiming_uniform(fan_in)),
-            "pool_B": TensorSpec((rank * pieces, fan_out // pieces)),
+            "pool_A": pc.TensorSpec((rank * pieces, fan_in // pieces), pc.kaiming_uniform(fan_in)),
+            "pool_B": pc.TensorSpec((rank * pieces, fan_out // pieces)),
         }
-        groups.append(SharingGroup(name, tuple(site.path for site in members), pools))
+        groups.append(pc.SharingGroup(name, tuple(site.path for site in members), pools))
     ranks = ", ".join(f"{name} {r}" for name, r in whole.items())
-    notes = (f"subset_selection is off: sites take whole pools in order, with r: {ranks}",) if whole else ()
-    return Layout(tuple(groups), bindings, notes)
+    notes = (f"subset_selection is off: every site uses the whole pool, so that r is: {ranks}",) if whole else ()
+    return pc.Layout(tuple(groups), bindings, notes)
 
 
-def _binding(number: int, count: int, options: MoSOptions) -> dict[str, TensorSpec]:
+def _binding(number: int, count: int, options: Options) -> dict[str, pc.TensorSpec]:
     """How site `number` of `count` uses its pools: I_A and I_B (or one for both), random factors."""
     binding = {}
     r = count * options.equivalent_rank
@@ -78,30 +68,28 @@ def _binding(number: int, count: int, options: MoSOptions) -> dict[str, TensorSp
         own = options.private_rank * pieces
         public = count * options.equivalent_rank * pieces - count * own
         shards = Shards(public, (public + number * own, public + (number + 1) * own))
-        binding["index"] = TensorSpec((1 + options.pair_dissociation, r, pieces), shards, torch.int32)
+        binding["index"] = pc.TensorSpec((1 + options.pair_dissociation, r, pieces), shards, torch.int32)
     if options.random_scaling:
         spread = options.random_scaling.std / abs(options.random_scaling.mean)
-        binding["scaling"] = TensorSpec((r,), Normal(std=spread, mean=1.0), torch.float32)
+        binding["scaling"] = pc.TensorSpec((r,), pc.Normal(std=spread, mean=1.0), torch.float32)
     return binding
 
 
-def _check(name: str, members: Sequence[Site], options: MoSOptions) -> None:
-    """What only the layers can tell."""
+def _check(name: str, members: Sequence[pc.Site], options: Options) -> None:
+    """Refuse options that do not fit these layers."""
     L, e, p, r = len(members), options.equivalent_rank, options.private_rank, options.r
     fan_in, fan_out = members[0].in_features, members[0].out_features
-    common = math.gcd(fan_in, fan_out)
-    if common % options.shards:
-        fit = [str(n) for n in range(1, common + 1) if common % n == 0]
-        raise PlanError(
+    if fan_in % options.shards or fan_out % options.shards:
+        raise pc.PlanError(
             f"mos: shards {options.shards} does not divide '{name}' ({fan_in} in, {fan_out} out); "
-            f"the shards that do are {listed(fit, 20)}"
+            f"values that do: {divisors([fan_in, fan_out])}"
         )
     public = L * (e - p)
     if r - p > public:
-        raise PlanError(
+        raise pc.PlanError(
             f"mos: '{name}' has {L} {'layer' if L == 1 else 'layers'}, so its pools hold "
-            f"{L}·(equivalent_rank {e} - private_rank {p}) = {public} public ranks; "
-            f"a layer cannot draw r - private_rank = {r - p} of them; "
+            f"{L}·(equivalent_rank {e} - private_rank {p}) = {public} public ranks, "
+            f"fewer than the r - private_rank = {r - p} that each layer draws; "
             f"set r ≤ {public + p} or equivalent_rank ≥ {math.ceil((r - p) / L) + p} "
-            f"(overrides can do so for '{members[0].type}' alone)"
+            f"(for '{members[0].type}' alone with overrides)"
         )

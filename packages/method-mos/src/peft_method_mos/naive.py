@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peft_core import Tensors, lowrank
+import peft_core as pc
 
 
-def factors(tensors: Tensors, binding: Tensors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def factors(tensors: pc.Tensors, binding: pc.Tensors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A [r, in] and B [out, r], put together from the pools, in `dtype`; random scaling is folded into A.
 
     Row i of A is the concatenation of pool_A[I_A[i, 0]], …, pool_A[I_A[i, l-1]]; column i of B likewise.
@@ -24,7 +24,7 @@ def factors(tensors: Tensors, binding: Tensors, dtype: torch.dtype) -> tuple[Ten
     return A, Bt.T
 
 
-def delta(x: Tensor, tensors: Tensors, binding: Tensors, alpha: float) -> Tensor:
+def delta(x: Tensor, tensors: pc.Tensors, binding: pc.Tensors, alpha: float) -> Tensor:
     """Δ(x) = (alpha/r)·B·A·x, x [..., in] → [..., out]."""
     A, B = factors(tensors, binding, x.dtype)
-    return lowrank.naive(x, A, B, alpha / len(A))
+    return pc.lowrank.naive(x, A, B, alpha / len(A))

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from peft_core import Capabilities, Forward, Layout, LowRank, MethodInfo, Site, Tensors, hookimpl, lowrank
+import peft_core as pc
 
 from .layout import lay_out
-from .options import ShareLoRAOptions
+from .options import Options
 
-__all__ = ["ShareLoRAOptions"]
+__all__ = ["Options"]
 
 
-@hookimpl
-def peft_method() -> MethodInfo:
-    return MethodInfo(
+@pc.hookimpl
+def peft_method() -> pc.MethodInfo:
+    return pc.MethodInfo(
         name="sharelora",
-        options=ShareLoRAOptions,
-        capabilities=Capabilities(lowrank=True),
+        options=Options,
+        capabilities=pc.Capabilities(lowrank=True),
         summary="LoRA whose A, B or both are shared by all layers",
         paper="arXiv 2406.10785",
         trials=(
@@ -34,27 +33,21 @@ def peft_method() -> MethodInfo:
     )
 
 
-@hookimpl
-def peft_init(sites: Sequence[Site]) -> Layout:
+@pc.hookimpl
+def peft_init(sites: Sequence[pc.Site]) -> pc.Layout:
     return lay_out(sites)
 
 
-@hookimpl
-def peft_forward(site: Site) -> Forward:
-    return lowrank.forward(_scale(site))
+@pc.hookimpl
+def peft_forward(site: pc.Site) -> pc.Forward:
+    return pc.lowrank.forward(site.options.scale)
 
 
-@hookimpl
-def peft_merge(site: Site, weight: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
-    return lowrank.merged(weight, tensors["A"], tensors["B"], _scale(site))
+@pc.hookimpl
+def peft_merge(site: pc.Site, weight: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:
+    return pc.lowrank.merged(weight, tensors["A"], tensors["B"], site.options.scale)
 
 
-@hookimpl
-def peft_lowrank(site: Site, tensors: Tensors, binding: Tensors) -> LowRank:
-    wide = torch.promote_types(tensors["B"].dtype, torch.float32)  # a 16-bit B times the scale would be rounded
-    return LowRank(tensors["A"].to(wide), tensors["B"].to(wide) * _scale(site))
-
-
-def _scale(site: Site) -> float:
-    options: ShareLoRAOptions = site.options
-    return options.alpha / options.r
+@pc.hookimpl
+def peft_lowrank(site: pc.Site, tensors: pc.Tensors, binding: pc.Tensors) -> pc.LowRank:
+    return pc.LowRank(tensors["A"], tensors["B"] * site.options.scale)

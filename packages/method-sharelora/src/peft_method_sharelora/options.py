@@ -7,11 +7,11 @@ from typing import Any, Literal, TypeAlias, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Share: TypeAlias = Literal["A", "B", "AB", "none"]
-"""Which factors are common to the sites of a group."""
+"""Which factors the sites of a group have in common."""
 
 
-class ShareLoRAOptions(BaseModel):
-    """Names and meanings as in the package's README."""
+class Options(BaseModel):
+    """Options of ShareLoRA (arXiv 2406.10785)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -20,15 +20,15 @@ class ShareLoRAOptions(BaseModel):
     share: Share | dict[str, Share] = Field(
         default="A",
         description="What the sites of one module type share: A, B, AB or none (plain LoRA); or a map from "
-        "pattern (name, suffix or whole-path regex) to one of them. The last match wins; one without a match "
+        "pattern (name, suffix or regex for the whole path) to one of them. The last match wins; a site without a match "
         "shares nothing.",
     )
     scope: Literal["all"] | int = Field(
         default="all",
-        description="How far sharing reaches: 'all' layers, or blocks of that many consecutive ones.",
+        description="How far sharing reaches: 'all' layers, or blocks of this many consecutive layers.",
     )
 
-    # Checked before pydantic does, whose message would list every branch of the unions.
+    # Checked before pydantic, whose message would list every branch of the unions.
     @field_validator("share", mode="before")
     @classmethod
     def _known(cls, value: Any) -> Any:
@@ -41,5 +41,10 @@ class ShareLoRAOptions(BaseModel):
     @classmethod
     def _reaching(cls, value: Any) -> Any:
         if value != "all" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError("expected 'all' or a number of consecutive layers, 1 or more")
+            raise ValueError("expected 'all' or a number of consecutive layers (at least 1)")
         return value
+
+    @property
+    def scale(self) -> float:
+        """What B·A is multiplied by."""
+        return self.alpha / self.r

@@ -1,4 +1,4 @@
-"""SwitchLoRA for peft-core: the hooks. The mathematics is in the README, and readable in `naive`."""
+"""SwitchLoRA (arXiv 2406.06564): full-rank learning in which vectors of low-rank factors are exchanged for others."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 import peft_core as pc
-from peft_core import Tensors, hookimpl, lowrank
 
-from . import layout, naive, switching
+from . import naive, switching
+from .layout import lay_out
 from .optimizer import RowAdamW
 from .options import Options
 
 __all__ = ["Options", "RowAdamW"]
 
 
-@hookimpl
+@pc.hookimpl
 def peft_method() -> pc.MethodInfo:
     return pc.MethodInfo(
         name="switchlora",
@@ -37,36 +37,36 @@ def peft_method() -> pc.MethodInfo:
     )
 
 
-@hookimpl
+@pc.hookimpl
 def peft_init(sites: Sequence[pc.Site]) -> pc.Layout:
-    return layout.layout(sites)
+    return lay_out(sites)
 
 
-@hookimpl
-def peft_attach(site: pc.Site, weight: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
+@pc.hookimpl
+def peft_attach(site: pc.Site, weight: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     moved = naive.split_off(wide, tensors["A"], tensors["B"], site.options.scale)
     return moved if site.options.keeps_master(weight.dtype) else moved.to(weight.dtype)
 
 
-@hookimpl
+@pc.hookimpl
 def peft_forward(site: pc.Site) -> pc.Forward:
-    return lowrank.forward(site.options.scale)
+    return pc.lowrank.forward(site.options.scale)
 
 
-@hookimpl
+@pc.hookimpl
 def peft_optimizer_step(step: pc.OptimizerStep) -> AbstractContextManager[Any]:
     return switching.switching(step)
 
 
-@hookimpl
-def peft_merge(site: pc.Site, weight: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:
-    return lowrank.merged(weight, tensors["A"], tensors["B"], site.options.scale)
+@pc.hookimpl
+def peft_merge(site: pc.Site, weight: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:
+    return pc.lowrank.merged(weight, tensors["A"], tensors["B"], site.options.scale)
 
 
-@hookimpl
-def peft_lowrank(site: pc.Site, tensors: Tensors, binding: Tensors) -> pc.LowRank:
+@pc.hookimpl
+def peft_lowrank(site: pc.Site, tensors: pc.Tensors, binding: pc.Tensors) -> pc.LowRank:
     raise pc.MergeError(
-        f"'{site.path}': SwitchLoRA has moved weight into the base, so that its change has full rank and no "
-        "exact low-rank factors; merge it, or ask for a truncated SVD, whose error is then reported"
+        f"'{site.path}': SwitchLoRA has moved weight into the base, so its change has full rank and no exact low-rank "
+        "factors; merge the adapter, or ask for a truncated SVD, whose error is reported"
     )

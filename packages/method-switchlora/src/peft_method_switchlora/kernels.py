@@ -1,4 +1,4 @@
-"""The update of W that keeps the function while vectors are exchanged: one pass for a step's exchanges."""
+"""The update of W that keeps the function while vectors are exchanged: one pass for all of a step's exchanges."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from . import naive
 def switch_update_(weight: Tensor, columns: Tensor, rows: Tensor, scale: float) -> None:
     """W += s·columns·rows in place; W [out, in], columns [out, k], rows [k, in] in W's dtype or a wider one.
 
-    A W that is narrower than the product is rounded once.
+    If W is narrower than the product, the sum is rounded once.
     """
     if chosen() == "naive":
         naive.switch_update_(weight, columns, rows, scale)
@@ -36,7 +36,7 @@ def switch_update_(weight: Tensor, columns: Tensor, rows: Tensor, scale: float) 
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    """float32 products in float32, whatever the user allows the model: in TF32, W would drift."""
+    """float32 products in full float32, whatever the user allows for the model: in TF32, W would drift."""
     if not hasattr(torch.backends, "fp32_precision"):  # torch < 2.9
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")

@@ -1,4 +1,4 @@
-"""What a site has: A and B, the candidates that wait for a place in them, and the books on who is where."""
+"""A site's tensors: A and B, the candidates that wait for a place in them, and the record of which vector is where."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class FirstPlaces(pc.Initializer):
         return torch.tensor([0, self.r // 2])
 
 
-def layout(sites: Sequence[pc.Site]) -> pc.Layout:
-    """A private group per site; what only switching needs is its state."""
+def lay_out(sites: Sequence[pc.Site]) -> pc.Layout:
+    """A private group per site; its state is what only switching needs."""
     return pc.Layout(tuple(_group(site) for site in sites), notes=tuple(_notes(sites)))
 
 
 def switches(site: pc.Site) -> bool:
-    """Whether there is anything to switch: spare candidates, and two places to put them."""
+    """Whether there is anything to switch: spare candidates, and at least two places."""
     return 1 < site.options.r < min(site.out_features, site.in_features)
 
 
@@ -57,12 +57,8 @@ def _group(site: pc.Site) -> pc.SharingGroup:
         "frozen_until": pc.TensorSpec((2, r), dtype=torch.int64),
         "next": pc.TensorSpec((2,), FirstPlaces(r), torch.int64),
     }
-    return pc.SharingGroup(
-        name=site.path,
-        members=(site.path,),
-        tensors={"A": pc.TensorSpec((r, n), uniform_A), "B": pc.TensorSpec((m, r), uniform_B)},
-        state=state if switches(site) else {},
-    )
+    tensors = {"A": pc.TensorSpec((r, n), uniform_A), "B": pc.TensorSpec((m, r), uniform_B)}
+    return pc.SharingGroup.private(site, tensors, state if switches(site) else {})
 
 
 def _notes(sites: Sequence[pc.Site]) -> list[str]:
@@ -74,6 +70,6 @@ def _notes(sites: Sequence[pc.Site]) -> list[str]:
     if any(not site.options.offload_candidates for site in sites):
         notes.append("candidates move to the accelerator at the first step (offload_candidates: false)")
     if idle := [site for site in sites if not switches(site)]:
-        why = "r = 1" if idle[0].options.r == 1 else f"r = {idle[0].options.r} leaves no candidate over"
-        notes.append(f"{len(idle)} sites never switch, '{idle[0].path}' the first of them: {why}")
+        why = "r = 1" if idle[0].options.r == 1 else f"r = {idle[0].options.r} leaves no spare candidates"
+        notes.append(f"sites that never switch: {len(idle)}, first '{idle[0].path}' ({why})")
     return notes

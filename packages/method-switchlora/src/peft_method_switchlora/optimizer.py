@@ -1,4 +1,4 @@
-"""AdamW that counts steps per vector, and the reset of single vectors in it and in torch's optimizers."""
+"""AdamW with a step count per vector, and the reset of single vectors in it and in torch's optimizers."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from peft_core import OptimizerStepError
+import peft_core as pc
 
 
 class RowAdamW(torch.optim.AdamW):
     """AdamW in which a vector (a row or a column of a parameter) can start afresh: moments *and* step count.
 
-    Until a vector of a parameter is reset, that parameter is updated by torch's own AdamW. From then on its
-    state's `step` is no scalar but holds a count per vector, shaped to broadcast: [r, 1] for rows, [1, r] for
-    columns.
+    Until a vector of a parameter is reset, that parameter is updated by torch's own AdamW. From then on, `step` in its
+    state is not a scalar but holds a count per vector, shaped to broadcast: [r, 1] for rows, [1, r] for columns.
 
     Args:
         params, lr, betas, eps, weight_decay, foreach: as for `torch.optim.AdamW`.
-        fused: likewise, for parameters none of whose vectors was reset.
+        fused: likewise, for parameters of which no vector was reset.
     """
 
     def __init__(
@@ -36,9 +35,7 @@ class RowAdamW(torch.optim.AdamW):
         fused: bool | None = None,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, foreach=foreach, fused=fused)
-        self._step_supports_amp_scaling = (
-            False  # torch's fused kernel unscales gradients; what is beside it here does not
-        )
+        self._step_supports_amp_scaling = False  # torch's fused kernel unscales gradients; `update_vectors` does not
 
     def restart_counts(self, parameter: Tensor, dim: int, places: Tensor) -> None:
         """The vectors at `places` along `dim` count their steps from 0 again."""
@@ -112,8 +109,8 @@ def update_vectors(
 ) -> None:
     """AdamW with a step count per vector, on parameters of one device and dtype. The counts rise by 1.
 
-    p −= lr/c₁·m / (√v/√c₂ + ε), c = 1 − βᵏ, is computed as lr·m / (√v·c₁/√c₂ + ε·c₁): whatever differs from
-    vector to vector is in the denominator, and one call updates all parameters.
+    p −= lr/c₁·m / (√v/√c₂ + ε), c = 1 − βᵏ, is computed as lr·m / (√v·c₁/√c₂ + ε·c₁): what differs between vectors is
+    then in the denominator alone, and one call updates all parameters.
     """
     torch._foreach_add_(counts, 1)
     flat = torch.cat([count.flatten() for count in counts]).double()
@@ -134,30 +131,30 @@ def update_vectors(
 
 
 def _batch(parameter: Tensor, foreach: bool | None) -> Any:
-    """What parameters that are updated together have in common. By default, as in torch, all of an
-    accelerator are (calls are dear there), and none in main memory (one parameter should stay in the cache).
+    """What parameters have in common that are updated together. By default, as in torch, all parameters on an accelerator
+    are (calls are expensive there), and each on the CPU is by itself (it should stay in the cache).
     """
     together = parameter.device.type != "cpu" if foreach is None else foreach
     return (parameter.device, parameter.dtype) if together else parameter
 
 
 def check(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Refuse an optimizer whose state cannot be reset by vectors: by its class, before it has any state.
+    """Refuse an optimizer in which single vectors cannot be reset: by its class, before it has any state.
 
     Raises:
-        OptimizerStepError: names the ones that can.
+        OptimizerStepError: names optimizers in which they can.
     """
     known = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD))
     if not known or not all(_is_plain(optimizer.state.get(parameter, {}), parameter) for parameter in parameters):
-        raise OptimizerStepError(
-            "SwitchLoRA resets single vectors in the optimizer's state, and does not know that of "
+        raise pc.OptimizerStepError(
+            "SwitchLoRA resets single vectors in the optimizer's state and does not know the state of "
             f"{type(optimizer).__name__}; use peft_method_switchlora.RowAdamW, or torch's AdamW, Adam or SGD"
         )
 
 
 def _is_plain(state: Mapping[str, Any], parameter: Tensor) -> bool:
-    """Whether all state but the step count is shaped as the parameter, in floating point: in 8-bit state, which a
-    subclass may keep, zero need not be zero.
+    """Whether all state but the step count has the parameter's shape and a floating-point dtype: in 8-bit state, which a
+    subclass may keep, a byte of zero need not mean zero.
     """
     values = (value for name, value in state.items() if name != "step" and isinstance(value, Tensor))
     return all(value.shape == parameter.shape and value.is_floating_point() for value in values)
@@ -171,19 +168,20 @@ def zero_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, dim: int, 
 
 
 def restart(
-    optimizer: torch.optim.Optimizer, parameter: Tensor, dim: int, places: Tensor, known: Tensor | None = None
+    optimizer: torch.optim.Optimizer, parameter: Tensor, dim: int, places: Tensor, places_on_cpu: Tensor | None = None
 ) -> None:
-    """Let the vectors at `places` along `dim` start afresh: moments, and counts where each has its own.
+    """Let the vectors at `places` along `dim` start afresh: moments, and counts where each vector has its own.
 
-    `known`: the same places on the CPU, where counts usually are, so that nobody waits for an accelerator.
+    `places_on_cpu`: the same places, for counts on the CPU, where they usually are: so nothing waits for an accelerator.
     """
     zero_moments(optimizer, parameter, dim, places)
     if isinstance(optimizer, RowAdamW) and parameter in optimizer.state:
-        on_cpu = optimizer.state[parameter]["step"].device.type == "cpu"
-        optimizer.restart_counts(parameter, dim, known if on_cpu and known is not None else places)
+        if places_on_cpu is not None and optimizer.state[parameter]["step"].device.type == "cpu":
+            places = places_on_cpu
+        optimizer.restart_counts(parameter, dim, places)
 
 
 def decays_through_moments(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether weight decay is part of the gradient, so that it fills moments that should stay zero."""
+    """Whether weight decay is added to the gradient, and so to moments that should stay zero."""
     coupled = not isinstance(optimizer, torch.optim.AdamW)
     return coupled and any(group.get("weight_decay") for group in optimizer.param_groups)

@@ -16,33 +16,35 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    r: int = Field(default=128, gt=0, description="Rank: columns of B and rows of A trained at a time.")
+    r: int = Field(
+        default=128, gt=0, description="Rank: number of columns of B and rows of A that are trained at a time."
+    )
     alpha: float = Field(default=1.0, gt=0, le=1e6, description="ΔW = (alpha/r)·B·A; the initialisation assumes 1.")
     interval: float = Field(
         default=40,
         gt=0,
-        description="Steps from one switch of a vector to its next, at first; ≥ 2·freeze_steps.",
+        description="Steps from one switch of a vector to its next at the start of the run; ≥ 2·freeze_steps.",
     )
     ratio: float = Field(
         default=0.1,
         gt=0,
-        description="After this part of the run, the rate of switching is 0.3 times the first.",
+        description="After this fraction of the run, the switching rate is 0.3 times the initial one.",
     )
     total_steps: int | None = Field(
-        default=None, gt=0, description="Length of the run in optimizer steps; null: the trainer tells."
+        default=None, gt=0, description="Length of the run in optimizer steps; null: set by the trainer."
     )
     freeze_steps: int = Field(
         default=5, ge=0, description="Steps for which the counterpart of a switched vector does not move."
     )
     order: Literal["consecutive", "random"] = Field(
-        default="consecutive", description="Which candidate comes next: the following, or any free one."
+        default="consecutive", description="Which candidate comes next: the following one, or a random free one."
     )
     offload_candidates: bool = Field(
         default=True, description="Keep the candidates in main memory instead of on the accelerator."
     )
     weight_master: Literal["none", "float32"] | None = Field(
         default=None,
-        description="float32: keep a copy in which weight is moved exactly; null: that, for 16-bit bases.",
+        description="float32: keep a float32 copy of W for the exchanges; null: float32 for 16-bit bases, else none.",
     )
 
     @model_validator(mode="after")
@@ -50,7 +52,7 @@ class Options(BaseModel):
         if self.interval < 2 * self.freeze_steps:
             raise ValueError(
                 f"interval must be at least 2·freeze_steps = {2 * self.freeze_steps}, "
-                "or a vector comes round while its counterpart is frozen"
+                "or a vector's turn comes while its counterpart is frozen"
             )
         return self
 

@@ -1,51 +1,66 @@
-"""Switching: which vectors a step exchanges, the exchange, and keeping still what it made stale."""
+"""Switching: which vectors a step exchanges, the exchange, and freezing the vectors whose state it made stale."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from peft_core import OptimizerStep, OptimizerStepError, StepMember
+import peft_core as pc
 
 from . import optimizer as optimizers
 from .kernels import switch_update_
 from .options import Options
 
-# Rows of the bookkeeping tensors, and the dimension along which a factor's vectors lie: rows, columns.
-A, B = 0, 1
+DIMS = {"A": 0, "B": 1}
+"""The dimension along which a factor's vectors lie (rows of A, columns of B), and its row in the state's tensors."""
 
 
-class Exchange(NamedTuple):
+class Choice(NamedTuple):
     """In one factor, the vectors at `places` make way for the candidates in `slots`."""
 
     places: list[int]
     slots: list[int]
 
 
-class Move(NamedTuple):
-    """One factor's part in a site's exchange. `left`: the slots into which the vectors go back that make way."""
+@dataclass
+class FactorExchange:
+    """One factor's part in a site's exchange, of k vectors.
 
-    member: StepMember
+    Attributes:
+        dim: see `DIMS`. parameter: the factor. candidates: [c, width], the vectors that wait for a place in it.
+        places: of the vectors that leave. slots: of the candidates that arrive. home_slots: to which those that leave
+            return. All are int64 [k] on the CPU.
+        places_there, arriving: set by `fetch`: the places, and the vectors [k, width] to put there, on the parameter's
+            device. leaving: set by `exchange_`: the vectors [k, width] that stood there.
+    """
+
+    dim: int
     parameter: Tensor
     candidates: Tensor
-    exchange: Exchange
-    left: list[int]
-
-
-class Leaving(NamedTuple):
-    """Vectors [k, ·] on their way back into the `slots` of their `candidates`."""
-
-    candidates: Tensor
+    places: Tensor
     slots: Tensor
-    vectors: Tensor
+    home_slots: Tensor
+    places_there: Tensor = field(init=False)
+    arriving: Tensor = field(init=False)
+    leaving: Tensor = field(init=False)
 
 
-class Still(NamedTuple):
+@dataclass
+class SiteExchange:
+    """What a step exchanges at one site: equally many vectors of A and of B, at different places."""
+
+    member: pc.StepMember
+    in_A: FactorExchange
+    in_B: FactorExchange
+
+
+class FrozenVectors(NamedTuple):
     """Vectors of a parameter that an optimizer step must not move, and their values."""
 
     parameter: Tensor
@@ -55,95 +70,73 @@ class Still(NamedTuple):
 
 
 @contextmanager
-def switching(step: OptimizerStep) -> Iterator[None]:
-    """Around one optimizer step: exchange before it, and afterwards put back what must not have moved.
+def switching(step: pc.OptimizerStep) -> Iterator[None]:
+    """Around one optimizer step: exchange vectors before it, and put back the frozen ones after it.
 
     Raises:
-        OptimizerStepError: the optimizer's state is not understood, or nobody knows how long the run is.
+        OptimizerStepError: the optimizer's state is not understood, or the length of the run is not known.
     """
     members = [member for member in step.members if member.state]
     if members:
         optimizers.check(step.optimizer, [tensor for member in members for tensor in member.tensors.values()])
     for member in members:
-        _length(step, member.site.options)
+        total_steps(step, member.site.options)
         if not member.site.options.offload_candidates:
-            to_device(member)
+            move_candidates(member)
     with torch.no_grad():
-        send_home(switch_(step, members))
-        still = hold_still(members, step.index)
+        switch_(step, members)
+        frozen = snapshot_frozen(members, step.index)
+        for parameter, dim, places, _ in frozen:
+            if parameter.grad is not None:
+                parameter.grad.index_fill_(dim, places, 0)  # so their moments stay zero
     yield
-    coupled = optimizers.decays_through_moments(step.optimizer)
+    decays_through_moments = optimizers.decays_through_moments(step.optimizer)
     with torch.no_grad():
-        for parameter, dim, places, values in still:
+        for parameter, dim, places, values in frozen:
             parameter.index_copy_(dim, places, values)
-            if coupled:
+            if decays_through_moments:
                 optimizers.zero_moments(step.optimizer, parameter, dim, places)
 
 
-def switch_(step: OptimizerStep, members: Sequence[StepMember]) -> list[Leaving]:
-    """Decide and make this step's exchanges. Returns the vectors that left.
-
-    What all sites need on an accelerator goes there together: every copy by itself would wait for it.
-    """
-    moves = [move for member in members for move in _moves(step, member)]
-    indices = on_devices(
-        [
-            (torch.tensor(numbers, device="cpu"), like.device)
-            for move in moves
-            for numbers, like in (
-                (move.exchange.places, move.parameter),
-                (move.exchange.slots, move.candidates),
-                (move.left, move.candidates),
-            )
-        ]
-    )
-    at, chosen, left = indices[0::3], indices[1::3], indices[2::3]
-    arriving = on_devices(
-        [
-            (move.candidates.index_select(0, slots).to(move.parameter.dtype), move.parameter.device)
-            for move, slots in zip(moves, chosen, strict=True)
-        ]
-    )
-    leaving = []
-    for first in range(0, len(moves), 2):
-        pair = slice(first, first + 2)  # in A and in B
-        member = moves[first].member
-        options: Options = member.site.options
+def switch_(step: pc.OptimizerStep, members: Sequence[pc.StepMember]) -> None:
+    """Decide and make this step's exchanges."""
+    sites = [site for member in members if (site := choose(step, member)) is not None]
+    exchanges = [exchange for site in sites for exchange in (site.in_A, site.in_B)]
+    fetch(exchanges)
+    for site in sites:
+        member, options = site.member, site.member.site.options
         assert member.weight is not None  # the method owns it
-        old = exchange_(member.tensors, member.weight, options.scale, at[pair], arriving[pair])
+        exchange_(member.weight, options.scale, site.in_A, site.in_B)
         member.weight_changed = True
-        for move, slots, vectors in zip(moves[pair], left[pair], old, strict=True):
-            leaving.append(Leaving(move.candidates, slots, vectors))
-        book_(member.state, [move.exchange for move in moves[pair]], step.index, options.freeze_steps)
-        for dim, counterpart in ((B, "A"), (A, "B")):
-            places = torch.tensor(moves[first + dim].exchange.places, device="cpu")
-            optimizers.restart(step.optimizer, member.tensors[counterpart], 1 - dim, at[first + dim], places)
-    return leaving
+        record_exchange_(member.state, site, step.index, options.freeze_steps)
+        for switched, counterpart in ((site.in_A, site.in_B), (site.in_B, site.in_A)):
+            optimizers.restart(
+                step.optimizer, counterpart.parameter, counterpart.dim, switched.places_there, switched.places
+            )
+    return_candidates(exchanges)
 
 
-def _moves(step: OptimizerStep, member: StepMember) -> list[Move]:
-    """What a site does at this step: nothing, or as much in A as in B."""
-    options, state = member.site.options, member.state
+def choose(step: pc.OptimizerStep, member: pc.StepMember) -> SiteExchange | None:
+    """What a site exchanges at this step, if anything."""
+    options: Options = member.site.options
     draws = random.Random(f"{step.seed}/{step.index}/{member.site.path}")
-    exchanges = decide(options, state, step.index, _length(step, options), draws)
-    if not exchanges[A].places:
-        return []
-    slots = state["slots"].tolist()
-    return [
-        Move(
-            member,
-            member.tensors[name],
-            state[f"candidates_{name}"],
-            exchanges[factor],
-            [slots[factor][place] for place in exchanges[factor].places],
-        )
-        for factor, name in ((A, "A"), (B, "B"))
-    ]
+    in_A, in_B = decide(options, member.state, step.index, total_steps(step, options), draws)
+    if not in_A.places:
+        return None
+    return SiteExchange(member, factor_exchange(member, "A", in_A), factor_exchange(member, "B", in_B))
+
+
+def factor_exchange(member: pc.StepMember, name: str, choice: Choice) -> FactorExchange:
+    """The choice as tensors, with all that it concerns."""
+    places, slots = torch.tensor(choice, device="cpu")
+    home_slots = member.state["slots"][DIMS[name]].index_select(0, places)
+    candidates = member.state[f"candidates_{name}"]
+    return FactorExchange(DIMS[name], member.tensors[name], candidates, places, slots, home_slots)
 
 
 def decide(
     options: Options, state: Mapping[str, Tensor], step: int, total_steps: int, draws: random.Random
-) -> tuple[Exchange, Exchange]:
+) -> tuple[Choice, Choice]:
     """What a site exchanges in A and in B at this step (from 0): equally many, and never at the same place.
 
     Pure, and so the same on every rank.
@@ -155,116 +148,124 @@ def decide(
     count = min(count, (next_B - next_A) % r, (next_A - next_B) % r, c - r)
     if count:
         blocked = (state["frozen_until"] > step).any(0).tolist()
-        count = min(count, _run(blocked, next_A), _run(blocked, next_B))
-    exchanges = []
-    for place, slots in zip((next_A, next_B), state["slots"].tolist(), strict=True):
+        count = min(count, _free_places(blocked, next_A), _free_places(blocked, next_B))
+    choices = []
+    for start, used in zip((next_A, next_B), state["slots"].tolist(), strict=True):
         if options.order == "random":
-            chosen = draws.sample(sorted(set(range(c)).difference(slots)), count)
+            slots = draws.sample(sorted(set(range(c)).difference(used)), count)
         else:
-            chosen = [(slots[place - 1] + 1 + k) % c for k in range(count)]
-        exchanges.append(Exchange([(place + k) % r for k in range(count)], chosen))
-    return exchanges[A], exchanges[B]
+            slots = [(used[start - 1] + 1 + k) % c for k in range(count)]
+        choices.append(Choice([(start + k) % r for k in range(count)], slots))
+    in_A, in_B = choices
+    return in_A, in_B
 
 
-def exchange_(
-    tensors: Mapping[str, Tensor], weight: Tensor, scale: float, at: Sequence[Tensor], arriving: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Put vectors [k, in] and [k, out] in their places in A and B, and into W [out, in] what keeps W + s·B·A the same: one
-    pass over W. Returns the vectors that stood there.
+def _free_places(blocked: Sequence[bool], start: int) -> int:
+    """How many places in a row, going round from `start`, are not blocked."""
+    r = len(blocked)
+    return next((k for k in range(r) if blocked[(start + k) % r]), r)
+
+
+def fetch(exchanges: Sequence[FactorExchange]) -> None:
+    """Bring places and arriving vectors to the parameters' devices."""
+    places = on_devices([(exchange.places, exchange.parameter.device) for exchange in exchanges])
+    slots = on_devices([(exchange.slots, exchange.candidates.device) for exchange in exchanges])
+    arriving = on_devices(
+        [
+            (exchange.candidates.index_select(0, chosen).to(exchange.parameter.dtype), exchange.parameter.device)
+            for exchange, chosen in zip(exchanges, slots, strict=True)
+        ]
+    )
+    for exchange, places_there, vectors in zip(exchanges, places, arriving, strict=True):
+        exchange.places_there, exchange.arriving = places_there, vectors
+
+
+def exchange_(weight: Tensor, scale: float, in_A: FactorExchange, in_B: FactorExchange) -> None:
+    """Put the arriving vectors in their places in A and B, and add to W [out, in] what keeps W + s·B·A the same, in one
+    pass over W.
     """
-    rows, columns = tensors["A"], tensors["B"]  # [r, in], [out, r]
-    at_A, at_B = at
-    new_A, new_B = arriving[A], arriving[B].T
-    old_A, old_B = rows.index_select(0, at_A), columns.index_select(1, at_B)
+    A, B = in_A.parameter, in_B.parameter  # [r, in], [out, r]
+    old_rows, new_rows = A.index_select(0, in_A.places_there), in_A.arriving
+    old_columns, new_columns = B.index_select(1, in_B.places_there), in_B.arriving.T
 
     wide = torch.promote_types(weight.dtype, torch.float32)
-    left = torch.cat([old_B.to(wide) - new_B.to(wide), columns.index_select(1, at_A).to(wide)], dim=1)
-    right = torch.cat([rows.index_select(0, at_B).to(wide), old_A.to(wide) - new_A.to(wide)])
-    switch_update_(weight, left, right, scale)
+    columns = [old_columns.to(wide) - new_columns.to(wide), B.index_select(1, in_A.places_there).to(wide)]
+    rows = [A.index_select(0, in_B.places_there).to(wide), old_rows.to(wide) - new_rows.to(wide)]
+    switch_update_(weight, torch.cat(columns, dim=1), torch.cat(rows), scale)
 
-    rows.index_copy_(0, at_A, new_A)
-    columns.index_copy_(1, at_B, new_B)
-    return old_A, old_B.T
+    A.index_copy_(0, in_A.places_there, new_rows)
+    B.index_copy_(1, in_B.places_there, new_columns)
+    in_A.leaving, in_B.leaving = old_rows, old_columns.T
+
+
+def record_exchange_(state: Mapping[str, Tensor], site: SiteExchange, step: int, freeze_steps: int) -> None:
+    """Note which vector is where now, whose counterpart is frozen until when, and where the next switch begins."""
+    for switched, counterpart in ((site.in_A, site.in_B), (site.in_B, site.in_A)):
+        state["slots"][switched.dim, switched.places] = switched.slots
+        state["frozen_until"][counterpart.dim, switched.places] = step + freeze_steps
+    state["next"].add_(len(site.in_A.places)).remainder_(state["slots"].shape[1])
+
+
+def return_candidates(exchanges: Sequence[FactorExchange]) -> None:
+    """Put the vectors that left back into their slots."""
+    slots = on_devices([(exchange.home_slots, exchange.candidates.device) for exchange in exchanges])
+    vectors = on_devices(
+        [(exchange.leaving.to(exchange.candidates.dtype), exchange.candidates.device) for exchange in exchanges]
+    )
+    for exchange, home_slots, leaving in zip(exchanges, slots, vectors, strict=True):
+        exchange.candidates[home_slots] = leaving
+
+
+def snapshot_frozen(members: Sequence[pc.StepMember], step: int) -> list[FrozenVectors]:
+    """The vectors that are frozen at this step, as they are."""
+    found = [
+        (member.tensors[name], dim, places)
+        for member in members
+        for name, dim in DIMS.items()
+        if (places := (member.state["frozen_until"][dim] > step).nonzero().flatten()).numel()
+    ]
+    moved = on_devices([(places, parameter.device) for parameter, _, places in found])
+    return [
+        FrozenVectors(parameter, dim, places, parameter.index_select(dim, places))
+        for (parameter, dim, _), places in zip(found, moved, strict=True)
+    ]
 
 
 def on_devices(parts: Sequence[tuple[Tensor, torch.device]]) -> list[Tensor]:
-    """Tensors on the devices where they are wanted: what comes from the CPU goes to each accelerator in one copy, for which
-    nobody waits.
+    """Tensors on the devices where they are wanted. What goes from one device to another goes in one copy, since each copy by
+    itself would wait for the accelerator; for the copies to an accelerator nobody waits.
     """
     out = [tensor for tensor, _ in parts]
-    together: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    together: dict[tuple[torch.device, torch.device, torch.dtype], list[int]] = {}
     for number, (tensor, device) in enumerate(parts):
         if tensor.device != device:
-            together.setdefault((device, tensor.dtype), []).append(number)
-    for (device, _), numbers in together.items():
+            together.setdefault((tensor.device, device, tensor.dtype), []).append(number)
+    for (_, device, _), numbers in together.items():
         packed = torch.cat([out[number].flatten() for number in numbers])
-        if device.type == "cuda":
+        if device.type == "cuda" and packed.device.type == "cpu":
             packed = packed.pin_memory()
-        pieces = packed.to(device, non_blocking=True).split([out[number].numel() for number in numbers])
+        pieces = packed.to(device, non_blocking=device.type != "cpu").split([out[number].numel() for number in numbers])
         for number, piece in zip(numbers, pieces, strict=True):
             out[number] = piece.view(out[number].shape)
     return out
 
 
-def send_home(leaving: Sequence[Leaving]) -> None:
-    """Put vectors back into their slots. From each accelerator in one copy: every copy would wait for it."""
-    by_device: dict[torch.device, list[Leaving]] = {}
-    for one in leaving:
-        by_device.setdefault(one.vectors.device, []).append(one)
-    for group in by_device.values():
-        together = torch.cat([one.vectors.flatten() for one in group]).to(group[0].candidates)
-        for one, values in zip(group, together.split([one.vectors.numel() for one in group]), strict=True):
-            one.candidates[one.slots] = values.view(one.vectors.shape)
-
-
-def book_(state: Mapping[str, Tensor], exchanges: Sequence[Exchange], step: int, freeze_steps: int) -> None:
-    """Note who is where now, whose counterpart is frozen until when, and where the next switch begins."""
-    for factor, exchange in zip((A, B), exchanges, strict=True):
-        places = torch.tensor(exchange.places, device="cpu")
-        state["slots"][factor, places] = torch.tensor(exchange.slots, device="cpu")
-        state["frozen_until"][1 - factor, places] = step + freeze_steps
-    state["next"].add_(len(exchanges[A].places)).remainder_(state["slots"].shape[1])
-
-
-def hold_still(members: Sequence[StepMember], step: int) -> list[Still]:
-    """The frozen vectors, as they are. Their gradients are zeroed: so their moments stay zero."""
-    frozen = [
-        (member.tensors[name], dim, places)
-        for member in members
-        for dim, name in ((A, "A"), (B, "B"))
-        if (places := (member.state["frozen_until"][dim] > step).nonzero().flatten()).numel()
-    ]
-    still = []
-    moved = on_devices([(places, parameter.device) for parameter, _, places in frozen])
-    for (parameter, dim, _), places in zip(frozen, moved, strict=True):
-        if parameter.grad is not None:
-            parameter.grad.index_fill_(dim, places, 0)
-        still.append(Still(parameter, dim, places, parameter.index_select(dim, places)))
-    return still
-
-
-def to_device(member: StepMember) -> None:
+def move_candidates(member: pc.StepMember) -> None:
     """Move a site's candidates to where its parameters are: at the first step, since a model may move until then; and once,
     since the tensors stay the same objects.
     """
-    for name in ("A", "B"):
+    for name in DIMS:
         candidates = member.state[f"candidates_{name}"]
         if candidates.device != member.tensors[name].device:
             candidates.data = candidates.to(member.tensors[name].device)
 
 
-def _length(step: OptimizerStep, options: Options) -> int:
+def total_steps(step: pc.OptimizerStep, options: Options) -> int:
     """Steps in the whole run."""
-    total_steps = options.total_steps or step.total_steps
-    if total_steps is None:
-        raise OptimizerStepError(
-            f"adapter '{step.adapter}': SwitchLoRA switches ever less in a run and must know its length: "
-            "set the option total_steps, or adapter.total_steps (a trainer does)"
+    known = options.total_steps or step.total_steps
+    if known is None:
+        raise pc.OptimizerStepError(
+            f"adapter '{step.adapter}': SwitchLoRA decays its switching rate over the run and needs to know its length; "
+            "set the option total_steps, or adapter.total_steps (trainers set it themselves)"
         )
-    return total_steps
-
-
-def _run(blocked: Sequence[bool], start: int) -> int:
-    """How many places in a row, from `start` and round, are not blocked."""
-    r = len(blocked)
-    return next((k for k in range(r) if blocked[(start + k) % r]), r)
+    return known

@@ -64,7 +64,7 @@ class Sound:
                 if r > min(site.in_features, site.out_features):
                     raise pc.PlanError(f"r: {r} is larger than '{site.path}'; choose a smaller r")
                 B = pc.TensorSpec((site.out_features, r), pc.Zeros())
-                groups.append(pc.SharingGroup(site.path, (site.path,), {"B": B}))
+                groups.append(pc.SharingGroup.private(site, {"B": B}))
                 bindings[site.path] = {"rows": pc.TensorSpec((r,), Choice(2 * r), torch.int64)}
             fan_in = members[0].in_features
             pool = pc.TensorSpec((2 * r, fan_in), pc.kaiming_uniform(fan_in))

@@ -166,19 +166,21 @@ def test_a_merge_is_undone_and_saved_from_wherever_it_began(
 
 
 def test_factors_reproduce_the_merged_weight(trial: Trial, family: Family) -> None:
-    """ΔW = B·A exactly, for methods that have factors; an error of ours for those that have none."""
+    """ΔW = B·A exactly, for methods that have factors, and from 16-bit parameters too; an error of ours for the others."""
     model, adapter = adapted(family, trial)
     for site in adapter.plan.sites:
         tensors, binding = borrowed(adapter, site.path)
-        tensors64 = {name: tensor.detach() for name, tensor in doubled(tensors).items()}
         if not trial.can.lowrank:
             with pytest.raises(pc.PeftCoreError):
-                plugins.call(trial.method, "peft_lowrank", site=site, tensors=tensors64, binding=binding)
+                plugins.call(trial.method, "peft_lowrank", site=site, tensors=tensors, binding=binding)
             continue
-        factors = plugins.call(trial.method, "peft_lowrank", site=site, tensors=tensors64, binding=binding)
-        rank = factors.A.shape[0]
-        assert factors.A.shape == (rank, site.in_features) and factors.B.shape == (site.out_features, rank)
-        weight = base_weight(model, site).double()
-        change = merged(trial, site, weight, tensors64, binding) - weight
-        product = factors.B.double() @ factors.A.double()
-        assert_near(product, change, 1e-6, f"B·A of '{site.path}'")
+        for dtype in (torch.float64, torch.bfloat16):
+            given = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+            factors = plugins.call(trial.method, "peft_lowrank", site=site, tensors=given, binding=binding)
+            rank = factors.A.shape[0]
+            assert factors.A.shape == (rank, site.in_features) and factors.B.shape == (site.out_features, rank)
+            weight = base_weight(model, site).double()
+            tensors64 = {name: tensor.double() for name, tensor in given.items()}
+            change = merged(trial, site, weight, tensors64, binding) - weight
+            product = factors.B.double() @ factors.A.double()
+            assert_near(product, change, 1e-6, f"B·A of '{site.path}' from {dtype}")
