@@ -130,6 +130,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a weight that is not owned": (with_header(lambda h: h["owned"].append("0.up")), ["'0.up'", "absent here"]),
     "a newer format": (with_header(lambda h: h.update(format_version=99)), ["99", "upgrade peft-core"]),
     "format without a number": (with_header(lambda h: h.update(format_version=None)), ["format"]),
+    "format that never was": (with_header(lambda h: h.update(format_version=0)), ["format_version is 0"]),
+    "format as text": (with_header(lambda h: h.update(format_version="1")), ["format_version is '1'"]),
+    "no checksum": (
+        with_header(lambda h: h.update(checksums={})),
+        ["adapter.json", "no checksum of adapter.safetensors"],
+    ),
+    "a dtype that is none": (
+        with_header(lambda h: h["sites"][0].update(dtype="float33")),
+        ["'float33' is not a dtype"],
+    ),
     "a tensor missing": (with_tensor(lambda t: t.pop("0.down.B")), ["'0.down.B'", "missing"]),
     "a tensor too many": (with_tensor(lambda t: t.update(more=torch.ones(1))), ["'more'", "not expected"]),
     "a tensor of another shape": (

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 import peft_core as pc
 from peft_core import AdapterSpec
 from peft_core.slots import Slot
-from peft_core.testing.checks import Snapshot, randomise
+from peft_core.testing.checks import Snapshot, assert_near, randomise
 
 pytestmark = pytest.mark.usefixtures("sound_method")
 
@@ -227,3 +227,14 @@ def test_embeddings_resized_after_attaching(tmp_path, llama) -> None:
     pc.load(copy.deepcopy(llama), tmp_path)
     pc.load(llama, tmp_path)
     torch.testing.assert_close(llama(ids).logits, expected)
+
+
+def test_forward_mode_differentiation() -> None:
+    net = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
+    randomise(attached(net))
+    x, along = torch.randn(2, 24), torch.randn(2, 24)
+    with torch.autograd.forward_ad.dual_level():
+        found = torch.autograd.forward_ad.unpack_dual(net(torch.autograd.forward_ad.make_dual(x, along))).tangent
+    with pc.kernels("naive"):
+        _, expected = torch.autograd.functional.jvp(net, x, along)
+    assert_near(found, expected, 1e-5, "directional derivative")

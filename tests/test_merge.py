@@ -130,6 +130,25 @@ def test_activating_a_merged_adapter(blocks, adapter, refused) -> None:
         pc.activate(blocks, "default")
 
 
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ({"default": float("nan")}, ["'default'", "finite number", "nan"]),
+        ({"default": float("inf")}, ["'default'", "finite number"]),
+        ({"default": "x"}, ["'default'", "finite number", "'x'"]),
+        ({"default": None}, ["'default'", "finite number"]),
+        (7, ["a name, several, or a map", "7"]),
+        (None, ["a name, several, or a map"]),
+        (["default", "default"], ["'default' is named twice"]),
+        ([3], ["3 is not an adapter's name"]),
+    ],
+)
+def test_what_cannot_be_activated(blocks, adapter, refused, names, words) -> None:
+    with refused(pc.AdapterError, *words):
+        pc.activate(blocks, names)
+    assert adapter.active
+
+
 def test_unknown_adapter(blocks, adapter, refused) -> None:
     with refused(pc.AdapterError, "'defalt'", "did you mean 'default'?"):
         pc.activate(blocks, "defalt")

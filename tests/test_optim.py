@@ -354,15 +354,17 @@ def test_a_closure_is_refused(stepper: Any) -> None:
         loss.backward()
         return loss
 
-    backward(net)
     calls: list[Callable[[], Any]] = [
         lambda: optimizer.step(closure),
         lambda: optimizer.step(closure=closure),
     ]
-    for call in calls:
-        with pytest.raises(pc.OptimizerStepError, match=r"call backward first and step\(\) without a closure"):
-            call()
-    assert unchanged(adapter, before) and not stepper.log
+    for gradients_are_there in (False, True):  # before the first step they are not
+        for call in calls:
+            with pytest.raises(pc.OptimizerStepError, match=r"call backward first and step\(\) without a closure"):
+                call()
+        assert unchanged(adapter, before) and not stepper.log
+        if not gradients_are_there:
+            backward(net)
     optimizer.step(None)  # as Accelerate calls it
     optimizer.step(closure=None)
     assert adapter.steps == 2

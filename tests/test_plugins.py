@@ -8,8 +8,6 @@ import torch
 
 import peft_core as pc
 from peft_core import AdapterSpec, plugins
-from peft_core.merge import contribution
-from peft_core.registry import registry
 from peft_core.testing.methods import Options, Sound
 
 
@@ -218,8 +216,8 @@ def test_weights_are_computed_from_widened_tensors(blocks) -> None:
         adapter = pc.attach(blocks, AdapterSpec(method="noting", dtype="bfloat16"))
         adapter.merge()
         for site in adapter.plan.sites:
-            part = contribution(registry(blocks).banks["default"], site, 1.0)
-            plugins.call("noting", "peft_lowrank", site=site, tensors=part.tensors, binding=part.binding)
+            tensors, binding = adapter.bank.tensors(site.path), adapter.bank.binding(site.path)
+            plugins.call("noting", "peft_lowrank", site=site, tensors=tensors, binding=binding)
     assert seen["peft_merge"] == seen["peft_lowrank"] == {torch.float32, torch.int64}
 
 

@@ -4,8 +4,10 @@ import gc
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import peft_core as pc
+from peft_core import gradients as gradients_of_shared
 from peft_core.testing.checks import assert_near, gradients, randomise, weighted
 
 
@@ -48,6 +50,36 @@ def test_a_failed_backward_leaves_nothing_to_the_next(blocks, adapter) -> None:
     found = gradients(adapter, weighted(blocks(x)))
     for key in expected:
         assert_near(found[key], expected[key], 1e-6, f"gradient of '{key}'")
+
+
+def test_second_derivatives_are_refused_and_right_in_the_reference(blocks, adapter, shared, refused) -> None:
+    x = torch.randn(4, 63)
+
+    def penalty() -> torch.Tensor:
+        (gradient,) = torch.autograd.grad(weighted(blocks(x)), [shared], create_graph=True)
+        return gradient.square().sum()
+
+    with refused(pc.AdapterError, "create_graph=True", "pc.kernels('naive')"):
+        penalty()
+    with pc.kernels("naive"):
+        (curvature,) = torch.autograd.grad(penalty(), [dict(adapter.named_parameters())["0.up.B"]])
+    assert curvature.abs().max() > 0
+
+
+def test_gradients_in_parts_are_noticed_among_several_processes(blocks, adapter, monkeypatch) -> None:
+    """Reentrant checkpointing runs a backward for each segment; DDP reduces after the first one."""
+
+    def run(reentrant: bool) -> None:
+        x = torch.randn(4, 63, requires_grad=True)
+        for block in blocks:
+            x = checkpoint(block, x, use_reentrant=reentrant)
+        weighted(x).backward()
+
+    run(reentrant=True)
+    monkeypatch.setattr(gradients_of_shared, "_distributed", lambda: True)
+    run(reentrant=False)
+    with pytest.warns(UserWarning, match="use_reentrant=False, or static_graph=True"):
+        run(reentrant=True)
 
 
 def test_backwards_that_do_not_reach_the_tensor_keep_no_memory(blocks, adapter, shared) -> None:

@@ -136,13 +136,70 @@ def test_layers_that_their_framework_bypasses_are_refused(refused) -> None:
         chosen(model, targets=["out_proj"])
 
 
+class Reader(nn.Module):
+    """Reads two of its layers' weights, calls the others in one way or another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("read", "matmul", "called", "listed", "handed", "described"):
+            self.add_module(name, nn.Linear(24, 24))
+        nn.init.zeros_(self.listed.weight)
+
+    def forward(self, x):
+        y = nn.functional.linear(x, self.read.weight, self.read.bias) + x @ self.matmul.weight.t()
+        y = nn.functional.normalize(self.called(y), p=float(self.called.weight.abs().max()))
+        for layer in (self.listed,):
+            y = layer(y)
+        return self.apply_to(self.handed, y) + self.described.in_features * y.to(self.described.weight.dtype)
+
+    def apply_to(self, layer, x):
+        return layer(x)
+
+
+class CallsMore(Reader):
+    def forward(self, x):
+        return super().forward(self.read(x))
+
+
+def test_layers_whose_weights_their_parent_reads_are_found_in_its_code(refused) -> None:
+    model = Reader()
+    plan = pc.plan(model, AdapterSpec(method="sound"))
+    assert [site.path for site in plan.sites] == ["called", "listed", "handed", "described"]
+    assert any("never calls them: read (1), matmul (1)" in note for note in plan.notes)
+    with refused(pc.TargetError, "'read' is never called", "Reader"):
+        chosen(model, targets=["read"])
+    with refused(pc.TargetError, "'matmul'", "without calling it"):
+        chosen(model, targets=["called"], train_modules=["matmul"])
+    assert "read" in chosen(CallsMore())
+    randomise(pc.attach(model, AdapterSpec(method="sound")))
+    assert chosen(model) == ["called", "listed", "handed", "described"], "an adapted model reads otherwise"
+
+
+def test_layers_that_transformers_bypasses_are_found() -> None:
+    from transformers.models.detr.modeling_detr import DetrMHAttentionMap
+    from transformers.models.wavlm.modeling_wavlm import WavLMAttention
+
+    attention = DetrMHAttentionMap(24, 2)
+    assert chosen(attention) == ["q_proj"]
+    assert chosen(WavLMAttention(24, 2)) == ["gru_rel_pos_linear"]
+
+
+def test_an_adapter_that_parts_what_is_tied_is_told_so(gpt2) -> None:
+    for fields in ({"targets": ["lm_head"]}, {"targets": ["c_attn"], "train_modules": ["wte"]}):
+        notes = pc.plan(gpt2, AdapterSpec(method="sound", **fields)).notes
+        assert any("'lm_head.weight'" in note and "'transformer.wte.weight'" in note for note in notes), notes
+    both = AdapterSpec(method="sound", targets=["c_attn"], train_modules=["wte", "lm_head"])
+    assert not any("cannot be merged" in note for note in pc.plan(gpt2, both).notes)
+
+
 def test_expert_tensors_out_of_reach_are_named() -> None:
     model = Attention()
     model.experts = nn.Module()
     model.experts.gate_up_proj = nn.Parameter(torch.zeros(4, 24, 48))
+    model.convolution = torch.nn.utils.parametrizations.weight_norm(nn.Conv1d(24, 24, 3))
     plan = pc.plan(model, AdapterSpec(method="sound"))
     assert any("experts.gate_up_proj (1)" in note for note in plan.notes)
-    assert "experts.gate_up_proj" in str(plan)
+    assert "experts.gate_up_proj" in str(plan) and "original1" not in str(plan)
 
 
 def test_layers_of_one_type_and_two_shapes_do_not_share() -> None:

@@ -377,8 +377,11 @@ def test_models_without_an_adapter_in_training(stepper: Any, tmp_path: Path, ref
         make(model, push_to_hub=True)
     for parameter in adapter.parameters():
         parameter.requires_grad_(False)
-    with refused(pc.AdapterError, "default", "trainable=True"):
-        make(model)
+    trainer = make(model, eval_strategy="no")
+    trainer.evaluate(rows())
+    for use in (trainer.train, trainer.save_model):
+        with refused(pc.AdapterError, "default", "trainable=True"):
+            use()
     model, adapter = adapted()
     trainer = make(model)
     pc.activate(model, [])
@@ -454,7 +457,9 @@ def test_a_plain_trainer_on_a_plain_module(stepper: Any, tmp_path: Path) -> None
     held = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
     assert {f"peft_core/default/{key.replace('.', '/')}" for key, _ in adapter.named_parameters()} <= held.keys()
     again, _ = classifier()
-    with pytest.raises(pc.OptimizerStepError, match="optimizer was resumed without what method 'stepper' keeps"):
+    with pytest.raises(
+        pc.OptimizerStepError, match="optimizer was resumed without the training state of method 'stepper'"
+    ):
         trained(again, tmp_path, Trainer, resume=tmp_path / "checkpoint-3", **each)
 
 
@@ -754,3 +759,28 @@ def test_core_does_not_import_the_trainer() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="has no attribute 'AdapterTrainr'"):
         pc.AdapterTrainr  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_reentrant_checkpointing_of_shared_tensors_under_ddp_is_refused(
+    stepper: Any, tmp_path: Path, refused: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = LLAMA.build()
+    pc.attach(model, pc.AdapterSpec(method="sound", options={"r": 4}))
+    args = settings(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+    trainer = pc.AdapterTrainer(model=model, args=args, train_dataset=rows())
+    monkeypatch.setattr(type(args), "world_size", 2)
+    with refused(pc.AdapterError, "'default' shares tensors", "use_reentrant to False"):
+        trainer.train()
+
+
+def test_a_trainer_that_would_load_the_base_again_is_refused(stepper: Any, tmp_path: Path, refused: Any) -> None:
+    class GRPOTrainer(pc.AdapterTrainer):
+        pass
+
+    model, _ = adapted()
+    args = settings(tmp_path)
+    args.beta = 0.1
+    with refused(pc.AdapterError, "GRPOTrainer", "beta=0.1", "set beta=0"):
+        GRPOTrainer(model=model, args=args, train_dataset=rows())
+    args.beta = 0.0
+    GRPOTrainer(model=model, args=args, train_dataset=rows())

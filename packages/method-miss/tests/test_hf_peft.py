@@ -299,7 +299,7 @@ def test_what_of_theirs_does_not_fit(
 def test_directories_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(pc.CheckpointError, match=r"adapter_config.json is missing"):
         from_hf_peft(tmp_path, tmp_path / "ours")
-    with pytest.raises(pc.CheckpointError, match="no adapter directory"):
+    with pytest.raises(pc.CheckpointError, match="not an adapter directory"):
         to_hf_peft(tmp_path, tmp_path / "theirs")
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(pc.CheckpointError, match="is damaged"):

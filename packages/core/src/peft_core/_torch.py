@@ -31,14 +31,6 @@ def in_reentrant_checkpoint() -> bool:
     return frame is not None
 
 
-def once_only(gradient: Tensor) -> Tensor:
-    """This gradient, which says so where a derivative of it is asked for: `once_differentiable`, for a function none of whose
-    inputs in backward requires a gradient.
-    """
-    refuse = torch._C._functions.DelayedError(b"the gradient of a shared tensor cannot be differentiated again", 1)
-    return refuse(gradient.detach().requires_grad_())  # type: ignore[no-any-return]
-
-
 def forward_mode() -> bool:
     """Whether forward-mode differentiation is active."""
     return torch.autograd.forward_ad._current_level >= 0  # type: ignore[no-any-return]

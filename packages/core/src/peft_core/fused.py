@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from . import _torch, kernels
-from .errors import PluginError
+from .errors import AdapterError, PluginError
 from .gradients import SharedGradient
 from .method import Forward
 
@@ -46,14 +45,18 @@ def edges_of(uses: list[Use]) -> list[Tensor]:
 
 
 def _once(backward: Any) -> Any:
-    """`once_differentiable`, at no cost where no second derivative is asked for."""
-    guarded = once_differentiable(backward)
+    """This backward, which cannot be differentiated itself: what methods save does not suffice for that."""
 
     @functools.wraps(backward)
-    def choose(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return (guarded if torch.is_grad_enabled() else backward)(ctx, dy)  # type: ignore[no-any-return]
+    def checked(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise AdapterError(
+                "create_graph=True: the fused backward of adapters has no second derivative; run the model within "
+                "pc.kernels('naive'), the readable reference, which has"
+            )
+        return backward(ctx, dy)  # type: ignore[no-any-return]
 
-    return choose
+    return checked
 
 
 class FusedLinear(torch.autograd.Function):

@@ -31,11 +31,7 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None]:
-        gradient = ctx.shared._take()
-        # With create_graph a derivative of this one would leave out all that the borrowers computed.
-        if gradient is not None and torch.is_grad_enabled():
-            gradient = _torch.once_only(gradient)
-        return gradient, None
+        return ctx.shared._take(), None
 
 
 def _distributed() -> bool:

@@ -165,15 +165,12 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     _local.running[:] = [outer for outer in _local.running if outer.frame in stack]  # without those that failed
     busy = {id(bank) for outer in _local.running for bank, _ in outer.served}
     served: list[tuple[Bank, OptimizerStep]] = []
+    if (args[1] if len(args) > 1 else kwargs.get("closure")) is not None:
+        _refuse_closure(optimizer, busy)
     with ExitStack() as contexts:
         for bank, members in _served(optimizer):
             if id(bank) in busy:  # a step within a step: a subclass that calls super().step(), a sharding wrapper
                 continue
-            if (args[1] if len(args) > 1 else kwargs.get("closure")) is not None:
-                raise OptimizerStepError(
-                    f"adapter '{bank.name}': method '{bank.plan.spec.method}' needs the gradients before the optimizer "
-                    "steps; call backward first and step() without a closure"
-                )
             _refuse_half_resumed(bank, optimizer)
             step = OptimizerStep(
                 adapter=bank.name,
@@ -261,6 +258,17 @@ def _served(optimizer: Optimizer) -> Iterator[tuple[Bank, list[StepMember]]]:
             members.append(StepMember(site, tensors, bank.binding(site.path), bank.site_state(site.path), weight))
         if members:
             yield bank, members
+
+
+def _refuse_closure(optimizer: Optimizer, busy: set[int]) -> None:
+    """Refuse a closure, which computes the gradients inside the step, for any adapter that this optimizer trains."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for bank in _watches:
+        if id(bank) not in busy and any(id(p) in held and p.requires_grad for _, p in bank.named_parameters()):
+            raise OptimizerStepError(
+                f"adapter '{bank.name}': method '{bank.plan.spec.method}' needs the gradients before the optimizer "
+                "steps; call backward first and step() without a closure"
+            )
 
 
 def _refuse_half_resumed(bank: Bank, optimizer: Optimizer) -> None:

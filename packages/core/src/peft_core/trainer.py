@@ -28,6 +28,8 @@ else:
     _Base = object
 
 _ARGUMENTS_FILE = "training_args.bin"
+# TRL's trainers that take no reference model, and load one by the base's name.
+_LOAD_REFERENCES = {"GRPOTrainer", "RLOOTrainer"}
 
 
 class AdapterTrainerMixin(_Base):  # type: ignore[misc]
@@ -63,10 +65,17 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
                 "peft_config is for Hugging Face PEFT; attach an adapter with peft_core.attach and leave it out"
             )
         if model is not None:
-            _check_arguments(self, model, given.arguments.get("args"))
+            settings: Any = given.arguments.get("args")
+            _check_model(self, model, settings)
             if "ref_model" in signature.parameters and given.arguments.get("ref_model") is None:
-                _check_reference(model, given.arguments.get("args"))
+                _check_reference(model, settings)
                 given.arguments["ref_model"] = Reference(model)
+            beta: Any = getattr(settings, "beta", 0)
+            if beta and any(cls.__name__ in _LOAD_REFERENCES for cls in type(self).__mro__):
+                raise AdapterError(
+                    f"{type(self).__name__} with beta={beta:g} loads the base a second time as its reference, without "
+                    "your other adapters; set beta=0"
+                )
         super().__init__(*given.args, **given.kwargs)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise AdapterError(
@@ -82,15 +91,15 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's own."""
         if self.model_init is None:
-            _check_arguments(self, self.model, self.args)
-            _allow_reentrant_checkpointing(self.model, self.args)
+            _check_model(self, self.model, self.args)
+            _check_training(self.model, self.args)
         return super().train(*args, **kwargs)
 
     def call_model_init(self, trial: Any = None) -> Any:
         """As the trainer's own; the model must come with its adapter attached."""
         model = super().call_model_init(trial)
-        _check_arguments(self, model, self.args)
-        _allow_reentrant_checkpointing(model, self.args)
+        _check_model(self, model, self.args)
+        _check_training(model, self.args)
         return model
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -132,6 +141,7 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         directory = Path(output_dir or self.args.output_dir)
+        _check_trainable(self.model)
         for adapter, place in _places(self.model, directory):
             adapter.save(place)
         if not self.args.should_save:
@@ -237,16 +247,19 @@ def _places(model: nn.Module, directory: Path) -> list[tuple[Adapter, Path]]:
     return [(adapter, directory if len(found) == 1 else directory / adapter.name) for adapter in found]
 
 
-def _check_arguments(trainer: AdapterTrainerMixin, model: Any, args: Any) -> None:
-    found = in_training(model)
-    if not found:
-        present = adapters(model)
-        if not present:
-            raise AdapterError("the model has no adapter: attach one first, or use transformers' Trainer")
+def _check_trainable(model: nn.Module) -> None:
+    if not in_training(model):
         raise AdapterError(
-            f"none of the adapters ({listed(present)}) is both trainable and active: load with trainable=True, or activate the "
-            "one to train"
+            f"none of the adapters ({listed(adapters(model))}) is both trainable and active: load with trainable=True, or "
+            "activate the one to train"
         )
+
+
+def _check_model(trainer: AdapterTrainerMixin, model: Any, args: Any) -> None:
+    """What must hold of a model with adapters and a trainer's arguments, also where it is only evaluated."""
+    found = in_training(model)
+    if not adapters(model):
+        raise AdapterError("the model has no adapter: attach one first, or use transformers' Trainer")
     ours = {id(parameter) for adapter in adapters(model).values() for parameter in adapter.parameters()}
     loose = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
     if loose:
@@ -286,10 +299,20 @@ def _check_reference(model: nn.Module, args: Any) -> None:
         )
 
 
-def _allow_reentrant_checkpointing(model: Any, args: Any) -> None:
-    """Reentrant checkpointing gives gradients only where an input has one, and the base's embeddings are frozen."""
+def _check_training(model: Any, args: Any) -> None:
+    """What must hold of them before training; makes reentrant checkpointing work."""
+    _check_trainable(model)
     settings = getattr(args, "activation_checkpointing_kwargs", None) or getattr(
         args, "gradient_checkpointing_kwargs", None
     )
-    if (settings or {}).get("use_reentrant") and hasattr(model, "enable_input_require_grads"):
+    if not (settings or {}).get("use_reentrant"):
+        return
+    shared = [a.name for a in in_training(model) if any(len(group.members) > 1 for group in a.plan.groups)]
+    if shared and args.world_size > 1:
+        raise AdapterError(
+            f"adapter '{shared[0]}' shares tensors between layers, whose gradients reentrant checkpointing would hand to DDP in "
+            "parts; set use_reentrant to False"
+        )
+    # It gives gradients only where an input has one, and the base's embeddings are frozen.
+    if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
