@@ -545,6 +545,39 @@ def test_resuming_what_was_killed_while_it_saved(llama_directory: Path, tmp_path
     assert again.losses == whole.losses
 
 
+def test_a_run_is_resumed_from_another_directory(
+    llama_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "project" / "data.jsonl", PAIRS)
+    run_file(tmp_path / "project", llama_directory, training={"save_every": 1})
+    monkeypatch.chdir(tmp_path)
+    whole = started(Path("project/RUN.yaml"))
+    assert RunConfig.from_file("project/out/run.yaml") == RunConfig.from_file("project/RUN.yaml")
+    monkeypatch.chdir(tmp_path / "project")
+    assert started(Path("RUN.yaml"), resume=True).losses == whole.losses
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_finished_run_is_not_trained_further(best: bool, llama_directory: Path, tmp_path: Path) -> None:
+    """It may have been killed between its last checkpoint and saving."""
+    write(tmp_path / "data.jsonl", PAIRS)
+    path = run_file(tmp_path, llama_directory, training={"best": best})
+    whole, saved = started(path), tmp_path / "out" / "adapter.safetensors"
+    expected = saved.read_bytes()
+    saved.unlink()
+    again = started(path, resume=True)
+    assert (again.losses, again.evaluations, again.result) == (whole.losses, whole.evaluations, whole.result)
+    assert (again.steps, again.optimizer) == (3, whole.optimizer) and saved.read_bytes() == expected
+
+
+def test_a_folder_of_the_users_own_among_the_checkpoints(llama_directory: Path, tmp_path: Path) -> None:
+    write(tmp_path / "data.jsonl", PAIRS)
+    path = run_file(tmp_path, llama_directory)
+    whole = started(path)
+    (tmp_path / "out" / "checkpoints" / "checkpoint-old").mkdir()
+    assert started(path, resume=True).losses == whole.losses
+
+
 def test_what_cannot_be_resumed(llama_directory: Path, tmp_path: Path, refused: Any) -> None:
     write(tmp_path / "data.jsonl", PAIRS)
     with refused(RunError, "nothing to resume", "without --resume"):
@@ -685,6 +718,15 @@ def test_a_bad_line_is_named(tmp_path: Path, refused: Any) -> None:
     (tmp_path / "data.txt").write_text("text")
     with refused(pc.DataError, "data.txt", ".jsonl, .csv, .parquet"):
         records.read_rows(str(tmp_path / "data.txt"))
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\x85", "\f"])
+def test_only_a_line_end_ends_a_line(inside: str, tmp_path: Path) -> None:
+    row = {"text": f"one{inside}row", "label": "a"}
+    (tmp_path / "data.csv").write_text(f"text,label\n{row['text']},a\r\n", encoding="utf-8", newline="")
+    (tmp_path / "data.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8", newline="")
+    for suffix in ("csv", "jsonl") if inside != "\f" else ("csv",):  # JSON wants control characters escaped
+        assert [read.values for read in records.read_rows(str(tmp_path / f"data.{suffix}"))] == [row]
 
 
 @pytest.mark.parametrize(

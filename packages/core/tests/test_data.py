@@ -87,6 +87,12 @@ def test_a_bad_line_is_named_by_number(tmp_path: Path, line: str, message: str) 
         data.read_pairs(file)
 
 
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "a\u2028b", "completion": "c\x85d"}\n' * 2, encoding="utf-8", newline="")
+    assert [(pair.prompt, pair.completion) for pair in data.read_pairs(file)] == [("a\u2028b", "c\x85d")] * 2
+
+
 def test_unreadable_and_too_small_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot read"):
         data.read_pairs(tmp_path / "absent.jsonl")

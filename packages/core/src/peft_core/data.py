@@ -84,7 +84,9 @@ def read_pairs(path: Path) -> list[Example]:
     """
     pairs = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split(
+            "\n"
+        )  # not splitlines: JSON may hold U+2028 and others as they are
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     for number, line in enumerate(lines, start=1):

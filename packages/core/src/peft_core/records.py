@@ -6,6 +6,7 @@ A bad row is named by its line (or row) number. What is cut or left out for its 
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -230,7 +231,7 @@ def _csv(path: Path) -> Iterator[Row]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, line {data[: error.start].count(10) + 1} is not UTF-8") from None
-    reader = csv.reader(text.splitlines(keepends=True), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)  # lines end at \n, \r or \r\n only
     start = 1
     try:
         names = next(reader, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import types
 import typing
 from pathlib import Path
@@ -133,7 +134,7 @@ class TrainingSection(_Section):
 
 
 class RunConfig(_Section):
-    """A whole RUN.yaml. Relative paths in it are relative to the file.
+    """A whole RUN.yaml. Relative paths in it are relative to the file, and absolute once it is read.
 
     Attributes:
         adapter: null, for pre-training only: all of the model's weights are trained, and saved.
@@ -160,11 +161,10 @@ class RunConfig(_Section):
         return self
 
     @classmethod
-    def from_file(cls, path: str | Path, pretrain: bool = False, folder: Path | None = None) -> RunConfig:
+    def from_file(cls, path: str | Path, pretrain: bool = False) -> RunConfig:
         """Read a RUN.yaml.
 
         Args:
-            folder: what relative paths in it are relative to; by default its own.
             pretrain: whether to start from random weights, also where the file has no section `pretrain`.
 
         Raises:
@@ -181,7 +181,7 @@ class RunConfig(_Section):
             raise RunError(f"'{path}': expected the keys {listed(cls.model_fields)}, found {type(data).__name__}")
         if pretrain and data.get("pretrain") is None:
             data["pretrain"] = {}
-        return cls.from_data(data, path.parent if folder is None else folder, str(path))
+        return cls.from_data(data, path.parent, str(path))
 
     @classmethod
     def from_data(cls, data: dict[str, Any], folder: Path = Path(), what: str = "run") -> RunConfig:
@@ -231,11 +231,12 @@ def _first_difference(one: Any, other: Any) -> str | None:
 
 
 def _within(folder: Path, path: str | Path) -> Path:
-    return folder / Path(path).expanduser()
+    """The absolute path: the same wherever the program is started, and wherever the configuration is written to."""
+    return Path(os.path.abspath(folder.resolve() / Path(path).expanduser()))
 
 
 def _if_there(folder: Path, name: str) -> str:
-    """A path relative to the file where there is such a thing, or one was meant; anything else is a name."""
+    """An absolute path where there is such a thing, or one was meant; anything else is a name and stays as it is."""
     path = _within(folder, name)
     return str(path) if path.exists() or name.startswith(("./", "../", "~")) or Path(name).suffix in FILES else name
 

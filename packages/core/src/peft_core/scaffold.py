@@ -23,6 +23,9 @@ readme = "README.md"
 requires-python = ">=3.10"
 dependencies = ["peft-core$versions"]
 
+[project.optional-dependencies]
+testing = ["peft-core[testing]$versions"]
+
 [project.entry-points."peft_core.plugins"]
 $name = "$module"
 
@@ -35,7 +38,7 @@ _README = Template("""\
 
 An adapter method for peft-core. Say here what it computes, what it is good for, and where it comes from.
 
-    pip install -e .
+    pip install -e ".[testing]"
     pytest --pyargs peft_core.testing --method $name
 """)
 

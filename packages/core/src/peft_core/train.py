@@ -26,7 +26,8 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from . import files, jobs, models, pretrain, records, reporting
 from .attach import attach
@@ -231,6 +232,7 @@ class _Measuring:
     control: Any
     callback_handler: Any
     log: Callable[[dict[str, float]], None]
+    _load_from_checkpoint: Any
     lengths: Sequence[int] = ()
     figures: Callable[[], dict[str, float]] | None = None
     rates: Mapping[int, float] = {}
@@ -246,6 +248,19 @@ class _Measuring:
             for rate, parameters in by_rate.items():
                 optimizer.add_param_group({**group, "params": parameters, "lr": rate})
         return optimizer
+
+    def train(self, resume_from_checkpoint: str | None = None) -> None:
+        """As the trainer's own, which would add a step to a run that had made its last one."""
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+            if state.global_step >= state.max_steps:
+                best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+                self.state = state
+                self._load_from_checkpoint(best or resume_from_checkpoint)
+                self.create_optimizer()
+                return
+        super().train(resume_from_checkpoint=resume_from_checkpoint)  # type: ignore[misc]
 
     def measure(self) -> dict[str, float]:
         """The figures of the model as it is."""
@@ -435,7 +450,7 @@ def _start_or_resume(config: RunConfig, resume: bool) -> str | None:
         return None
     if not (out / _CONFIG).is_file():
         raise RunError(f"there is nothing to resume in '{out}': it has no {_CONFIG}; start without --resume")
-    stored = RunConfig.from_file(out / _CONFIG, folder=Path())
+    stored = RunConfig.from_file(out / _CONFIG)
     if key := difference(stored, config):
         raise RunError(f"'{out}' holds a run with another {key}; resume it as it was, or choose another output_dir")
     return None if last is None else str(last)
@@ -443,10 +458,11 @@ def _start_or_resume(config: RunConfig, resume: bool) -> str | None:
 
 def _last_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint that was written to its end: the trainer's state comes last."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for path in found:
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    numbered = {path: int(step) for path, step in steps.items() if step.isdecimal()}  # checkpoint-old is the user's own
+    for path in sorted(numbered, key=numbered.__getitem__, reverse=True):
         try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         return path
