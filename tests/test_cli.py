@@ -141,7 +141,7 @@ def test_mistakes_in_generate(mistake, llama_directory, saved, tmp_path) -> None
     mistake([*generate, llama_directory, "--adapter", saved, "--device", "nonsense"], "nonsense")
     mistake([*generate, llama_directory, "--adapter", saved, "--chat"], "chat template")
     given = ["generate", "--base", llama_directory, "--adapter", saved, "--prompt"]
-    mistake([*given, " ".join(["w1"] * 40)], "40 tokens", "takes 32", "shorten the prompt")
+    mistake([*given, " ".join(["w1"] * 40)], "40 tokens", "can have 32", "shorten the prompt")
     mistake([*given, os.fsdecode(b"caf\xe9")], "--prompt", "\\udce9", "not UTF-8")
 
 

@@ -116,7 +116,7 @@ def test_a_failed_check_is_one_line_and_status_1(program, quickstart, method: st
         (("quickstart", "--method", "METHOD", "--model", "smollm3"), "no base model 'smollm3'"),
         (
             ("quickstart", "--method", "METHOD", "--model", "CHECKPOINT", "--data", "absent.jsonl"),
-            "cannot read",
+            "there is no file 'absent.jsonl'",
         ),
         (("quickstart", "--method", "METHOD", "--dtype", "float33"), "did you mean 'float32'"),
         (("quickstart", "--method", "METHOD", "--device", "cuda:99"), "device cuda:99 is not available"),

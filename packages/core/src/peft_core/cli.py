@@ -129,10 +129,10 @@ def train(
     json_: Json = False,
 ) -> None:
     """Train an adapter on your data, as a file says."""
-    from .runs import RunConfig
+    from .training.config import RunConfig
 
     config = RunConfig.from_file(run, pretrain)
-    from .train import train as train_run
+    from .training.run import train as train_run
 
     try:
         report = train_run(config, resume, Console(stderr=True, quiet=_silent()) if json_ else console())
@@ -192,9 +192,9 @@ def quickstart(
 
     parsed = parse_options(options or [])
     plugins.method(method)  # a misspelt name is told before transformers is imported
-    from .quickstart import run
+    from .quickstart.run import Settings, run
 
-    report = run(
+    settings = Settings(
         method,
         model,
         steps,
@@ -207,8 +207,8 @@ def quickstart(
         held_out=held_out,
         dtype=_dtype(dtype, device),
         device=device,
-        console=Console(stderr=True) if json_ else console(),
     )
+    report = run(settings, Console(stderr=True) if json_ else console())
     if json_:
         print(report.to_json())
     else:
@@ -232,8 +232,7 @@ def generate(
     """Write on from a prompt with a base model and a saved adapter, always taking the likeliest token."""
     from .attach import load
     from .checkpoint import read_header
-    from .data import whole_text
-    from .models import complete, load_base
+    from .models import complete, load_base, whole_text
 
     read_header(adapter)  # no adapter there: said before the base is loaded
     text = _from_stdin() if prompt == "-" else whole_text(prompt, "--prompt")

@@ -1,4 +1,7 @@
-"""RUN.yaml: what `peft-core train` is asked to do. Read strictly; a mistake is one line that names the key and the remedy."""
+"""RUN.yaml: what `peft-core train` is asked to do.
+
+It is read strictly: a mistake is one line that names the key and the remedy.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .errors import PeftCoreError, listed, suggestion
-from .spec import AdapterSpec
+from ..errors import PeftCoreError, listed, suggestion
+from ..spec import AdapterSpec
+from .rows import SUFFIXES
 
 
 class RunError(PeftCoreError):
-    """A run's configuration is not valid, or does not fit what it finds."""
+    """The configuration of a run is not valid, or does not fit the model, the data or what `output_dir` holds."""
 
 
 class _Section(BaseModel):
@@ -238,11 +242,7 @@ def _within(folder: Path, path: str | Path) -> Path:
 def _if_there(folder: Path, name: str) -> str:
     """An absolute path where there is such a thing, or one was meant; anything else is a name and stays as it is."""
     path = _within(folder, name)
-    return str(path) if path.exists() or name.startswith(("./", "../", "~")) or Path(name).suffix in FILES else name
-
-
-FILES = (".jsonl", ".csv", ".parquet")
-"""Suffixes of the data files that can be read."""
+    return str(path) if path.exists() or name.startswith(("./", "../", "~")) or Path(name).suffix in SUFFIXES else name
 
 
 def _finding(model: type[BaseModel], detail: Any) -> str:
