@@ -622,7 +622,7 @@ def test_what_cannot_be_resumed(llama_directory: Path, tmp_path: Path, refused: 
         ({"training": {"learning_rate": 1}}, ["'training.learning_rate'", "the keys are"]),
         ({"training": {"epoch": 1}}, ["'training.epoch'", "did you mean 'epochs'?"]),
         ({"training": {"lr": "fast"}}, ["'training.lr'", "'fast'"]),
-        ({"training": {"batch_size": 0}}, ["'training.batch_size'", "given 0"]),
+        ({"training": {"batch_size": 0}}, ["'training.batch_size'", "got 0"]),
         ({"training": {"epochs": 1}}, ["epochs and steps", "choose one"]),
         ({"training": {"best": True, "save_every": 2}}, ["save_every and evaluate_every"]),
         ({"adapter": {"method": "soundd"}}, ["'soundd'", "did you mean 'sound'?"]),

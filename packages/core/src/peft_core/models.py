@@ -34,7 +34,7 @@ def load_base(
     Raises:
         ModelError: the model is not there or cannot be read, or the device does not exist.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     device = checked_device(device)
     source = base_path(model)
@@ -45,15 +45,23 @@ def load_base(
         raise ModelError(f"cannot load {model!s} as a causal language model: {first_line(error)}") from error
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = load_tokenizer(source)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"cannot load the tokenizer of {model!s}: {first_line(error)}; save it beside the model with "
             "tokenizer.save_pretrained"
         ) from error
+    return loaded.to(device).eval(), tokenizer
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer in a checkpoint directory, with a padding token; raises what transformers raises."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token serves
-    return loaded.to(device).eval(), tokenizer
+    return tokenizer
 
 
 def base_path(model: str | Path) -> str:

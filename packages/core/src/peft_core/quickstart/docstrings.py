@@ -17,21 +17,19 @@ from ..errors import DataError
 from ..training.rows import read_file, text_of
 
 # Not the library itself: tests, demos, and what is installed beside it.
-_SKIPPED_FOLDERS = frozenset(
-    {
-        "test",
-        "tests",
-        "idle_test",
-        "idlelib",
-        "lib2to3",
-        "turtledemo",
-        "ensurepip",
-        "pydoc_data",
-        "__phello__",
-        "site-packages",
-        "dist-packages",
-    }
-)
+_SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "ensurepip",
+    "pydoc_data",
+    "__phello__",
+    "site-packages",
+    "dist-packages",
+}
 
 
 @dataclass(frozen=True)

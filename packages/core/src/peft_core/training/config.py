@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
-from ..errors import PeftCoreError, listed, suggestion
-from ..spec import AdapterSpec
+from ..errors import PeftCoreError, listed
+from ..spec import AdapterSpec, finding
 from .rows import SUFFIXES
 
 
@@ -245,22 +246,14 @@ def _if_there(folder: Path, name: str) -> str:
     return str(path) if path.exists() or name.startswith(("./", "../", "~")) or Path(name).suffix in SUFFIXES else name
 
 
-def _finding(model: type[BaseModel], detail: Any) -> str:
-    """One of pydantic's findings, with the nearest valid name for an unknown key."""
-    place = ".".join(str(part) for part in detail["loc"])
+def _finding(model: type[BaseModel], detail: ErrorDetails) -> str:
+    place = detail["loc"]
     if detail["type"] == "extra_forbidden":
-        section, name = _section(model, detail["loc"][:-1]), str(detail["loc"][-1])
-        known = list(section.model_fields)
-        return f"'{place}' is not a key{suggestion(name, known)}; the keys are {listed(known, 20)}"
-    if detail["type"] == "missing":
-        return f"'{place}' is required"
-    message = detail["msg"].removeprefix("Value error, ")
+        known = list(_section(model, place[:-1]).model_fields)
+        return f"{finding(detail, known, 'key')}; the keys are {listed(known, 20)}"
     if detail["type"] in ("model_type", "model_attributes_type"):
-        message = f"expected the keys {listed(_section(model, detail['loc']).model_fields, 20)}"
-    if detail["type"] == "value_error":
-        return f"'{place}': {message}" if place else message
-    given = repr(detail["input"])
-    return f"'{place}': {message} (given {given if len(given) <= 60 else given[:57] + '...'})"
+        detail["msg"] = f"expected the keys {listed(_section(model, place).model_fields, 20)}"
+    return finding(detail)
 
 
 def _section(model: type[BaseModel], place: tuple[Any, ...]) -> type[BaseModel]:

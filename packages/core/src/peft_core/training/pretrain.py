@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from .. import models
 from ..errors import ModelError, first_line, suggestion
@@ -112,9 +112,6 @@ def _existing_tokenizer(source: str) -> Any:
     if source in CONFIG_MAPPING or Path(source).is_file():
         raise ModelError(f"{source} comes without a tokenizer: {remedy}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source if Path(source).is_dir() else models.base_path(source))
+        return models.load_tokenizer(source if Path(source).is_dir() else models.base_path(source))
     except _WRONG as error:
         raise ModelError(f"cannot load a tokenizer from {source} ({first_line(error)}): {remedy}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer

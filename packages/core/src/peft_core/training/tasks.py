@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
 
 from .. import models
 from ..errors import ModelError, first_line
@@ -119,11 +119,9 @@ def classification_task(config: RunConfig, rows: list[Row], held_out_rows: list[
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # another head than that of a finished classifier
         )
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = models.load_tokenizer(path)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load {config.model.path} as a sequence classifier: {first_line(error)}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     length = _max_length(config, model, tokenizer)

@@ -31,7 +31,10 @@ _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with
 
 
 class _RunTrainer:
-    """Put before a trainer: trains and measures a task as a configuration says."""
+    """Put before a trainer: trains and measures a task as a configuration says.
+
+    Its `in_full` are the paths of the modules that are trained in full, and what is trained of them.
+    """
 
     args: Any
     model: Any
@@ -43,7 +46,9 @@ class _RunTrainer:
     is_world_process_zero: Callable[[], bool]
     _load_from_checkpoint: Any
 
-    def __init__(self, config: RunConfig, task: Task, progress: Progress) -> None:
+    def __init__(
+        self, config: RunConfig, task: Task, progress: Progress, in_full: Mapping[str, Sequence[nn.Parameter]]
+    ) -> None:
         self.task = task
         self.examples: Sequence[Any] = task.training.tokens if task.packed is None else task.packed
         super().__init__(  # type: ignore[call-arg]
@@ -56,19 +61,7 @@ class _RunTrainer:
             callbacks=[_ProgressCallback(progress)],
         )
         self.remove_callback(PrinterCallback)
-        self.rates = _rates(config.training.module_lr, self.in_full())
-
-    def in_full(self) -> dict[str, list[nn.Parameter]]:
-        """Paths of the modules that are trained in full, and what is trained of them."""
-        raise NotImplementedError
-
-    def facts(self) -> dict[str, Any]:
-        """The fields of the report about what is trained."""
-        raise NotImplementedError
-
-    def save_result(self, directory: Path) -> None:
-        """Write what was trained; every process of a run calls this, for its part of the weights."""
-        raise NotImplementedError
+        self.rates = _rates(config.training.module_lr, in_full)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """As the trainer's own, with further groups for other learning rates."""
@@ -120,16 +113,13 @@ class AdapterRunTrainer(_RunTrainer, AdapterTrainer):
     def __init__(self, config: RunConfig, task: Task, progress: Progress) -> None:
         assert task.spec is not None
         self.adapter = attach(task.model, task.spec, seed=config.training.seed)
-        super().__init__(config, task, progress)
-
-    def in_full(self) -> dict[str, list[nn.Parameter]]:
-        """See `_RunTrainer`."""
         parameters = dict(self.adapter.named_parameters())
         trained = self.adapter.plan.trained
-        return {path: [parameters[key] for key in keys.values()] for path, keys in trained.items()}
+        in_full = {path: [parameters[key] for key in keys.values()] for path, keys in trained.items()}
+        super().__init__(config, task, progress, in_full)
 
     def facts(self) -> dict[str, Any]:
-        """See `_RunTrainer`."""
+        """The fields of the report about what is trained."""
         plan = self.adapter.plan
         return {
             "method": plan.spec.method,
@@ -140,20 +130,19 @@ class AdapterRunTrainer(_RunTrainer, AdapterTrainer):
         }
 
     def save_result(self, directory: Path) -> None:
-        """See `_RunTrainer`."""
+        """Write the adapter; every process of a run calls this, for its part of the weights."""
         self.adapter.save(directory)
 
 
 class FullRunTrainer(_RunTrainer, Trainer):  # type: ignore[misc]
     """Trains all of the task's model."""
 
-    def in_full(self) -> dict[str, list[nn.Parameter]]:
-        """See `_RunTrainer`."""
-        found = {path: list(module.parameters(recurse=False)) for path, module in self.task.model.named_modules()}
-        return {path: parameters for path, parameters in found.items() if parameters}
+    def __init__(self, config: RunConfig, task: Task, progress: Progress) -> None:
+        found = {path: list(module.parameters(recurse=False)) for path, module in task.model.named_modules()}
+        super().__init__(config, task, progress, {path: parameters for path, parameters in found.items() if parameters})
 
     def facts(self) -> dict[str, Any]:
-        """See `_RunTrainer`."""
+        """The fields of the report about what is trained."""
         size = self.task.model.num_parameters()
         return {
             "method": "full rank",
@@ -164,7 +153,7 @@ class FullRunTrainer(_RunTrainer, Trainer):  # type: ignore[misc]
         }
 
     def save_result(self, directory: Path) -> None:
-        """See `_RunTrainer`."""
+        """Write model and tokenizer, in the run's first process."""
         if self.is_world_process_zero():
             self.task.model.save_pretrained(directory)
             self.task.tokenizer.save_pretrained(directory)
