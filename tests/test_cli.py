@@ -103,7 +103,7 @@ def test_help_lists_the_commands(program) -> None:
         (["plan"], ["'--model'", "peft-core plan --help"]),
         (["plna"], ["'plna'", "peft-core --help"]),
         (["generate", "--max-new-tokens", "many"], ["'--max-new-tokens'", "integer"]),
-        (["new-method", "fresh", "-d", __file__], ["test_cli.py", "cannot be written"]),
+        (["new-method", "fresh", "-d", __file__], ["test_cli.py", "cannot write"]),
     ],
 )
 def test_mistakes_in_typing(mistake, arguments, words) -> None:

@@ -537,7 +537,7 @@ def test_an_interrupted_run_is_resumed(
 
     monkeypatch.setattr(AdapterTrainer, "training_step", interrupted)
     ran = program("train", broken)
-    assert ran.status == 130 and "interrupted; go on with: peft-core train" in ran.err and "--resume" in ran.err
+    assert ran.status == 130 and "interrupted; continue with: peft-core train" in ran.err and "--resume" in ran.err
     monkeypatch.undo()
     ran = program("train", broken)
     assert ran.status == 2 and "holds a run already" in ran.err
@@ -658,7 +658,7 @@ def test_mistakes_in_the_configuration(
 
 
 @pytest.mark.parametrize(
-    "text, found", [("model: [", "not YAML"), ("- 1", "found list"), (None, "cannot be read"), ("", "found NoneType")]
+    "text, found", [("model: [", "not YAML"), ("- 1", "got list"), (None, "cannot read"), ("", "got NoneType")]
 )
 def test_files_that_are_no_configuration(
     text: str | None, found: str, program: Callable[..., Any], clear: Any, tmp_path: Path

@@ -111,7 +111,7 @@ def test_a_failed_check_is_one_line_and_status_1(program, quickstart, method: st
     ("arguments", "message"),
     [
         (("quickstart", "--method", "no-such"), "method 'no-such' is not installed"),
-        (("quickstart", "--method", "METHOD", "--options", "r"), "write NAME=VALUE"),
+        (("quickstart", "--method", "METHOD", "--options", "r"), "expected NAME=VALUE"),
         (("quickstart", "--method", "METHOD", "--options", "no_such=1"), "no_such"),
         (("quickstart", "--method", "METHOD", "--model", "smollm3"), "no base model 'smollm3'"),
         (

@@ -104,7 +104,7 @@ def _configured(source: str) -> str:
         return models.base_path(source)
     except ModelError as error:
         near = suggestion(source, CONFIG_MAPPING)
-        raise ModelError(f"{error}, a config.json, or a model type{near}") from None
+        raise ModelError(f"{error}; to pre-train, a config.json or a model type will do{near}") from None
 
 
 def _existing_tokenizer(source: str) -> Any:

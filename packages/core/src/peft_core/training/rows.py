@@ -164,7 +164,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
         except ValueError as error:  # of JSON, or of UTF-8
             raise DataError(f"{place} is not JSON: {error}") from None
         if not isinstance(values, dict):
-            raise DataError(f"{place}: expected an object with named values, found {type(values).__name__}")
+            raise DataError(f"{place}: expected an object with named values, got {type(values).__name__}")
         yield Row(values, place)
 
 
@@ -173,14 +173,16 @@ def _csv(path: Path) -> Iterator[Row]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}, line {data[: error.start].count(10) + 1} is not UTF-8") from None
+        raise DataError(
+            f"{path}, line {data[: error.start].count(10) + 1} is not UTF-8; save the file as UTF-8"
+        ) from None
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)  # lines end at \n, \r or \r\n only
     start = 1
     try:
         names = next(reader, [])
         if not names or len(set(names)) < len(names):
             raise DataError(
-                f"{path}, line 1: expected column names, each of them once; found {listed(names) or 'nothing'}"
+                f"{path}, line 1: expected column names, each of them once; got {listed(names) or 'nothing'}"
             )
         while True:
             start = reader.line_num + 1
