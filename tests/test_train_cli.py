@@ -572,11 +572,11 @@ def test_a_run_is_resumed_from_another_directory(
     assert started(Path("RUN.yaml"), resume=True).losses == whole.losses
 
 
-@pytest.mark.parametrize("best", [False, True])
-def test_a_finished_run_is_not_trained_further(best: bool, llama_directory: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changed", [{}, {"best": True}, {"save_every": 1}], ids=str)
+def test_a_finished_run_is_not_trained_further(changed: dict[str, Any], llama_directory: Path, tmp_path: Path) -> None:
     """It may have been killed between its last checkpoint and saving."""
     write(tmp_path / "data.jsonl", PAIRS)
-    path = run_file(tmp_path, llama_directory, training={"best": best})
+    path = run_file(tmp_path, llama_directory, training=changed)
     whole, saved = started(path), tmp_path / "out" / "adapter.safetensors"
     expected = saved.read_bytes()
     saved.unlink()

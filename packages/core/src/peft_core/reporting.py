@@ -15,7 +15,7 @@ from .errors import PeftCoreError
 
 
 class TrainingError(PeftCoreError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 def progress_bar(console: Console | None) -> Progress:

@@ -1,4 +1,4 @@
-"""transformers' Trainer, and TRL's, for models with adapters: checkpoints hold adapters, and resuming goes on from them.
+"""transformers' Trainer, and TRL's, for models with adapters: checkpoints hold adapters, and training resumes from them.
 
 Everything else is the trainer's own: its arguments, its loop, and what else a checkpoint holds.
 """
@@ -34,7 +34,7 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
     """Put this before a trainer that derives from transformers': `class T(AdapterTrainerMixin, SFTTrainer)`.
 
     The adapters in training are those that are trainable and active. A checkpoint holds them (one: in the checkpoint's
-    directory itself, several: in a directory each below it) and what the trainer needs to go on: optimizer, scheduler,
+    directory itself, several: in a directory each below it) and what the trainer needs to continue: optimizer, scheduler,
     random states. `resume_from_checkpoint` and `load_best_model_at_end` load them back in place; a resumed run is bit for
     bit the run that was never stopped. Each adapter's `total_steps` is set. A method's own optimizer, if it has one, is
     used unless the arguments name another than the default.

@@ -83,7 +83,7 @@ def _read(config: RunConfig) -> tuple[list[Row], list[Row], str]:
 
 
 def _on_fresh_base(config: RunConfig, rows: list[Row], checkpoint: str | None) -> RunConfig:
-    """The run on the base that pre-training starts from, which is made unless the run is already beyond that."""
+    """The run on the base that pre-training starts from, which is created unless the run is already past that."""
     if config.pretrain is None:
         return config
     path = config.output_dir / pretrain.BASE

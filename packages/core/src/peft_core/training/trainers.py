@@ -80,12 +80,19 @@ class _RunTrainer:
         if resume_from_checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME)))
             if state.global_step >= state.max_steps:
-                best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
-                self.state = state
-                self._load_from_checkpoint(best or resume_from_checkpoint)
-                self.create_optimizer()
+                self._restore_finished(state, resume_from_checkpoint)
                 return
         super().train(resume_from_checkpoint=resume_from_checkpoint)  # type: ignore[misc]
+
+    def _restore_finished(self, state: TrainerState, checkpoint: str) -> None:
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self.state = state
+        self._load_from_checkpoint(best or checkpoint)
+        self.create_optimizer()
+        self.callback_handler.on_train_begin(self.args, state, self.control)
+        evaluated = [entry["step"] for entry in state.log_history if "eval_loss" in entry]
+        if self.args.eval_strategy == "epoch" and state.global_step not in evaluated:
+            self.evaluate()  # at an epoch's end, it comes after a step's checkpoint
 
     def measure(self) -> dict[str, float]:
         """The figures of the model as it is."""
