@@ -21,7 +21,10 @@ import torch
 from rich.console import Console
 
 import peft_core as pc
-from peft_core import data, models, reporting, training
+from peft_core import models, reporting
+from peft_core.quickstart import docstrings, loop
+from peft_core.training.examples import pair_tokens
+from peft_core.training.losses import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 GRID = (5e-4, 2e-3, 8e-3)
@@ -73,14 +76,14 @@ def run_all(results: dict[str, Any], path: Path) -> None:
     """Every run that is not there yet; the file is written after each."""
     setting, console = results["setting"], Console(stderr=True)
     base, tokenizer = models.load_base("smollm2-135m", torch.bfloat16)
-    examples, unseen = data.split_by_module(data.docstring_pairs())
+    examples, unseen = docstrings.split_by_module(docstrings.docstring_pairs())
     step = max(1, len(unseen) // setting["held_out"])
     train, held_out = (
-        [data.tokenise(example, tokenizer, setting["max_length"]) for example in chosen]
+        [pair_tokens(pair.prompt, pair.completion, tokenizer, setting["max_length"]) for pair in chosen]
         for chosen in (examples, unseen[::step][: setting["held_out"]])
     )
     if "base" not in results:
-        results["base"] = training.evaluate(base, held_out, tokenizer.pad_token_id)
+        results["base"] = evaluate(base, held_out, tokenizer.pad_token_id)
         results["versions"] = {"torch": torch.__version__, "peft-core": pc.__version__}
     for name, (method, options) in CONFIGURATIONS.items():
         for seed, rate in still_to_do(results, name):
@@ -88,11 +91,11 @@ def run_all(results: dict[str, Any], path: Path) -> None:
             adapter = pc.attach(base, pc.AdapterSpec(method=method, options=options), seed=seed)
             adapter.total_steps = setting["steps"]
             torch.manual_seed(seed)
-            batches = data.batches(train, setting["batch_size"], tokenizer.pad_token_id, seed)
+            batches = loop.batches(train, setting["batch_size"], tokenizer.pad_token_id, seed)
             optimizer = torch.optim.AdamW(adapter.parameters(), lr=rate, weight_decay=0.0)
             try:
-                training.train(base, optimizer, batches, steps=setting["steps"])
-                loss: float | None = training.evaluate(base, held_out, tokenizer.pad_token_id)
+                loop.train(base, optimizer, batches, steps=setting["steps"])
+                loss: float | None = evaluate(base, held_out, tokenizer.pad_token_id)
             except reporting.TrainingError:  # it diverged: a result, too
                 loss = None
             run = {"name": name, "seed": seed, "lr": rate, "loss": loss, "parameters": adapter.num_trainable}

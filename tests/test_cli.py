@@ -103,7 +103,7 @@ def test_help_lists_the_commands(program) -> None:
         (["plan"], ["'--model'", "peft-core plan --help"]),
         (["plna"], ["'plna'", "peft-core --help"]),
         (["generate", "--max-new-tokens", "many"], ["'--max-new-tokens'", "integer"]),
-        (["new-method", "fresh", "-d", __file__], ["test_cli.py", "cannot be written"]),
+        (["new-method", "fresh", "-d", __file__], ["test_cli.py", "cannot write"]),
     ],
 )
 def test_mistakes_in_typing(mistake, arguments, words) -> None:
@@ -141,7 +141,7 @@ def test_mistakes_in_generate(mistake, llama_directory, saved, tmp_path) -> None
     mistake([*generate, llama_directory, "--adapter", saved, "--device", "nonsense"], "nonsense")
     mistake([*generate, llama_directory, "--adapter", saved, "--chat"], "chat template")
     given = ["generate", "--base", llama_directory, "--adapter", saved, "--prompt"]
-    mistake([*given, " ".join(["w1"] * 40)], "40 tokens", "takes 32", "shorten the prompt")
+    mistake([*given, " ".join(["w1"] * 40)], "40 tokens", "can have 32", "shorten the prompt")
     mistake([*given, os.fsdecode(b"caf\xe9")], "--prompt", "\\udce9", "not UTF-8")
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,14 @@ def method(tmp_path: Path) -> Iterator[str]:
 def test_the_package_asks_for_versions_that_keep_the_contract(tmp_path: Path) -> None:
     project = (new_method("other", tmp_path) / "pyproject.toml").read_text()
     assert 'dependencies = ["peft-core>=0.1,<0.2"]' in project and 'other = "peft_method_other"' in project
+
+
+def test_what_its_tests_need_is_installed_with_it(tmp_path: Path, program: Callable[..., Any]) -> None:
+    said = program("new-method", "other", "-d", tmp_path).out
+    root = tmp_path / "peft-method-other"
+    assert 'testing = ["peft-core[testing]>=0.1,<0.2"]' in (root / "pyproject.toml").read_text()
+    assert 'pip install -e ".[testing]"' in (root / "README.md").read_text()
+    assert f'pip install -e "{root}[testing]"' in said
 
 
 def test_the_new_method_attaches_trains_and_merges(method: str) -> None:

@@ -88,7 +88,7 @@ def test_unknown_method_says_what_to_install_and_what_there_is(refused) -> None:
         ({}, ["'method' is required"]),
         ({"method": "sound", "options": {"rank": 4}}, ["'sound'", "'rank'", "r, alpha"]),
         ({"method": "sound", "options": {"alhpa": 4}}, ["'alhpa'", "did you mean 'alpha'?"]),
-        ({"method": "sound", "options": {"r": 0}}, ["'r'", "greater than or equal to 1", "given 0"]),
+        ({"method": "sound", "options": {"r": 0}}, ["'r'", "greater than or equal to 1", "got 0"]),
         ({"method": "sound", "options": {"r": "many"}}, ["'r'", "'many'"]),
         ({"method": "sound", "options": [1]}, ["'options'"]),
         (

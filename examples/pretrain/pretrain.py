@@ -36,7 +36,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import peft_core as pc
-from peft_core import records
+from peft_core.training.examples import prepare_stream
+from peft_core.training.rows import Row, read_rows
 
 HERE = Path(__file__).resolve().parent
 RUN: dict[str, Any] = yaml.safe_load((HERE / "RUN.yaml").read_text(encoding="utf-8"))
@@ -228,7 +229,7 @@ def step_times(out: Path, rounds: int) -> dict[str, dict[str, float]]:
 
     The rounds are a run of their own to SwitchLoRA, so that they have as many exchanges as its mean step has.
     """
-    rows, base = records.read_rows(str(out / "text/test.jsonl")), folder(out, "full rank") / "base"
+    rows, base = read_rows(str(out / "text/test.jsonl")), folder(out, "full rank") / "base"
     warming = 3
     steppers = {}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in RUNS}
@@ -245,12 +246,12 @@ def step_times(out: Path, rounds: int) -> dict[str, dict[str, float]]:
     return {name: {"cpu": cpu, "wall": wall} for name, (cpu, wall) in means.items()}
 
 
-def stepper(base: Path, spec: dict[str, Any] | None, rows: list[records.Row], steps: int) -> Callable[[], None]:
+def stepper(base: Path, spec: dict[str, Any] | None, rows: list[Row], steps: int) -> Callable[[], None]:
     """A training step as the trainer makes it: clipping, and the optimizer it would choose."""
     model = AutoModelForCausalLM.from_pretrained(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
     size, length = RUN["training"]["batch_size"], RUN["data"]["max_length"]
-    examples = records.prepare_stream(rows[:20], tokenizer, length).tokens[:size]
+    examples = prepare_stream(rows[:20], tokenizer, length).tokens[:size]
     ids = torch.tensor([example.input_ids for example in examples])
     parameters, make = list(model.parameters()), None
     if spec is not None:

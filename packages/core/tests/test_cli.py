@@ -111,12 +111,12 @@ def test_a_failed_check_is_one_line_and_status_1(program, quickstart, method: st
     ("arguments", "message"),
     [
         (("quickstart", "--method", "no-such"), "method 'no-such' is not installed"),
-        (("quickstart", "--method", "METHOD", "--options", "r"), "write NAME=VALUE"),
+        (("quickstart", "--method", "METHOD", "--options", "r"), "expected NAME=VALUE"),
         (("quickstart", "--method", "METHOD", "--options", "no_such=1"), "no_such"),
         (("quickstart", "--method", "METHOD", "--model", "smollm3"), "no base model 'smollm3'"),
         (
             ("quickstart", "--method", "METHOD", "--model", "CHECKPOINT", "--data", "absent.jsonl"),
-            "cannot read",
+            "there is no file 'absent.jsonl'",
         ),
         (("quickstart", "--method", "METHOD", "--dtype", "float33"), "did you mean 'float32'"),
         (("quickstart", "--method", "METHOD", "--device", "cuda:99"), "device cuda:99 is not available"),

@@ -22,7 +22,7 @@ def test_a_checkpoint_directory(checkpoint: Path) -> None:
     ("name", "message"),
     [
         ("smollm-135m", "did you mean 'smollm2-135m'"),
-        ("nothing here", "give a checkpoint directory"),
+        ("nothing here", "expected a checkpoint directory"),
         ("nobody/nothing", "cannot load nobody/nothing"),
     ],
 )

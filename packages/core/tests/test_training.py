@@ -9,9 +9,13 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from peft_core import data, models, reporting, training
+from peft_core import models, reporting
+from peft_core.quickstart.loop import batches, train
+from peft_core.training.batches import collate
+from peft_core.training.examples import Tokens
+from peft_core.training.losses import completion_loss, evaluate
 
-ROWS = [data.Tokens([3, 4, 5, 6], [-100, -100, 5, 6]), data.Tokens([7, 8], [-100, 8])]
+ROWS = [Tokens([3, 4, 5, 6], [-100, -100, 5, 6]), Tokens([7, 8], [-100, 8])]
 
 
 def test_completion_loss_is_the_loss_of_each_example_alone(checkpoint: Path) -> None:
@@ -20,7 +24,7 @@ def test_completion_loss_is_the_loss_of_each_example_alone(checkpoint: Path) -> 
     for row in ROWS:
         logits = model(torch.tensor([row.input_ids])).logits[0, :-1]
         expected += cross_entropy(logits, torch.tensor(row.labels[1:]), reduction="sum").item()
-    total, tokens = training.completion_loss(model, data.collate(ROWS, 0))
+    total, tokens = completion_loss(model, collate(ROWS, 0))
     assert tokens == 3
     assert total.item() == pytest.approx(expected, rel=1e-5)
 
@@ -28,8 +32,8 @@ def test_completion_loss_is_the_loss_of_each_example_alone(checkpoint: Path) -> 
 def test_completion_loss_with_learned_positions_and_with_a_forward_that_gives_all_logits() -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=16, n_layer=1, n_head=2, n_positions=8)).eval()
-    together, _ = training.completion_loss(model, data.collate(ROWS, 0))
-    alone = sum(training.completion_loss(model, data.collate([row], 0))[0].item() for row in ROWS)
+    together, _ = completion_loss(model, collate(ROWS, 0))
+    alone = sum(completion_loss(model, collate([row], 0))[0].item() for row in ROWS)
     assert together.item() == pytest.approx(alone, rel=1e-5)
 
     class Plain(torch.nn.Module):
@@ -40,17 +44,17 @@ def test_completion_loss_with_learned_positions_and_with_a_forward_that_gives_al
         def forward(self, input_ids, attention_mask, position_ids):  # type: ignore[no-untyped-def]
             return self.inner(input_ids, attention_mask=attention_mask, position_ids=position_ids)
 
-    assert training.completion_loss(Plain(), data.collate(ROWS, 0))[0].item() == pytest.approx(together.item())
+    assert completion_loss(Plain(), collate(ROWS, 0))[0].item() == pytest.approx(together.item())
 
 
 def test_training_lowers_the_loss_and_repeats_itself(checkpoint: Path) -> None:
     def losses() -> list[float]:
         model, _ = models.load_base(checkpoint)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        log = training.train(model, optimizer, data.batches(ROWS, 2, 0, seed=0), steps=10)
+        log = train(model, optimizer, batches(ROWS, 2, 0, seed=0), steps=10)
         assert len(log.losses) == len(log.seconds) == 10 and log.seconds_per_step > 0
         assert not model.training
-        assert training.evaluate(model, ROWS, 0) < log.losses[0]
+        assert evaluate(model, ROWS, 0) < log.losses[0]
         return log.losses
 
     first = losses()
@@ -63,7 +67,7 @@ def test_the_learning_rate_rises_and_falls(checkpoint: Path, monkeypatch: pytest
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     rates = []
     optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
-    training.train(model, optimizer, data.batches(ROWS, 2, 0, 0), steps=10, warmup=0.2, max_grad_norm=1e-6)
+    train(model, optimizer, batches(ROWS, 2, 0, 0), steps=10, warmup=0.2, max_grad_norm=1e-6)
     assert rates[0] == 0.5 and rates[1] == max(rates) == 1.0
     assert all(later < earlier for earlier, later in itertools.pairwise(rates[1:]))
     assert rates[-1] > 0
@@ -74,7 +78,7 @@ def test_a_loss_that_diverges_is_an_error(checkpoint: Path) -> None:
     torch.nn.init.constant_(model.lm_head.weight, math.nan)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     with pytest.raises(reporting.TrainingError, match="nan at step 1; lower the learning rate"):
-        training.train(model, optimizer, data.batches(ROWS, 2, 0, 0), steps=3)
+        train(model, optimizer, batches(ROWS, 2, 0, 0), steps=3)
 
 
 def test_peak_memory_and_loss_curve(tmp_path: Path) -> None:

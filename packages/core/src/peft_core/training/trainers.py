@@ -1,0 +1,247 @@
+"""transformers' Trainer for a run: what it trains, its arguments, its figures of held-out examples, its progress."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, TrainerState
+
+from ..attach import attach
+from ..errors import listed, suggestion
+from ..reporting import TrainingError
+from ..sites import module_type
+from ..targets import named
+from ..trainer import AdapterTrainer
+from .batches import LengthGroupedSampler
+from .config import RunConfig, RunError
+from .directory import CHECKPOINTS
+from .examples import length_of
+from .tasks import Task
+
+_OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor", "sgd": "sgd"}
+_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+class _RunTrainer:
+    """Put before a trainer: trains and measures a task as a configuration says.
+
+    Its `in_full` are the paths of the modules that are trained in full, and what is trained of them.
+    """
+
+    args: Any
+    model: Any
+    state: Any
+    control: Any
+    callback_handler: Any
+    remove_callback: Callable[[Any], None]
+    log: Callable[[dict[str, float]], None]
+    is_world_process_zero: Callable[[], bool]
+    _load_from_checkpoint: Any
+
+    def __init__(
+        self, config: RunConfig, task: Task, progress: Progress, in_full: Mapping[str, Sequence[nn.Parameter]]
+    ) -> None:
+        self.task = task
+        self.examples: Sequence[Any] = task.training.tokens if task.packed is None else task.packed
+        super().__init__(  # type: ignore[call-arg]
+            model=task.model,
+            args=_arguments(config, task.evaluate is not None),
+            train_dataset=self.examples,
+            eval_dataset=(),  # the task has its own
+            data_collator=task.collator,
+            compute_loss_func=task.loss,
+            callbacks=[_ProgressCallback(progress)],
+        )
+        self.remove_callback(PrinterCallback)
+        self.rates = _rates(config.training.module_lr, in_full)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As the trainer's own, with further groups for other learning rates."""
+        optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        for group in list(optimizer.param_groups):
+            by_rate: dict[float, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                by_rate.setdefault(self.rates.get(id(parameter), group["lr"]), []).append(parameter)
+            group["params"] = by_rate.pop(group["lr"], [])
+            for rate, parameters in by_rate.items():
+                optimizer.add_param_group({**group, "params": parameters, "lr": rate})
+        return optimizer
+
+    def train(self, resume_from_checkpoint: str | None = None) -> None:
+        """As the trainer's own, which would add a step to a run that had made its last one."""
+        if resume_from_checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME)))
+            if state.global_step >= state.max_steps:
+                self._restore_finished(state, resume_from_checkpoint)
+                return
+        super().train(resume_from_checkpoint=resume_from_checkpoint)  # type: ignore[misc]
+
+    def _restore_finished(self, state: TrainerState, checkpoint: str) -> None:
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self.state = state
+        self._load_from_checkpoint(best or checkpoint)
+        self.create_optimizer()
+        self.callback_handler.on_train_begin(self.args, state, self.control)
+        evaluated = [entry["step"] for entry in state.log_history if "eval_loss" in entry]
+        if self.args.eval_strategy == "epoch" and state.global_step not in evaluated:
+            self.evaluate()  # at an epoch's end, it comes after a step's checkpoint
+
+    def measure(self) -> dict[str, float]:
+        """The figures of the model as it is."""
+        assert self.task.evaluate is not None
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
+            return self.task.evaluate()
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The task's own figures, in which every token weighs the same."""
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measure().items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        lengths = list(map(length_of, self.examples))
+        return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed)
+
+
+class AdapterRunTrainer(_RunTrainer, AdapterTrainer):
+    """Trains an adapter, which it attaches to the task's model."""
+
+    def __init__(self, config: RunConfig, task: Task, progress: Progress) -> None:
+        assert task.spec is not None
+        self.adapter = attach(task.model, task.spec, seed=config.training.seed)
+        parameters = dict(self.adapter.named_parameters())
+        trained = self.adapter.plan.trained
+        in_full = {path: [parameters[key] for key in keys.values()] for path, keys in trained.items()}
+        super().__init__(config, task, progress, in_full)
+
+    def facts(self) -> dict[str, Any]:
+        """The fields of the report about what is trained."""
+        plan = self.adapter.plan
+        return {
+            "method": plan.spec.method,
+            "options": dict(plan.spec.options),
+            "trained_modules": list(plan.trained),
+            "trainable_parameters": self.adapter.num_trainable,
+            "base_parameters": plan.base.num_parameters,
+        }
+
+    def save_result(self, directory: Path) -> None:
+        """Write the adapter; every process of a run calls this, for its part of the weights."""
+        self.adapter.save(directory)
+
+
+class FullRunTrainer(_RunTrainer, Trainer):  # type: ignore[misc]
+    """Trains all of the task's model."""
+
+    def __init__(self, config: RunConfig, task: Task, progress: Progress) -> None:
+        found = {path: list(module.parameters(recurse=False)) for path, module in task.model.named_modules()}
+        super().__init__(config, task, progress, {path: parameters for path, parameters in found.items() if parameters})
+
+    def facts(self) -> dict[str, Any]:
+        """The fields of the report about what is trained."""
+        size = self.task.model.num_parameters()
+        return {
+            "method": "full rank",
+            "options": {},
+            "trained_modules": [],
+            "trainable_parameters": size,
+            "base_parameters": size,
+        }
+
+    def save_result(self, directory: Path) -> None:
+        """Write model and tokenizer, in the run's first process."""
+        if self.is_world_process_zero():
+            self.task.model.save_pretrained(directory)
+            self.task.tokenizer.save_pretrained(directory)
+
+
+class _ProgressCallback(TrainerCallback):  # type: ignore[misc]
+    """Moves the progress bar, and stops a run that has diverged."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.task = progress.add_task("training", total=None, note="")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        for name, shown in (("loss", "loss"), ("eval_loss", "held-out loss")):
+            if name not in logs:
+                continue
+            if not math.isfinite(logs[name]):
+                raise TrainingError(f"the {shown} is {logs[name]} at step {state.global_step}; lower training.lr")
+            self.progress.update(self.task, note=f"{shown} {logs[name]:.3f}")
+
+
+def _rates(asked: Mapping[str, float], modules: Mapping[str, Sequence[nn.Parameter]]) -> dict[int, float]:
+    """Id of a parameter → its learning rate, where that is not the run's.
+
+    Raises:
+        RunError: no module that is trained in full has one of the names.
+    """
+    rates: dict[int, float] = {}
+    for name, rate in asked.items():
+        paths = [path for path in modules if named(name, path)]
+        if not paths:
+            known = sorted(set(map(module_type, modules)))
+            remedy = f"expected one of {listed(known)}" if known else "name it in adapter.train_modules"
+            raise RunError(
+                f"training.module_lr: no module named '{name}' is trained in full{suggestion(name, known)}; {remedy}"
+            )
+        rates.update((id(parameter), rate) for path in paths for parameter in modules[path])
+    return rates
+
+
+def _arguments(config: RunConfig, evaluates: bool) -> TrainingArguments:
+    asked = config.training
+    chosen: dict[str, Any] = {} if asked.optimizer == "auto" else {"optim": _OPTIMIZERS[asked.optimizer]}
+    known = {field.name for field in fields(TrainingArguments)}
+    renamed = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    chosen[renamed] = asked.checkpoint_activations
+    return TrainingArguments(
+        output_dir=str(config.output_dir / CHECKPOINTS),
+        num_train_epochs=asked.epochs or 1.0,
+        max_steps=asked.steps or -1,
+        per_device_train_batch_size=asked.batch_size,
+        gradient_accumulation_steps=asked.accumulate,
+        learning_rate=asked.lr,
+        lr_scheduler_type=_SCHEDULES[asked.schedule],
+        warmup_steps=asked.warmup,
+        weight_decay=asked.weight_decay,
+        max_grad_norm=asked.max_grad_norm,
+        bf16=asked.autocast,
+        eval_strategy="no" if not evaluates else "steps" if asked.evaluate_every else "epoch",
+        eval_steps=asked.evaluate_every,
+        save_strategy="steps" if asked.save_every else "epoch",
+        save_steps=asked.save_every or 500,
+        save_total_limit=asked.keep,
+        load_best_model_at_end=asked.best,
+        metric_for_best_model="loss" if asked.best else None,
+        greater_is_better=False if asked.best else None,
+        seed=asked.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        log_level="error",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=config.model.device == "cpu" or not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **chosen,
+    )
