@@ -1,4 +1,4 @@
-"""Errors that a user can cause. Each message names the thing, what was expected and the remedy."""
+"""Errors that a user can cause, and words for their messages, which name the thing, what was expected and the remedy."""
 
 from __future__ import annotations
 
@@ -78,3 +78,12 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     names = list(names)
     head = ", ".join(names[:most])
     return head if len(names) <= most else f"{head} and {len(names) - most} more"
+
+
+def size(count: float) -> str:
+    """Bytes for people: `1.4 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -7,19 +7,11 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from .errors import size
 from .sharing import TensorSpec
 
 if TYPE_CHECKING:
     from .plan import Plan
-
-
-def size(count: float) -> str:
-    """Bytes for people: `1.4 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def table_of(plan: Plan) -> Table:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from peft_core.adapter_file import AdapterFile
-from peft_core.plan_table import size
+from peft_core.errors import size
 
 if TYPE_CHECKING:
     from .adapter_files import AdapterFiles

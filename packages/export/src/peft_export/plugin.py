@@ -278,7 +278,7 @@ def _status(quiet: bool) -> Iterator[Callable[[str], None]]:
 
 
 def _merge_table(report: MergeReport) -> Table:
-    from peft_core.plan_table import size
+    from peft_core.errors import size
 
     rows = {
         "output": report.out,
@@ -295,7 +295,7 @@ def _merge_table(report: MergeReport) -> Table:
 
 
 def _lora_table(report: LoraReport) -> Table:
-    from peft_core.plan_table import size
+    from peft_core.errors import size
 
     rows = {
         "output": report.out,
@@ -318,7 +318,7 @@ def _lora_table(report: LoraReport) -> Table:
 
 
 def _onnx_table(report: OnnxReport) -> Table:
-    from peft_core.plan_table import size
+    from peft_core.errors import size
 
     memory = "" if report.peak_memory is None else f", {size(report.peak_memory)} of memory at most"
     rows = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import peft_core as pc
-from peft_core.plan_table import size
+from peft_core.errors import size
 
 from .options import initial_stds
 
