@@ -180,3 +180,10 @@ def test_a_closure_is_evaluated():
 
     first = optimizer.step(closure)
     assert optimizer.step(closure) < first
+
+
+@pytest.mark.parametrize("variant", ["amsgrad", "maximize", "capturable", "differentiable"])
+def test_variants_that_it_does_not_have_are_refused_in_groups_too(variant):
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match=f"RowAdamW has no {variant}"):
+        RowAdamW([{"params": [parameter], variant: True}])

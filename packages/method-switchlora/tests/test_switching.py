@@ -475,6 +475,26 @@ def test_packed_state_is_refused_before_anything_moved(bench):
     assert all(torch.equal(tensor, before[name]) for name, tensor in site.snapshot().items())
 
 
+def test_what_a_subclass_keeps_beside_the_moments_is_left_alone(bench):
+    site = bench()
+    optimizer = torch.optim.AdamW(site.parameters())
+    A = site.tensors["A"]
+    optimizer.state[A] = {"step": torch.tensor(1.0), "anchor": torch.ones_like(A)}
+    with pytest.raises(pc.OptimizerStepError, match="AdamW"), site.around(0, optimizer):
+        pass
+    assert (optimizer.state[A]["anchor"] == 1).all()
+
+
+@pytest.mark.parametrize("frozen", ["A", "B"])
+def test_nothing_is_exchanged_where_a_factor_is_frozen(bench, frozen):
+    site = bench()
+    site.tensors[frozen].requires_grad_(False)
+    before = site.snapshot()
+    with site.around(0, still([tensor for tensor in site.parameters() if tensor.requires_grad])):
+        pass
+    assert all(torch.equal(tensor, before[name]) for name, tensor in site.snapshot().items())
+
+
 def test_candidates_on_the_device(bench):
     """There is one device here: the way there is taken, and nothing is different."""
     ends = []

@@ -11,6 +11,9 @@ from torch.optim.adamw import adamw
 
 import peft_core as pc
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+"""State of torch's optimizers in which a vector that is all zeros has no past."""
+
 
 class RowAdamW(torch.optim.AdamW):
     """AdamW in which a vector (a row or a column of a parameter) can start afresh: moments *and* step count.
@@ -36,6 +39,17 @@ class RowAdamW(torch.optim.AdamW):
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, foreach=foreach, fused=fused)
         self._step_supports_amp_scaling = False  # torch's fused kernel unscales gradients; `update_vectors` does not
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's.
+
+        Raises:
+            ValueError: a variant is asked for that this optimizer does not have.
+        """
+        for variant in ("amsgrad", "maximize", "capturable", "differentiable"):
+            if param_group.get(variant):
+                raise ValueError(f"RowAdamW has no {variant}; leave it out, or use torch.optim.AdamW")
+        super().add_param_group(param_group)
 
     def restart_counts(self, parameter: Tensor, dim: int, places: Tensor) -> None:
         """The vectors at `places` along `dim` count their steps from 0 again."""
@@ -153,17 +167,21 @@ def check(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> Non
 
 
 def _is_plain(state: Mapping[str, Any], parameter: Tensor) -> bool:
-    """Whether all state but the step count has the parameter's shape and a floating-point dtype: in 8-bit state, which a
-    subclass may keep, a byte of zero need not mean zero.
+    """Whether all state but the step count is moments of the parameter's shape and a floating-point dtype. A subclass may keep
+    others: of 8 bits, where a byte of zero need not mean zero, or the weights of a moving average.
     """
-    values = (value for name, value in state.items() if name != "step" and isinstance(value, Tensor))
-    return all(value.shape == parameter.shape and value.is_floating_point() for value in values)
+    tensors = {name: value for name, value in state.items() if name != "step" and isinstance(value, Tensor)}
+    return all(
+        name in MOMENTS and value.shape == parameter.shape and value.is_floating_point()
+        for name, value in tensors.items()
+    )
 
 
 def zero_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, dim: int, places: Tensor) -> None:
     """Zero the moments of the vectors at `places` along `dim`."""
-    for name, value in optimizer.state.get(parameter, {}).items():
-        if name != "step" and isinstance(value, Tensor):
+    state = optimizer.state.get(parameter, {})
+    for name in MOMENTS:
+        if isinstance(value := state.get(name), Tensor):
             value.index_fill_(dim, places, 0)
 
 

@@ -76,7 +76,8 @@ def switching(step: pc.OptimizerStep) -> Iterator[None]:
     Raises:
         OptimizerStepError: the optimizer's state is not understood, or the length of the run is not known.
     """
-    members = [member for member in step.members if member.state]
+    # Where a user has frozen a factor, nothing is exchanged.
+    members = [m for m in step.members if m.state and all(tensor.requires_grad for tensor in m.tensors.values())]
     if members:
         optimizers.check(step.optimizer, [tensor for member in members for tensor in member.tensors.values()])
     for member in members:
@@ -266,6 +267,6 @@ def total_steps(step: pc.OptimizerStep, options: Options) -> int:
     if known is None:
         raise pc.OptimizerStepError(
             f"adapter '{step.adapter}': SwitchLoRA decays its switching rate over the run and needs to know its length; "
-            "set the option total_steps, or adapter.total_steps (trainers set it themselves)"
+            "set the option total_steps, or adapter.total_steps (pc.AdapterTrainer sets it itself)"
         )
     return known
