@@ -70,7 +70,7 @@ def table_of(plan: Plan) -> Table:
     if plan.fixed_bytes:
         remarks.append(f"saved with them but never trained: {size(plan.fixed_bytes)}")
     if plan.state_bytes:
-        remarks.append(f"training keeps {size(plan.state_bytes)} of further state on the CPU")
+        remarks.append(f"training keeps {size(plan.state_bytes)} of state beside its parameters, on the CPU")
     table.caption = "\n".join([*remarks, *plan.notes])
     table.caption_justify = "left"
     return table
