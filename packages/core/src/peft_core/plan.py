@@ -15,7 +15,7 @@ from torch import nn
 
 from . import bases, plugins
 from .base_model import BaseInfo, base_info, meta_model
-from .errors import PlanError, SpecError
+from .errors import PlanError, SpecError, size
 from .layout_checks import check_layout
 from .plan_table import table_of
 from .sharing import FromBase, Layout, SharingGroup, TensorSpec, borrowed, bound, own_key
@@ -125,7 +125,16 @@ class Plan:
         }
 
     def __rich__(self) -> Table:
-        return table_of(self)
+        title = f"Plan: {self.spec.method} on {self.base.architecture}"
+        remarks = [
+            f"merging keeps {size(self.merge_bytes)} of original weights, disabling keeps {size(self.disable_bytes)}"
+        ]
+        if self.fixed_bytes:
+            remarks.append(f"saved with them but never trained: {size(self.fixed_bytes)}")
+        if self.state_bytes:
+            remarks.append(f"training keeps {size(self.state_bytes)} of state beside its parameters, on the CPU")
+        remarks += self.notes
+        return table_of(title, self.sites, self.groups, self.spec.torch_dtype, self.base.num_parameters, remarks)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=120, color_system=None)

@@ -1,76 +1,63 @@
-"""A plan as a table."""
+"""Sites and sharing groups as a table."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
+import torch
 from rich.table import Table
 
 from .errors import size
-from .sharing import TensorSpec
+from .sharing import SharingGroup, TensorSpec
+from .sites import Site
 
-if TYPE_CHECKING:
-    from .plan import Plan
+HEADINGS = ("module type", "sites", "tensor", "shape", "tensors × borrowers", "trainable", "bytes", "% of base")
 
 
-def table_of(plan: Plan) -> Table:
-    """Sites, tensors, borrowers and sizes by module type, and what undoing costs."""
-    spec = plan.spec
-    table = Table(title=f"Plan: {spec.method} on {plan.base.architecture}", title_justify="left")
-    for heading in (
-        "module type",
-        "sites",
-        "tensor",
-        "shape",
-        "tensors × borrowers",
-        "trainable",
-        "bytes",
-        "% of base",
-    ):
+def table_of(
+    title: str,
+    sites: Sequence[Site],
+    groups: Sequence[SharingGroup],
+    dtype: torch.dtype,
+    base_parameters: int,
+    remarks: Sequence[str],
+) -> Table:
+    """Tensors, borrowers and sizes by module type.
+
+    Args:
+        dtype: of tensors that name none of their own. base_parameters: what the shares are taken of. remarks: stand below.
+    """
+    table = Table(title=title, title_justify="left", caption="\n".join(remarks), caption_justify="left")
+    for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading in ("module type", "tensor") else "right")
-    site_types = {site.path: site.type for site in plan.sites}
+    site_types = {site.path: site.type for site in sites}
     rows: dict[tuple[str, str, tuple[int, ...]], list[tuple[TensorSpec, int]]] = {}
-    for group in plan.groups:
+    for group in groups:
         types = sorted({site_types.get(member, f"{member} (in full)") for member in group.members})
         for name, tensor in group.tensors.items():
             rows.setdefault((", ".join(types), name, tensor.shape), []).append((tensor, len(group.members)))
     counts = Counter(site_types.values())
     previous = ""
-    for (kind, name, shape), tensors in rows.items():
-        numel = sum(tensor.numel for tensor, _ in tensors)
-        nbytes = sum(tensor.nbytes(spec.torch_dtype) for tensor, _ in tensors)
-        borrowers = sorted({count for _, count in tensors})
+    for (kind, name, shape), found in rows.items():
+        borrowers = sorted({count for _, count in found})
         span = str(borrowers[0]) if len(borrowers) == 1 else f"{borrowers[0]}–{borrowers[-1]}"
         table.add_row(
             kind if kind != previous else "",
             str(counts.get(kind, "")) if kind != previous else "",
             name,
             "×".join(map(str, shape)) or "scalar",
-            f"{len(tensors)} × {span}",
-            f"{numel:,}",
-            size(nbytes),
-            f"{100 * numel / plan.base.num_parameters:.3f}",
+            f"{len(found)} × {span}",
+            *_sizes([tensor for tensor, _ in found], dtype, base_parameters),
         )
         previous = kind
     table.add_section()
-    table.add_row(
-        "total",
-        str(len(plan.sites)),
-        "",
-        "",
-        str(sum(len(group.tensors) for group in plan.groups)),
-        f"{plan.num_trainable:,}",
-        size(plan.trainable_bytes),
-        f"{100 * plan.num_trainable / plan.base.num_parameters:.3f}",
-    )
-    remarks = [
-        f"merging keeps {size(plan.merge_bytes)} of original weights, disabling keeps {size(plan.disable_bytes)}"
-    ]
-    if plan.fixed_bytes:
-        remarks.append(f"saved with them but never trained: {size(plan.fixed_bytes)}")
-    if plan.state_bytes:
-        remarks.append(f"training keeps {size(plan.state_bytes)} of state beside its parameters, on the CPU")
-    table.caption = "\n".join([*remarks, *plan.notes])
-    table.caption_justify = "left"
+    tensors = [tensor for found in rows.values() for tensor, _ in found]
+    table.add_row("total", str(len(sites)), "", "", str(len(tensors)), *_sizes(tensors, dtype, base_parameters))
     return table
+
+
+def _sizes(tensors: Sequence[TensorSpec], dtype: torch.dtype, base_parameters: int) -> tuple[str, str, str]:
+    """Numbers, bytes and percent of the base."""
+    numel = sum(tensor.numel for tensor in tensors)
+    return f"{numel:,}", size(sum(t.nbytes(dtype) for t in tensors)), f"{100 * numel / base_parameters:.3f}"
