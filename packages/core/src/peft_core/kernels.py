@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .dtypes import name_of
-from .errors import PeftCoreError, suggestion
+from .errors import PeftCoreError, listed, suggestion
 
 CHOICES = ("auto", "triton", "torch", "naive")
 OLDEST = (8, 0)
@@ -73,7 +73,7 @@ obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.cache
 def _obstacle(device: str, dtype: torch.dtype) -> str:
     if dtype not in DTYPES:
-        return f"they do not support {name_of(dtype)}"
+        return f"they take {listed(map(name_of, DTYPES))}, not {name_of(dtype)}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if not device.startswith("cuda"):

@@ -38,7 +38,7 @@ def test_an_adapter_for_each_row_is_refused_with_the_remedy(trial: Trial, family
     model, adapter = adapted(family, trial)
     with pytest.raises(pc.AdapterError, match=r"same adapters; activate one with pc\.activate"):
         model.generate(**family.inputs(), adapter_names=["default", "__base__"])  # type: ignore[operator]
-    with pytest.raises(pc.AdapterError, match="the choice is one for the whole batch"):
+    with pytest.raises(pc.AdapterError, match="one choice applies to the whole batch"):
         pc.activate(model, [["default"], ["default"]])  # type: ignore[list-item]
     adapter.detach()
     with pytest.raises(ValueError):  # transformers' own word again
