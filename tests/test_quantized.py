@@ -83,3 +83,18 @@ def test_a_quantized_base_trains_merges_and_comes_back(method: str, quantized: n
     assert type(twin.model.layers[0].self_attn.q_proj) is nn.Linear
     adapter.detach()
     assert torch.equal(logits(quantized), base)
+
+
+def test_one_of_two_merged_adapters_is_settled_for_good(quantized: nn.Module) -> None:
+    method = next(iter(OPTIONS))
+    spec = pc.AdapterSpec(method=method, options=dict(OPTIONS[method]), targets=["q_proj"])
+    first, second = (pc.attach(quantized, spec, name=name) for name in ("first", "second"))
+    for adapter in (first, second):
+        adapter.merge()
+    merged = logits(quantized)
+    first.merge_and_detach()
+    assert torch.equal(logits(quantized), merged)
+    with pytest.raises(pc.MergeError, match="not kept"):
+        second.unmerge()
+    second.merge_and_detach()
+    assert torch.equal(logits(quantized), merged) and not pc.adapters(quantized)

@@ -154,7 +154,7 @@ def settle(root: nn.Module, bank: Bank, registry: Registry) -> None:
             if bank.name in (*merged.adapters, *merged.beneath):
                 drop(merged.original)
                 left = [name for name in (*merged.beneath, *merged.adapters) if name != bank.name]
-                merged.original, merged.adapters, merged.beneath = None, left, []
+                merged.original, merged.packed, merged.adapters, merged.beneath = None, False, left, []
                 if not left:
                     del places[path]
     for site in bank.plan.sites:
