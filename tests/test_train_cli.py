@@ -670,6 +670,17 @@ def test_files_that_are_no_configuration(
     clear(ran.err, "RUN.yaml", found)
 
 
+def test_a_gpu_that_is_not_there_is_named(
+    llama_directory: Path, tmp_path: Path, refused: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    write(tmp_path / "data.jsonl", PAIRS)
+    with refused(pc.ModelError, "device cuda is not available here"):
+        started(run_file(tmp_path, llama_directory, model={"path": str(llama_directory), "device": "cuda"}))
+    assert not (tmp_path / "out").exists()
+
+
 def test_paths_are_relative_to_the_file(llama_directory: Path, tmp_path: Path) -> None:
     (tmp_path / "spec.yaml").write_text(pc.AdapterSpec(method="sound").to_yaml())
     write(tmp_path / "data.jsonl", PAIRS)

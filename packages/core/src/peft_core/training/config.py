@@ -11,6 +11,7 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import (
     AfterValidator,
@@ -63,12 +64,19 @@ class ModelSection(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: the checkpoint's own, but float32 where the machine is slow in 16 bits."
     )
-    device: Literal["auto", "cpu"] = Field(default="auto", description="auto: the GPU, if there is one.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: the GPU, if there is one.")
 
     @model_validator(mode="before")
     @classmethod
     def _short(cls, data: Any) -> Any:
         return {"path": data} if isinstance(data, str) else data
+
+    @property
+    def used_device(self) -> str:
+        """`cpu` or `cuda`."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class PretrainSection(_Section):

@@ -29,6 +29,7 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
     """
     start = time.perf_counter()
     reporting.require("train", accelerate="the trainer", matplotlib="the loss curve")
+    models.checked_device(config.model.used_device)
     checkpoint = directory.start_or_resume(config, resume)
     rows, held, kind = _read(config)
     with models.quiet_transformers():

@@ -165,9 +165,8 @@ def _dtype(config: RunConfig) -> torch.dtype:
         found = AutoConfig.from_pretrained(models.base_path(config.model.path))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load {config.model.path}: {first_line(error)}") from error
-    device = "cuda" if config.model.device == "auto" and torch.cuda.is_available() else "cpu"
     stored = getattr(found, "dtype", None) or getattr(found.get_text_config(), "dtype", None)
-    return models.fast_dtype(device) if stored in (torch.bfloat16, torch.float16) else torch.float32
+    return models.fast_dtype(config.model.used_device) if stored in (torch.bfloat16, torch.float16) else torch.float32
 
 
 def _max_length(config: RunConfig, model: Any, tokenizer: Any) -> int:

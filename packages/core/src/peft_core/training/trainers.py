@@ -241,7 +241,7 @@ def _arguments(config: RunConfig, evaluates: bool) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        use_cpu=config.model.device == "cpu" or not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=config.model.used_device == "cpu",
+        dataloader_pin_memory=config.model.used_device != "cpu",
         **chosen,
     )
