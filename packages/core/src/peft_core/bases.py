@@ -47,7 +47,7 @@ class Base:
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, parameter) that the module itself holds, without those of adapters: its cost hardly grows with their number."""
     held = module._parameters
-    for name in [name for name in held if not name.startswith(ROOT_PREFIX)]:
+    for name in [name for name in held if ROOT_PREFIX not in name]:
         if (parameter := held[name]) is not None:
             yield name, parameter
 
@@ -110,6 +110,9 @@ def _dequantized_dtype(module: Any) -> torch.dtype:
 
 def tied(model: nn.Module, names: Iterable[str], within: Iterable[str] = ()) -> dict[str, str]:
     """Name of a parameter → that of the same tensor in another module, beside those that lie `within` one of these."""
+    names = list(names)
+    if not names:
+        return {}
     inside = {id(module) for path in within for module in model.get_submodule(path).modules()}
     holders: dict[int, dict[int, str]] = {}  # parameter → module → name; a module may have several names itself
     for path, module in model.named_modules():
