@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ class Use(NamedTuple):
     functions: Forward
     tensors: dict[str, Tensor]
     binding: dict[str, Tensor]
-    shared: dict[str, SharedGradient]
+    shared: Mapping[str, SharedGradient]
     scale: float
     dropout: float
     additive: bool

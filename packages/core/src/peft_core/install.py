@@ -119,6 +119,7 @@ def _functions(found: Registry, made: Plan) -> dict[str, Any]:
 
 
 def _adapt_layers(bank: Bank, functions: Mapping[str, Any]) -> None:
+    """Make the sites adapted layers, and the modules to train in full ones that can be, and tell them of this adapter."""
     model, made = bank.root, bank.plan
     found = registry(model)
     assert found is not None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,30 +18,30 @@ from .sites import Site
 SLOT = "_peft_site"
 
 
+@dataclass(eq=False)
 class Member:
     """One adapter at one site: which tensors it borrows there and the functions that use them.
 
     Attributes:
+        functions: what the plugin gave for this kind of site. can: the method's capabilities here.
         names: (tensor name, name on the root) of what is borrowed. fixed: likewise for the binding.
         shared: tensor name → where its gradient is summed, for tensors with more than one borrower.
     """
 
-    def __init__(
-        self,
-        adapter: str,
-        method: str,
-        site: Site,
-        functions: Forward,
-        can: Capabilities,
-        names: Sequence[tuple[str, str]],
-        fixed: Sequence[tuple[str, str]],
-        shared: dict[str, SharedGradient],
-        dropout: float,
-    ) -> None:
-        self.adapter, self.method, self.site = adapter, method, site
-        self.functions, self.can = functions, can
-        self.names, self.fixed, self.shared, self.dropout = tuple(names), tuple(fixed), shared, dropout
-        self.where = f"'{site.path}', method '{method}'"
+    adapter: str
+    method: str
+    site: Site
+    functions: Forward
+    can: Capabilities
+    names: Sequence[tuple[str, str]]
+    fixed: Sequence[tuple[str, str]]
+    shared: Mapping[str, SharedGradient]
+    dropout: float
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"'{self.site.path}', method '{self.method}'"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "functions": None}
