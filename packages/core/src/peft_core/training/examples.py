@@ -61,9 +61,13 @@ def prepare_causal(rows: Sequence[Row], kind: str, tokenizer: Any, max_length: i
     made = [make(row, tokenizer, max_length) for row in rows]
     kept = tuple(tokens for tokens in made if any(label != IGNORED for label in tokens.labels[1:]))
     if not kept:
-        raise DataError(
-            f"{rows[0].place}: no example has anything to learn within {max_length} tokens; raise data.max_length"
+        cut = any(tokens.truncated for tokens in made)
+        remedy = (
+            f"all that is to be learned lies beyond the first {max_length} tokens; raise data.max_length or shorten the prompts"
+            if cut
+            else "the tokenizer makes no tokens of what is to be learned; check the completions, and that it is the model's own"
         )
+        raise DataError(f"{rows[0].place}: no example has a token to learn: {remedy}")
     return Prepared(kept, truncated=sum(tokens.truncated for tokens in kept), dropped=len(made) - len(kept))
 
 
