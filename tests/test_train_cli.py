@@ -490,7 +490,7 @@ def test_lengths_of_conversations(chat_directory: Path) -> None:
     prepared = prepare_causal(rows, "messages", tokenizer, 14)
     assert (len(prepared.tokens), prepared.truncated, prepared.dropped) == (3, 3, 1)
     assert all(len(tokens.input_ids) == 14 for tokens in prepared.tokens)
-    with pytest.raises(pc.DataError, match="beyond the first 2 tokens; raise data.max_length"):
+    with pytest.raises(pc.DataError, match="beyond the first 2 tokens; raise"):
         prepare_causal(rows[3:], "messages", tokenizer, 2)
 
 
