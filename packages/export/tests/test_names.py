@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -192,6 +193,59 @@ def test_merging_into_a_tied_head_is_refused_or_unties(lone: Trial, make: Callab
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert merged.lm_head.weight is not merged.model.embed_tokens.weight
     torch.testing.assert_close(made.output(merged), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+def test_parting_an_embedding_parts_the_biases_too(
+    kind: str, lone: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    """One field of the configuration ties both, and the files leave both out."""
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForMaskedLM")(getattr(transformers, f"{kind}Config")(**TINY)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    made = make(lone, "bert", model=model, targets=["decoder"], train_modules=())
+    expected = made.output()
+    peft_export.merge(made.base, made.adapter, tmp_path / "out", untie=True)
+    merged, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    torch.testing.assert_close(made.output(merged.eval()), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_ties_that_the_configuration_does_not_govern(lone: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """T5 ties whatever `tie_word_embeddings` says, and takes from it whether the decoder's output is scaled."""
+    made = make(lone, "t5", targets=["lm_head"])
+    expected = made.output()
+    config = json.loads((made.base / "config.json").read_text())
+    plain = {
+        name: value for name, value in config.items() if name not in ("scale_decoder_outputs", "tie_word_embeddings")
+    }
+    base = tmp_path / "plain"
+    shutil.copytree(made.base, base)
+    (base / "config.json").write_text(json.dumps(plain))
+    report = peft_export.merge(base, made.adapter, tmp_path / "out", untie=True)
+    assert (tmp_path / "out/config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert any("lm_head.weight" in note and "parted" in note for note in report.notes)
+    merged = type(made.model).from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(made.output(merged), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_an_architecture_makes_one_tensor_cannot_be_parted(
+    lone: Trial, make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OneMatrix(transformers.LlamaForCausalLM):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    # (As imported now: transformers exchanges its module object once.)
+    monkeypatch.setattr(importlib.import_module("transformers"), "OneMatrix", OneMatrix, raising=False)
+    model = OneMatrix(llama(tie_word_embeddings=True).config).eval()
+    made = make(lone, model=model, targets=["lm_head"])
+    with pytest.raises(pc.MergeError, match="is one tensor with another layer's in every OneMatrix"):
+        peft_export.merge(made.base, made.adapter, tmp_path / "out", untie=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_embeddings_trained_alone_part_from_the_head(

@@ -1,14 +1,15 @@
-"""What only transformers knows: how it renames, stacks, splits or turns a checkpoint's tensors as it loads them, and which
-parameter of a classifier grows with its classes.
+"""What only transformers knows: how it renames, stacks, splits or turns a checkpoint's tensors as it loads them, which
+parameter of a classifier grows with its classes, and what parts tied parameters.
 
-Only here are transformers' model classes imported, for classifiers and for a checkpoint that names and shapes do not
-explain: the model is built on the meta device, without weights.
+Only here are transformers' model classes imported: for classifiers, for ties that are parted, and for a checkpoint that
+names and shapes do not explain. The model is built on the meta device, without weights.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from peft_core import CheckpointError, MergeError
 
+from . import output
 from .checkpoint_files import DTYPES, Checkpoint
 from .names import Conversion, Names, Wanted
 
@@ -87,7 +89,42 @@ def class_count(directory: Path, architecture: str, shapes: Mapping[str, tuple[i
     return None
 
 
-def _meta_model(directory: Path, architecture: str, **fields: Any) -> Any:
+def parted_by_flag(
+    directory: Path, architecture: str, config: Mapping[str, Any], tied: Sequence[Sequence[str]]
+) -> bool:
+    """Whether `tie_word_embeddings = false` in the configuration parts these sets of tied parameters.
+
+    Some architectures tie them whatever it says (and read something else from it): of these, transformers' loader keeps
+    apart what the files hold with different values.
+
+    Raises:
+        MergeError: the architecture makes them one tensor itself, so that no file can part them.
+    """
+    model = _meta_model(directory, architecture, output.edited(config, {"tie_word_embeddings": False}))
+    if model is None:
+        return True
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    declared = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    one = [name for members in tied for name in _still_one(members, parameters)]
+    if fixed := [name for name in one if name not in declared]:
+        raise MergeError(
+            f"'{fixed[0]}' is one tensor with another layer's in every {architecture}, and cannot be parted from it: leave "
+            "the layer out of the adapter, or train both as one"
+        )
+    return not one
+
+
+def _still_one(members: Sequence[str], parameters: Mapping[str, Tensor]) -> list[str]:
+    """Those of these parameters that share a tensor with another of them."""
+    found = [name for name in members if name in parameters]
+    owners = Counter(id(parameters[name]) for name in found)
+    return [name for name in found if owners[id(parameters[name])] > 1]
+
+
+def _meta_model(
+    directory: Path, architecture: str, config_fields: Mapping[str, Any] | None = None, **fields: Any
+) -> Any:
+    """A model without weights; None where transformers cannot build it. `config_fields`: what its `config.json` would say."""
     import transformers
 
     cls = getattr(transformers, architecture, None)
@@ -95,6 +132,8 @@ def _meta_model(directory: Path, architecture: str, **fields: Any) -> Any:
         return None
     try:
         config = transformers.AutoConfig.from_pretrained(directory, **fields)
+        if config_fields is not None:
+            config = type(config).from_dict(dict(config_fields))
     except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(f"'{directory}': config.json cannot be read: {' '.join(str(error).split())}") from None
     try:

@@ -13,6 +13,7 @@ from typing import Any
 
 from peft_core import MergeError
 from peft_core.adapter_file import AdapterFile
+from peft_core.errors import listed
 
 from .adapter_files import AdapterFiles
 from .checkpoint_files import CODES, DTYPES, PLAIN_FLOATS, Checkpoint, Entry, Reader
@@ -78,7 +79,7 @@ def plan_merge(
     """
     changes = collect_changes(adapters)
     _check_kinds(checkpoint, names, changes)
-    untied = _untied(checkpoint, adapters[0].header, names, changes, untie)
+    untied, by_flag = _untied(checkpoint, adapters[0].header, names, changes, config, untie)
     by_key = {key: parameter for parameter, key in names.keys.items()}
     groups = {
         key: group
@@ -98,7 +99,15 @@ def plan_merge(
         if change is not None and change.trained is not None:
             shape, code = change.trained[0].shape(change.trained[1]), dtype or checkpoint.dtype
             outputs.append(Output(_new_item(names.new_key(parameter), code, shape), None, change))
-    edits, notes = _edits(checkpoint.directory, adapters[0].header, names, changes, config, bool(untied))
+    edits, notes = _edits(checkpoint.directory, adapters[0].header, names, changes, config)
+    if by_flag:
+        edits["tie_word_embeddings"] = False
+        notes.append("tied embeddings were parted: config.json now says tie_word_embeddings = false")
+    elif untied:
+        notes.append(
+            f"{listed(sorted(untied))} were parted: the files hold each of them now, and from that transformers 5 sees that "
+            "they differ (config.json has no field for it)"
+        )
     return MergePlan(outputs, changes, edits, (*notes, *_remarks(checkpoint, adapters, names, changes)))
 
 
@@ -161,33 +170,55 @@ def _check_kinds(checkpoint: Checkpoint, names: Names, changes: Mapping[str, Cha
 
 
 def _untied(
-    checkpoint: Checkpoint, header: AdapterFile, names: Names, changes: Mapping[str, Change], untie: bool
-) -> dict[str, Entry]:
-    """Parameters that must be parted from the tensor that they share → that tensor.
+    checkpoint: Checkpoint,
+    header: AdapterFile,
+    names: Names,
+    changes: Mapping[str, Change],
+    config: Mapping[str, Any],
+    untie: bool,
+) -> tuple[dict[str, Entry], bool]:
+    """Parameters that need a tensor of their own → the one that they share; and whether the configuration must say so.
+
+    What the configuration parts, it parts for all: then every tied parameter needs one, whether it is changed or not.
 
     Raises:
-        MergeError: there are some, and parting them was not asked for.
+        MergeError: there are some, and parting them was not asked for or is not possible.
     """
-    out: dict[str, Entry] = {}
-    for entry, members in _tied_sets(checkpoint, header, names, changes):
-        different = {(change.trained if change and change.trained else change) for change in map(changes.get, members)}
-        if len(different) == 1 and next(iter(different)) is not None and all(changes[m].trained for m in members):
-            continue
-        if not untie:
-            changed = next(member for member in members if member in changes)
-            other = next(member for member in members if member != changed)
-            raise MergeError(
-                f"'{changed}' is the same tensor as '{other}': merging would change both; exclude the tied layer, or part "
-                f"them with untie=True (--untie; the checkpoint grows by {entry.nbytes / 1e6:.1f} MB)"
-            )
-        out.update(dict.fromkeys(members, entry))
-    return out
+    tied = _tied_sets(checkpoint, header, names, changes)
+    parted = [(entry, members) for entry, members in tied if _parts(members, changes)]
+    if not parted:
+        return {}, False
+    if not untie:
+        entry, members = parted[0]
+        changed = next(member for member in members if member in changes)
+        other = next(member for member in members if member != changed)
+        raise MergeError(
+            f"'{changed}' is the same tensor as '{other}': merging would change both; exclude the tied layer, or part "
+            f"them with untie=True (--untie; the checkpoint grows by {entry.nbytes / 1e6:.1f} MB)"
+        )
+    from .conversions import parted_by_flag
+
+    by_flag = not config or parted_by_flag(
+        checkpoint.directory, header.base.architecture, config, [members for _, members in parted]
+    )
+    return {member: entry for entry, members in (tied if by_flag else parted) for member in members}, by_flag
+
+
+def _parts(members: Sequence[str], changes: Mapping[str, Change]) -> bool:
+    """Whether changes make parameters differ that share a tensor: unless one tensor takes the place of all of them."""
+    if changes.keys().isdisjoint(members):
+        return False
+    new = {change.trained if change else None for change in map(changes.get, members)}
+    return len(new) > 1 or None in new
 
 
 def _tied_sets(
     checkpoint: Checkpoint, header: AdapterFile, names: Names, changes: Mapping[str, Change]
 ) -> list[tuple[Entry, list[str]]]:
-    """The shared tensors that a change touches, each with its parameters: seen from the tensors, not from a flag."""
+    """The shared tensors, each with its parameters: seen from the tensors, not from a flag.
+
+    One that the files hold twice is looked for only where a change touches it.
+    """
     sets: dict[str, list[str]] = {}
     for parameter, twin in names.ties.items():
         if twin in names.keys:
@@ -204,9 +235,7 @@ def _tied_sets(
                 others = {name: checkpoint.entries[key] for name, key in names.keys.items() if key != entry.key}
                 if twins := [name for name, other in others.items() if reader.same(entry, other)]:
                     sets[entry.key] = [parameter, *twins]
-    return [
-        (checkpoint.entries[key], members) for key, members in sets.items() if not changes.keys().isdisjoint(members)
-    ]
+    return [(checkpoint.entries[key], members) for key, members in sets.items()]
 
 
 def _edits(
@@ -215,14 +244,10 @@ def _edits(
     names: Names,
     changes: Mapping[str, Change],
     config: Mapping[str, Any],
-    untied: bool,
 ) -> tuple[dict[str, Any], list[str]]:
     """Fields of the configuration that no longer hold, and remarks on them."""
     edits: dict[str, Any] = {}
     notes: list[str] = []
-    if untied:
-        edits["tie_word_embeddings"] = False
-        notes.append("tied embeddings were parted: config.json now says tie_word_embeddings = false")
     new = [parameter for parameter in names.absent if parameter in changes]
     if new and header.base.architecture not in (config.get("architectures") or ()):
         edits["architectures"] = [header.base.architecture]

@@ -84,6 +84,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def edited(config: Mapping[str, Any], edits: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's configuration with some fields changed, also where its inner one has them."""
+    changed = {**config, **edits}
+    inner = changed.get("text_config")
+    if isinstance(inner, dict):
+        changed["text_config"] = {key: edits.get(key, value) for key, value in inner.items()}
+    return changed
+
+
 def write_json(path: Path, value: Any) -> None:
     """As transformers formats its files."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -179,8 +179,4 @@ def _write_config(base: Path, temporary: Path, config: Mapping[str, Any], plan: 
         edits["torch_dtype" if "torch_dtype" in config else "dtype"] = str(DTYPES[code]).removeprefix("torch.")
     if not edits or not config:
         return
-    changed = {**config, **edits}
-    inner = changed.get("text_config")
-    if isinstance(inner, dict):
-        changed["text_config"] = {key: edits.get(key, value) for key, value in inner.items()}
-    output.write_json(temporary / "config.json", changed)
+    output.write_json(temporary / "config.json", output.edited(config, edits))
