@@ -306,6 +306,90 @@ def test_another_base(
         peft_export.merge(tmp_path / "other", made.adapter, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("Qwen2ForCausalLM", "'model.layers.0.self_attn.k_proj.bias' is here and not there"),
+        ("Gemma2ForCausalLM", "'model.layers.0.post_feedforward_layernorm.weight' is here and not there"),
+        (
+            "CohereForCausalLM",
+            "no tensor here for 'model.layers.0.post_attention_layernorm.weight', nor in the adapter",
+        ),
+        ("LlamaForSequenceClassification", "no tensor here for 'lm_head', nor in the adapter"),
+    ],
+)
+def test_another_architecture_with_the_same_layers(
+    kind: str, message: str, any_method: Trial, make: Callable[..., Any], fails: Any, tmp_path: Path
+) -> None:
+    """Every adapted layer is there, but the model is another: `pc.load` refuses it, too."""
+    made = make(any_method)
+    cls = getattr(transformers, kind)
+    heads = dict(num_key_value_heads=2, head_dim=12, max_position_embeddings=32, tie_word_embeddings=False)
+    other = cls(cls.config_class(**TINY, **heads, pad_token_id=0))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(pc.CheckpointError):
+        pc.load(other, made.adapter)
+    for command in (("merge",), ("export", "lora")):
+        said = fails(*command, "--base", tmp_path / "other", "--adapter", made.adapter, "--out", tmp_path / "out")
+        assert "was trained on another base model" in said and message in said
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_base_of_another_type_with_the_same_tensors(
+    any_method: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    """`pc.load` takes it; that something differs is said."""
+    made = make(any_method)
+    config = transformers.MistralConfig(**TINY, num_key_value_heads=2, max_position_embeddings=32)
+    other = transformers.MistralForCausalLM(config)
+    other.save_pretrained(tmp_path / "other")
+    pc.load(other, made.adapter)
+    for write in (peft_export.merge, peft_export.export_lora):
+        report = write(tmp_path / "other", made.adapter, tmp_path / write.__name__)
+        assert any("of type llama" in note and "of type mistral" in note for note in report.notes)
+        assert not any(
+            "of type" in note for note in write(made.base, made.adapter, tmp_path / "own", overwrite=True).notes
+        )
+
+
+def test_buffers_of_old_files_are_no_difference(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """Rotary frequencies lie in the layers of old Llama checkpoints; transformers loads them no more."""
+    made = make(any_method)
+    old = tmp_path / "old"
+    shutil.copytree(made.base, old)
+    stored = load_file(old / "model.safetensors")
+    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
+    save_file(stored, old / "model.safetensors", {"format": "pt"})
+    peft_export.merge(old, made.adapter, tmp_path / "out")
+    assert "model.layers.0.self_attn.rotary_emb.inv_freq" in load_file(tmp_path / "out/model.safetensors")
+
+
+def test_a_new_head_that_nobody_kept(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """A classifier's first layer was drawn as the adapter's model was made, and neither trained nor saved."""
+    torch.manual_seed(0)
+    config = transformers.DistilBertConfig(**TINY, hidden_dim=72, max_position_embeddings=32)
+    transformers.DistilBertModel(config).save_pretrained(tmp_path / "encoder")
+    model = transformers.DistilBertForSequenceClassification.from_pretrained(tmp_path / "encoder").eval()
+    made = make(any_method, "bert", model=model, targets=r".*q_lin", train_modules=("classifier",))
+    with pytest.raises(pc.CheckpointError, match=r"no tensor here for 'pre_classifier.*train_modules"):
+        peft_export.merge(tmp_path / "encoder", made.adapter, tmp_path / "out")
+
+
+def test_what_a_model_computes_need_not_be_in_the_files(
+    any_method: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Marian's positions are sinusoids, which its files leave out."""
+    sides = {
+        f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4))
+    }
+    ffn = dict(encoder_ffn_dim=72, decoder_ffn_dim=72, d_model=48, vocab_size=60, max_position_embeddings=32)
+    config = transformers.MarianConfig(**sides, **ffn, pad_token_id=0, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    made = make(any_method, "t5", model=transformers.MarianMTModel(config).eval())
+    assert not any("embed_positions" in key for key in load_file(made.base / "model.safetensors"))
+    assert not peft_export.merge(made.base, made.adapter, tmp_path / "out").notes
+
+
 def test_another_architecture(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
     made = make(any_method)
     FAMILIES["gpt2"].build().save_pretrained(tmp_path / "other")

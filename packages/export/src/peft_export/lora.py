@@ -23,7 +23,7 @@ from peft_core.merge import Contribution, merged_weight
 from . import card, output, svd
 from .adapter_files import AdapterFiles
 from .checkpoint_files import CODES, DTYPES, INDEX, SINGLE, Checkpoint, Reader, open_checkpoint
-from .mapping import find_names
+from .mapping import find_names, note_on_type
 from .merge_plan import head_labels
 from .names import Names
 from .pipeline import Progress
@@ -153,7 +153,10 @@ def export_lora(
             runtime=target.name if target else "",
             command=target.command(request, rank) if target else "",
             problems=(*target.problems(request), *_rank_problems(target, ranks, uniform)) if target else (),
-            notes=tuple(_notes(source, ranks, rank, uniform)),
+            notes=(
+                *note_on_type(source.header, config, directory, source.directory),
+                *_notes(source, ranks, rank, uniform),
+            ),
         )
         marker = output.marker("lora", [source.header], labels, report.to_json())
         output.write_json(temporary / output.MARKER, marker)

@@ -17,6 +17,7 @@ from peft_core.errors import listed
 
 from .adapter_files import AdapterFiles
 from .checkpoint_files import CODES, DTYPES, PLAIN_FLOATS, Checkpoint, Entry, Reader
+from .mapping import note_on_type
 from .names import Conversion, Names
 from .shards import Item
 
@@ -94,12 +95,12 @@ def plan_merge(
     for parameter, source in untied.items():
         if parameter not in names.keys:
             outputs.append(Output(_item(source, dtype, names.new_key(parameter)), source, changes.get(parameter)))
-    for parameter in names.absent:
-        change = changes.get(parameter)
-        if change is not None and change.trained is not None:
-            shape, code = change.trained[0].shape(change.trained[1]), dtype or checkpoint.dtype
-            outputs.append(Output(_new_item(names.new_key(parameter), code, shape), None, change))
-    edits, notes = _edits(checkpoint.directory, adapters[0].header, names, changes, config)
+    new = {parameter: change for parameter, change in changes.items() if not names.knows(parameter)}
+    for parameter, change in new.items():
+        assert change.trained is not None
+        shape, code = change.trained[0].shape(change.trained[1]), dtype or checkpoint.dtype
+        outputs.append(Output(_new_item(names.new_key(parameter), code, shape), None, change))
+    edits, notes = _edits(checkpoint.directory, adapters[0].header, bool(new), config)
     if by_flag:
         edits["tie_word_embeddings"] = False
         notes.append("tied embeddings were parted: config.json now says tie_word_embeddings = false")
@@ -108,7 +109,7 @@ def plan_merge(
             f"{listed(sorted(untied))} were parted: the files hold each of them now, and from that transformers 5 sees that "
             "they differ (config.json has no field for it)"
         )
-    return MergePlan(outputs, changes, edits, (*notes, *_remarks(checkpoint, adapters, names, changes)))
+    return MergePlan(outputs, changes, edits, (*notes, *_remarks(checkpoint, adapters, names, changes, config)))
 
 
 def collect_changes(adapters: Sequence[AdapterFiles]) -> dict[str, Change]:
@@ -241,19 +242,15 @@ def _tied_sets(
 def _edits(
     base: Path,
     header: AdapterFile,
-    names: Names,
-    changes: Mapping[str, Change],
+    new_head: bool,
     config: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[str]]:
     """Fields of the configuration that no longer hold, and remarks on them."""
     edits: dict[str, Any] = {}
     notes: list[str] = []
-    new = [parameter for parameter in names.absent if parameter in changes]
-    if new and header.base.architecture not in (config.get("architectures") or ()):
+    if new_head and header.base.architecture not in (config.get("architectures") or ()):
         edits["architectures"] = [header.base.architecture]
         notes.append(f"the trained head makes this a {header.base.architecture}: config.json says so now")
-    if left := [parameter for parameter in names.absent if parameter not in changes]:
-        notes.append(f"'{left[0]}' is neither in the base nor in the adapter: whoever loads the result starts it anew")
     edits.update(head_labels(base, header, config))
     return edits, notes
 
@@ -272,11 +269,16 @@ def head_labels(base: Path, header: AdapterFile, config: Mapping[str, Any]) -> d
 
 
 def _remarks(
-    checkpoint: Checkpoint, adapters: Sequence[AdapterFiles], names: Names, changes: Mapping[str, Change]
+    checkpoint: Checkpoint,
+    adapters: Sequence[AdapterFiles],
+    names: Names,
+    changes: Mapping[str, Change],
+    config: Mapping[str, Any],
 ) -> list[str]:
     notes = []
     stored = {entry.dtype for p, key in names.keys.items() if p in changes and (entry := checkpoint.entries[key])}
     for adapter in adapters:
+        notes += note_on_type(adapter.header, config, checkpoint.directory, adapter.directory)
         trained_on = {CODES[site.dtype] for site in adapter.sites.values()}
         if packed := adapter.header.base.quantization:
             notes.append(

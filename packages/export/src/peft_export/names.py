@@ -43,20 +43,24 @@ class Names:
         keys: parameter → its key in the files.
         ties: parameter that the files leave out → the parameter whose tensor it shares.
         conversions: parameters that the files hold in another form, by group.
-        absent: parameters that are neither in the files nor tied: a head that training added.
         prefix: (of parameters, of keys): where a parameter's name begins with the one, its key begins with the other.
+        computed: parameters that the files leave out because the model computes them itself.
     """
 
     keys: Mapping[str, str]
     ties: Mapping[str, str] = field(default_factory=dict)
     conversions: tuple[Conversion, ...] = ()
-    absent: tuple[str, ...] = ()
     prefix: tuple[str, str] = ("", "")
+    computed: tuple[str, ...] = ()
 
     def new_key(self, parameter: str) -> str:
         """The key for a parameter that the files do not have yet."""
         ours, theirs = self.prefix
         return theirs + parameter.removeprefix(ours) if ours and parameter.startswith(ours) else parameter
+
+    def knows(self, parameter: str) -> bool:
+        """Whether the files hold this parameter, in whatever form; others are a head that training added."""
+        return parameter in self.keys or parameter in self.ties or self.conversion(parameter) is not None
 
     def conversion(self, parameter: str) -> Conversion | None:
         """The conversion that makes this parameter, if one does."""
@@ -99,6 +103,11 @@ def wanted_parameters(header: AdapterFile) -> list[Wanted]:
     return out
 
 
+def trained_parameters(header: AdapterFile) -> set[str]:
+    """Parameters of the modules that the adapter trained in full."""
+    return {f"{path}.{name}" for path, named in header.trained.items() for name in named}
+
+
 def by_prefix(checkpoint: Checkpoint, header: AdapterFile, wanted: list[Wanted]) -> Names | None:
     """The names, if every parameter is in the files, tied to one that is, or trained in full; None otherwise."""
     best, prefix = max(
@@ -112,19 +121,14 @@ def by_prefix(checkpoint: Checkpoint, header: AdapterFile, wanted: list[Wanted])
     tied = [parameter for parameter in left if parameter.parameters[0] in ties]
     if ties and sum(math.prod(p.shape) for p in tied) != shared:
         return None
-    trained = {f"{path}.{name}" for path, named in header.trained.items() for name in named}
+    trained = trained_parameters(header)
     absent = [parameter for parameter in left if parameter not in tied]
     if any(trained.isdisjoint(parameter.parameters) for parameter in absent):
         return None
     keys = {name: _key(checkpoint, name, prefix) for name in best}
     if absent and not checkpoint.entries.keys() <= set(keys.values()):
         return None  # what looks like a new head may be what the files hold under another name
-    return Names(
-        keys,
-        ties,
-        absent=tuple(next(name for name in parameter.parameters if name in trained) for parameter in absent),
-        prefix=prefix,
-    )
+    return Names(keys, ties, prefix=prefix)
 
 
 def matched(checkpoint: Checkpoint, wanted: list[Wanted], prefix: tuple[str, str]) -> dict[str, Wanted]:
