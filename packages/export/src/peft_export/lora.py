@@ -23,7 +23,7 @@ from peft_core.merge import Contribution, merged_weight
 from . import card, output, svd
 from .adapter_files import AdapterFiles
 from .checkpoint_files import CODES, DTYPES, INDEX, SINGLE, Checkpoint, Reader, open_checkpoint
-from .mapping import find_names, note_on_type
+from .mapping import find_names, note_on_type, quantized
 from .merge_plan import head_labels
 from .names import Names
 from .pipeline import Progress
@@ -229,6 +229,8 @@ class _Lowering:
         path = part.site.path
         if self._checkpoint is None or self._names is None:
             raise MergeError("an SVD compares with the base's weights: give a base directory that holds them")
+        if path in self._names.packed:
+            raise quantized(self._names.packed[path], "an SVD compares with the base's weights: give")
         key = self._names.keys.get(f"{path}.weight")
         if key is None:
             raise MergeError(

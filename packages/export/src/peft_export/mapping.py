@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft_core import CheckpointError
+from peft_core import CheckpointError, MergeError
 from peft_core.adapter_file import AdapterFile
 
-from .checkpoint_files import PLAIN_FLOATS, Checkpoint
+from .checkpoint_files import PLAIN_FLOATS, Checkpoint, Entry
 from .names import Names, Wanted, by_prefix, matched, trained_parameters, wanted_parameters
 
 
 def find_names(checkpoint: Checkpoint, header: AdapterFile, config: dict[str, Any], adapter: str) -> Names:
-    """The checkpoint as seen from the adapter's model.
+    """The checkpoint as seen from the adapter's model. Of layers that it holds quantized, no shape is compared.
 
     Args:
         config: the checkpoint's configuration. adapter: its directory, for messages.
@@ -31,6 +32,7 @@ def find_names(checkpoint: Checkpoint, header: AdapterFile, config: dict[str, An
         names = ask_transformers(checkpoint, header.base.architecture, wanted)
     if names is None:
         names = Names({name: name for name in matched(checkpoint, wanted, ("", ""))})
+    names = replace(names, packed=_packed(checkpoint, names, wanted))
     base = f"{header.base.architecture} '{header.base.name}'" if header.base.name else header.base.architecture
     difference = _difference(checkpoint, header, names, wanted) or _unknown(checkpoint, header, names, config)
     if difference:
@@ -52,11 +54,29 @@ def note_on_type(header: AdapterFile, config: Mapping[str, Any], base: Path, ada
     ]
 
 
+def quantized(entry: Entry, remedy: str) -> MergeError:
+    """The error for a layer whose weight is needed and is quantized."""
+    return MergeError(
+        f"'{entry.key}' in '{entry.file.parent}' is quantized ({entry.dtype}); {remedy} the original-precision checkpoint, or "
+        "a dequantized one"
+    )
+
+
+def _packed(checkpoint: Checkpoint, names: Names, wanted: list[Wanted]) -> dict[str, Entry]:
+    """Layers beside whose names the files hold something else than plain floats, in whatever format → one such tensor."""
+    found = {_module(key): entry for key, entry in checkpoint.entries.items() if entry.dtype not in PLAIN_FLOATS}
+    layers = {p.name: f"{p.name}.weight" for p in wanted if len(p.shape) == 2}
+    modules = {name: _module(names.keys.get(weight) or names.new_key(weight)) for name, weight in layers.items()}
+    return {name: found[module] for name, module in modules.items() if module in found}
+
+
 def _difference(checkpoint: Checkpoint, header: AdapterFile, names: Names, wanted: list[Wanted]) -> str:
     """The first parameter that the files should have and have not, or have in another shape."""
     sites = {site.path for site in header.sites}
     elsewhere = {*names.computed, *trained_parameters(header)}
     for parameter in wanted:
+        if parameter.name in names.packed:
+            continue
         for name in parameter.parameters:
             key = names.keys.get(name) or names.new_key(name)
             entry = checkpoint.entries.get(key)

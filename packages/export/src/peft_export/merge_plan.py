@@ -17,7 +17,7 @@ from peft_core.errors import listed
 
 from .adapter_files import AdapterFiles
 from .checkpoint_files import CODES, DTYPES, PLAIN_FLOATS, Checkpoint, Entry, Reader
-from .mapping import note_on_type
+from .mapping import note_on_type, quantized
 from .names import Conversion, Names
 from .shards import Item
 
@@ -158,14 +158,11 @@ def collect_changes(adapters: Sequence[AdapterFiles]) -> dict[str, Change]:
 def _check_kinds(checkpoint: Checkpoint, names: Names, changes: Mapping[str, Change]) -> None:
     for parameter, change in changes.items():
         key = names.keys.get(names.ties.get(parameter, parameter))
-        entry = checkpoint.entries.get(key or "")
+        entry = names.packed.get(change.path) or checkpoint.entries.get(key or "")
         if entry is None:
             continue
         if entry.dtype not in PLAIN_FLOATS:
-            raise MergeError(
-                f"'{entry.key}' in '{checkpoint.directory}' is quantized ({entry.dtype}); merge into the original-precision "
-                "checkpoint, or into a dequantized one"
-            )
+            raise quantized(entry, "merge into")
         if change.trained is not None and (shape := change.trained[0].shape(change.trained[1])) != entry.shape:
             raise MergeError(f"'{parameter}' is {list(shape)} in the adapter and {list(entry.shape)} in the base")
 

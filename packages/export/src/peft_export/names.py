@@ -45,6 +45,7 @@ class Names:
         conversions: parameters that the files hold in another form, by group.
         prefix: (of parameters, of keys): where a parameter's name begins with the one, its key begins with the other.
         computed: parameters that the files leave out because the model computes them itself.
+        packed: layers that the files hold quantized → one of their tensors.
     """
 
     keys: Mapping[str, str]
@@ -52,6 +53,7 @@ class Names:
     conversions: tuple[Conversion, ...] = ()
     prefix: tuple[str, str] = ("", "")
     computed: tuple[str, ...] = ()
+    packed: Mapping[str, Entry] = field(default_factory=dict)
 
     def new_key(self, parameter: str) -> str:
         """The key for a parameter that the files do not have yet."""
