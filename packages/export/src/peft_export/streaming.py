@@ -10,21 +10,19 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from peft_core import MergeError, SpecError
+from peft_core import SpecError
 from peft_core.errors import listed, suggestion
 from peft_core.spec import DTYPES as DTYPE_NAMES
 
 from . import card, output
-from .adapter_files import AdapterFiles
+from .adapter_files import AdapterFiles, Adapters, weights_of
 from .checkpoint_files import CODES, DTYPES, INDEX, open_checkpoint
 from .mapping import find_names
 from .merge_plan import MergePlan, plan_merge
 from .pipeline import Pipeline, Progress
 from .shards import Writer, parse_size
-
-Adapters: TypeAlias = str | Path | Sequence[str | Path] | Mapping[str, float]
 
 _CHECKED_FIRST = 1 << 30
 
@@ -123,14 +121,9 @@ def open_adapters(adapters: Adapters) -> list[AdapterFiles]:
     """The adapters of a path, several paths, or a map from path to weight; their headers are checked.
 
     Raises:
-        MergeError: none is given, or one twice. CheckpointError, PluginError: see `AdapterFiles`.
+        MergeError: see `weights_of`. CheckpointError, PluginError: see `AdapterFiles`.
     """
-    if isinstance(adapters, (str, Path)):
-        adapters = [adapters]
-    weights = adapters if isinstance(adapters, Mapping) else dict.fromkeys(map(str, adapters), 1.0)
-    if not weights or len(weights) != len(adapters):
-        raise MergeError("no adapter is given" if not weights else "an adapter is given twice")
-    return [AdapterFiles(directory, weight) for directory, weight in weights.items()]
+    return [AdapterFiles(directory, weight) for directory, weight in weights_of(adapters).items()]
 
 
 def dtype_code(dtype: str | None) -> str | None:

@@ -16,6 +16,7 @@ from peft_core.adapter_file import read_header
 from peft_core.files import whole_directory, write_text
 
 from . import card, output
+from .adapter_files import Adapters, weights_of
 from .checkpoint_files import CODES, DTYPES, Reader, open_checkpoint, read_entries
 from .lora import CONFIG
 from .shards import Item, Writer
@@ -91,7 +92,7 @@ class VerifyReport:
 def verify(
     export: str | Path,
     base: str | Path | None = None,
-    adapters: str | Path | Sequence[str | Path] | Mapping[str, float] | None = None,
+    adapters: Adapters | None = None,
     *,
     prompts: Sequence[str] = (),
     max_kl: float | None = None,
@@ -115,7 +116,11 @@ def verify(
     """
     dtype_code(None if dtype == "auto" else dtype)
     started = time.perf_counter()
-    directory, source, weights = Path(export), None if base is None else Path(base), _weights(adapters)
+    directory, source, weights = (
+        Path(export),
+        None if base is None else Path(base),
+        {} if adapters is None else weights_of(adapters),
+    )
     kind = _kind(directory)
     if (weights or kind == "lora") and source is None:
         raise MergeError(
@@ -263,14 +268,6 @@ def _precision(kind: str, directory: Path, source: Path | None) -> str:
         return str(output.read_marker(directory)["report"]["precision"])
     directory = directory if kind == "merged" or source is None else source
     return str(DTYPES[open_checkpoint(directory).dtype]).removeprefix("torch.")
-
-
-def _weights(adapters: str | Path | Sequence[str | Path] | Mapping[str, float] | None) -> dict[str, float]:
-    if adapters is None:
-        return {}
-    if isinstance(adapters, (str, Path)):
-        adapters = [adapters]
-    return dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(map(str, adapters), 1.0)
 
 
 def _from_golden(directory: Path) -> _Reference:

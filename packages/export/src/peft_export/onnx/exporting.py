@@ -17,7 +17,8 @@ from peft_core import SpecError
 from peft_core.errors import listed, suggestion
 
 from .. import card, output, running
-from ..streaming import Adapters, merge, open_adapters
+from ..adapter_files import Adapters
+from ..streaming import merge, open_adapters
 from . import genai
 from .graphs import MODEL, Graph, graphs
 from .installed import require_packages
