@@ -53,7 +53,9 @@ def lora(base: Path, header: AdapterFile, report: LoraReport, labels: Mapping[st
     """The card of a lowered adapter. `labels`: see `merge_plan.head_labels`."""
     classes = f", num_labels={len(labels['id2label'])}" if labels else ""
     worst = max((site.error for site in report.sites), default=0.0)
-    exact = "exactly" if worst == 0.0 else f"by truncated SVD, with a relative error of up to {worst:.2e} per layer"
+    exact = (
+        f"with a relative error of up to {worst:.2e} per layer ({' and '.join(report.losses)})" if worst else "exactly"
+    )
     auto = _auto_class(header.base.architecture)
     lines = [
         f"A standard LoRA adapter for {_base_text(base, header)}, lowered {exact} from a `{header.method.name}` adapter by "

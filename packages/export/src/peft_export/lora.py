@@ -6,6 +6,7 @@ approximated by a truncated SVD, whose error is reported layer by layer.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Set
@@ -41,7 +42,7 @@ _HEADS = ("classifier", "score")
 
 @dataclass(frozen=True)
 class LoweredSite:
-    """A layer's factors: their rank before padding, and ‖ΔW − BA‖ / ‖ΔW‖ (0: exact)."""
+    """A layer's factors: their rank before padding, and ‖ΔW − BA‖ / ‖ΔW‖ with B and A as they are stored (0: exact)."""
 
     path: str
     rank: int
@@ -53,7 +54,8 @@ class LoraReport:
     """What `export_lora` did.
 
     Attributes:
-        rank: of the adapter as written, padding included. runtime: for which it was fitted, if any.
+        rank: of the adapter as written, padding included. losses: what made errors, nothing where the factors are exact.
+        runtime: for which it was fitted, if any.
         command: how to start that runtime. problems: why it cannot serve the adapter.
     """
 
@@ -63,6 +65,7 @@ class LoraReport:
     method: str
     rank: int
     dtype: str
+    losses: tuple[str, ...]
     sites: tuple[LoweredSite, ...]
     trained: tuple[str, ...]
     bytes: int
@@ -101,8 +104,9 @@ def export_lora(
         base: checkpoint directory of the base; its weights are read only for an SVD. adapter, out: directories.
         fit: `vllm`, `sglang` or `llama.cpp`. pad_rank: fill up with zeros, so that all layers have one rank that the
             runtime accepts; None: if `fit` asks for it.
-        svd_rank, svd_energy: approximate what has no exact factors, by this rank or keeping this share of ‖ΔW‖².
-        dtype: of the factors; None: float32, or float64 where the adapter has it.
+        svd_rank, svd_energy: approximate by at most this rank, or by the smallest that keeps this share of ‖ΔW‖², what has
+            no exact factors, and exact factors that are larger than that.
+        dtype: of the factors; None: float32, or float64 where the adapter has it. Rounding to a narrower one is an error, too.
 
     Raises:
         MergeError: the method has no exact factors and no SVD is asked for. CheckpointError: an input cannot be read.
@@ -124,6 +128,11 @@ def export_lora(
         source.verify()
         lowering = _Lowering(directory, config, source, reader, svd_rank, svd_energy)
         lowered = dict(lowering.sites())
+        losses = ["truncated SVD"] if any(found.error for found in lowered.values()) else []
+        if code is not None:
+            before, lowered = lowered, _rounded(lowered, DTYPES[code])
+            if any(found.error > before[path].error for path, found in lowered.items()):
+                losses.append(f"rounding to {dtype}")
         ranks = {path: len(factors.A) for path, factors in lowered.items()}
         rank, uniform = _rank(max(ranks.values()), target, pad_rank)
         tensors = {
@@ -146,6 +155,7 @@ def export_lora(
             method=source.header.method.name,
             rank=rank,
             dtype=str(DTYPES[items[0].dtype]).removeprefix("torch."),
+            losses=tuple(losses),
             sites=tuple(LoweredSite(path, ranks[path], found.error) for path, found in lowered.items()),
             trained=tuple(source.header.trained),
             bytes=sum(item.nbytes for item in items),
@@ -197,7 +207,7 @@ class _Lowering:
             part = _widened(self._source.contribution(path, self._reader))
             factors, reason = self._exact(part)
             if factors is not None:
-                yield path, svd.reduce(factors.A, factors.B, self._rank)
+                yield path, svd.reduce(factors.A, factors.B, self._rank, self._energy)
             elif wants_svd:
                 yield path, svd.truncate(self._delta(part), self._rank, self._energy)
             else:
@@ -252,6 +262,21 @@ def _widened(part: Contribution) -> Contribution:
         }
 
     return part._replace(tensors=wide(part.tensors), binding=wide(part.binding))
+
+
+def _rounded(lowered: Mapping[str, svd.Truncated], dtype: torch.dtype) -> dict[str, svd.Truncated]:
+    """The factors with their errors in this dtype.
+
+    Raises:
+        MergeError: a factor is too large for it.
+    """
+    out = {path: svd.rounded(found, dtype) for path, found in lowered.items()}
+    if lost := [path for path, found in out.items() if not math.isfinite(found.error)]:
+        name = str(dtype).removeprefix("torch.")
+        raise MergeError(
+            f"'{lost[0]}': its factors are too large for {name}; write them as bfloat16 or float32 (--dtype)"
+        )
+    return out
 
 
 def _named(found: svd.Truncated) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:

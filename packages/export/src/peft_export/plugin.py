@@ -102,13 +102,16 @@ def lora(
         typer.Option("--pad-rank/--no-pad-rank", help="Fill all layers up to one rank. On where --fit needs it."),
     ] = None,
     svd_rank: Annotated[
-        int | None, typer.Option(min=1, help="Approximate, by this rank, what has no exact factors of it.")
+        int | None,
+        typer.Option(min=1, help="Approximate, by this rank, what has no exact factors of it or a smaller one."),
     ] = None,
     svd_energy: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="Approximate by the rank that keeps this share, such as 0.99."),
+        typer.Option(min=0.0, max=1.0, help="Approximate by the rank that keeps this share of ‖ΔW‖², such as 0.99."),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="dtype of the factors: float32, bfloat16, float16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="dtype of the factors: float32 (exact), bfloat16, float16, float64.")
+    ] = None,
     overwrite: Overwrite = False,
     verify: Verify = False,
     json_: Json = False,
@@ -301,7 +304,7 @@ def _lora_table(report: LoraReport) -> Table:
         "output": report.out,
         "layers": f"{len(report.sites)}, rank {report.rank}",
         "size": f"{size(report.bytes)}, {report.dtype}",
-        "error": f"up to {report.worst.error:.2e} of ‖ΔW‖ ({report.worst.path})"
+        "error": f"up to {report.worst.error:.2e} of ‖ΔW‖ ({report.worst.path}), by {' and '.join(report.losses)}"
         if report.worst.error
         else "none: the factors are exact",
         "time": f"{report.seconds:.1f} s",
