@@ -33,6 +33,7 @@ from .shards import Item, Writer
 from .streaming import dtype_code
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SVD = "truncated SVD"
 _PREFIX = "base_model.model."
 # In a model with stacked experts PEFT takes these, as `target_modules`, for its experts, whatever the path before them.
 _EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
@@ -128,7 +129,7 @@ def export_lora(
         source.verify()
         lowering = _Lowering(directory, config, source, reader, svd_rank, svd_energy)
         lowered = dict(lowering.sites())
-        losses = ["truncated SVD"] if any(found.error for found in lowered.values()) else []
+        losses = [SVD] if any(found.error for found in lowered.values()) else []
         if code is not None:
             before, lowered = lowered, _rounded(lowered, DTYPES[code])
             if any(found.error > before[path].error for path, found in lowered.items()):

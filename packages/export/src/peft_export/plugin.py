@@ -180,7 +180,7 @@ def verify(
     max_kl: Annotated[
         float | None,
         typer.Option(
-            min=0.0, help="Largest mean KL divergence allowed, in nats per token. Default: 1e-2; by precision for ONNX."
+            min=0.0, help="Largest mean KL divergence allowed, in nats per token. Default: by the export's precision."
         ),
     ] = None,
     dtype: Annotated[
