@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import onnxruntime_genai
+import onnxscript
 import pytest
 import torch
 import transformers
@@ -29,6 +30,7 @@ from peft_export.verify import MAX_KL
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+TINY: dict[str, Any] = dict(vocab_size=60, max_position_embeddings=32, pad_token_id=0)
 GENERATES = ("llama", "qwen3", "gemma3", "gpt2", "t5")
 
 
@@ -169,7 +171,7 @@ def test_nothing_to_quantize_is_an_error() -> None:
         quantizing.quantize(tracing.trace(graph), 4, 16)
 
 
-def test_what_has_no_onnx_form_is_named() -> None:
+def test_what_has_no_onnx_form_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     class Unknown(nn.Module):
         def forward(self, inputs: dict[str, Tensor]) -> list[Tensor]:
             return [torch.linalg.eigvalsh(inputs["x"])]
@@ -182,9 +184,53 @@ def test_what_has_no_onnx_form_is_named() -> None:
     with pytest.raises(pc.ModelError, match=r"Unknown cannot be written as ONNX: .* aten\._linalg_eigh") as said:
         tracing.trace(graphs.Graph("model", Unknown(), x, ("y",), {}))
     assert "\n" not in str(said.value)
-    with pytest.raises(pc.ModelError, match="Decides cannot be traced for ONNX: ") as said:
+    with pytest.raises(
+        pc.ModelError, match=r"Decides cannot be traced for ONNX: it decides by values .*, in test_onnx"
+    ) as said:
         tracing.trace(graphs.Graph("model", Decides(), x, ("y",), {}))
-    assert "\n" not in str(said.value)
+    assert "\n" not in str(said.value) and 'inputs["x"].sum() > 0' in str(said.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_clamp_of_what_is_not_finite_is_in_the_graph() -> None:
+    """BART and others clamp, in float16, where a value has overflowed: the graph must always do so, and changes nothing else."""
+
+    class Clamps(nn.Module):
+        def forward(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+            x = 2 * inputs["x"]
+            if not torch.isfinite(x).all():
+                x = x.clamp(-100, 100)
+            if torch.isinf(x).any() or torch.isnan(x).any():
+                x = x.clamp(-50, 50)
+            return [torch.where(torch.isinf(inputs["x"]), x, x + 1)]
+
+    model = tracing.trace(graphs.Graph("model", Clamps(), {"x": torch.eye(3)}, ("y",), {}))
+    session = onnxruntime.InferenceSession(onnxscript.ir.to_proto(model).SerializeToString())
+    x = np.array([[1, np.inf, -np.inf]] * 3, dtype=np.float32)
+    np.testing.assert_array_equal(session.run(None, {"x": x})[0], [[3, 50, -50]] * 3)
+
+
+def test_bart_in_float16(any_method: Trial, make: Callable[..., Any], program: Any, tmp_path: Path) -> None:
+    sides = {
+        f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4))
+    }
+    config = transformers.BartConfig(**TINY, **sides, d_model=48, encoder_ffn_dim=72, decoder_ffn_dim=72)
+    torch.manual_seed(0)
+    made = make(any_method, "t5", model=transformers.BartForConditionalGeneration(config).eval())
+    arguments = ("--base", made.base, "--adapter", made.adapter, "--out", tmp_path / "out", "--precision", "fp16")
+    code, text, err = program("export", "onnx", *arguments, "--json")
+    assert code == 0 and json.loads(text)["verification"]["ok"], err
+
+
+def test_experts(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    sizes = dict(hidden_size=48, intermediate_size=72, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2)
+    heads = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=12)
+    torch.manual_seed(0)
+    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**TINY, **sizes, **heads)).eval()
+    made = make(any_method, model=model)
+    peft_export.export_onnx(made.base, made.adapter, tmp_path / "out")
+    found = peft_export.verify(tmp_path / "out", made.base, made.adapter)
+    assert found.ok and found.generated_equal == found.generated > 20
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])

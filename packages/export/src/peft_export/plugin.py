@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -275,8 +276,8 @@ def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def _status(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A line on standard error that says what is being done."""
-    with Console(stderr=True, quiet=quiet).status("") as line:
+    """A line on standard error that says what is being done, also where what is done turns its own errors away."""
+    with Console(file=sys.stderr, quiet=quiet).status("") as line:
         yield line.update
 
 

@@ -101,6 +101,7 @@ def export_onnx(
         merge(source, weights, merged, dtype="float32", untie=untie)
         architecture = headers[0].base.architecture
         model = running.load_model(merged, architecture, "float16" if precision == "fp16" else "float32")
+        _choose_kernels(model)
         found = graphs(model)
         models = {}
         for graph in found:
@@ -141,6 +142,12 @@ def export_onnx(
     del model, models, found, traced
     gc.collect()  # a traced model is full of cycles, and holds all weights
     return report
+
+
+def _choose_kernels(model: Any) -> None:
+    """Experts as products of gathered weights, which have an ONNX form, instead of grouped products, which have none."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("batched_mm")
 
 
 def _fraction(shares: list[Share]) -> float:
