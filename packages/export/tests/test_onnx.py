@@ -261,6 +261,7 @@ def test_what_is_written(exported: Any, program: Any) -> None:
     made = exported("qwen3")
     report = made.report
     assert report.files == ("model.onnx", "model.onnx.data") and report.seconds > 0 and report.peak_memory > 0
+    assert not any("not in the graph" in note for note in report.notes)
     assert report.weights == made.parameters and report.bytes == sum(
         (made.out / file).stat().st_size for file in report.files
     )
@@ -291,6 +292,23 @@ def test_the_command(any_method: Trial, make: Callable[..., Any], program: Any, 
     report = json.loads(out)
     assert code == 0 and "verification" not in report and report["block_size"] == 32
     assert not (tmp_path / "out/verification").exists()
+
+
+def test_what_is_not_in_the_graph_is_said(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """A model of images and text is exported for text: its tower for images is left out, with what was adapted there."""
+    sizes = dict(hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4)
+    text = {**TINY, **sizes, "num_key_value_heads": 2, "head_dim": 12}
+    tokens = dict(mm_tokens_per_image=4, image_token_index=57, boi_token_index=58, eoi_token_index=59)
+    vision = {**sizes, "image_size": 16, "patch_size": 4}
+    torch.manual_seed(0)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, **tokens)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    inside = sum(p.numel() for p in model.model.language_model.parameters())
+    made = make(any_method, model=model, targets=["q_proj", "v_proj"])
+    report = peft_export.export_onnx(made.base, made.adapter, tmp_path / "out")
+    assert report.weights == inside
+    (note,) = (note for note in report.notes if "not in the graph" in note)
+    assert "model.vision_tower" in note and "4 of the 8 layers that the adapter changes are lost with that" in note
 
 
 def test_bad_input(

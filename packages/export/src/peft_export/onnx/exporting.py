@@ -6,7 +6,7 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from peft_core.errors import listed, suggestion
 
 from .. import card, output, running
 from ..adapter_files import Adapters
+from ..merge_plan import collect_changes
 from ..streaming import merge, open_adapters
 from . import genai
 from .graphs import MODEL, Graph, graphs
 from .installed import require_packages
 from .quantizing import BLOCK_SIZES, Share, quantize, turn_weights
-from .tracing import trace
+from .tracing import PARAMETERS, trace
 from .writing import write_graphs
 
 PRECISIONS: Mapping[str, int] = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
@@ -35,7 +36,8 @@ class OnnxReport:
     """What `export_onnx` did.
 
     Attributes:
-        files: the graphs and their weights. quantized: share of the weights that is quantized, counted in elements.
+        files: the graphs and their weights. weights: how many the graphs have.
+        quantized: share of the weights that is quantized, counted in elements.
         peak_memory: of the whole process so far, in bytes; None where the system does not tell.
     """
 
@@ -117,7 +119,12 @@ def export_onnx(
         status("writing")
         files = write_graphs(models, temporary)
         output.copy_rest(merged, temporary, {output.MARKER, card.NAME})
-        notes = _notes(model)
+        used = {
+            graph.module.get_parameter(name).data_ptr()
+            for graph in found
+            for name in models[graph.name].meta[PARAMETERS]
+        }
+        notes = [*_notes(model), *_left_out(model, found, used, collect_changes(parts).keys())]
         notes += _write_genai(temporary, found, model)
         shutil.rmtree(merged)
         report = OnnxReport(
@@ -129,7 +136,7 @@ def export_onnx(
             block_size=block_size if shares else None,
             inputs={graph.name: tuple(graph.inputs) for graph in found},
             outputs={graph.name: graph.outputs for graph in found},
-            weights=sum(parameter.numel() for parameter in model.parameters()),
+            weights=sum(parameter.numel() for parameter in model.parameters() if parameter.data_ptr() in used),
             quantized=_fraction(shares),
             files=tuple(files),
             bytes=sum((temporary / file).stat().st_size for file in files),
@@ -161,6 +168,24 @@ def _notes(model: nn.Module) -> list[str]:
     if embedding is not None and head is not None and embedding.weight is head.weight:
         return ["the embedding and the output head are one matrix, stored once"]
     return []
+
+
+def _left_out(model: nn.Module, found: list[Graph], used: Set[int], changed: Set[str]) -> list[str]:
+    """A remark on what the graphs do without: the tower for images of a model of images and text, above all.
+
+    Args:
+        used: addresses of the parameters in the graphs. changed: names of those that an adapter changes.
+    """
+    left = [name for name, parameter in model.named_parameters() if parameter.data_ptr() not in used]
+    if not left:
+        return []
+    parts = dict.fromkeys(".".join(name.split(".")[:2]) for name in left)
+    inputs = [name for graph in found for name in graph.inputs if not name.startswith("past_key_values.")]
+    note = f"not in the graph, which takes {listed(inputs)} alone: {listed(parts, 4)}"
+    if adapted := [name.removesuffix(".weight") for name in left if name in changed]:
+        lost = f"{len(adapted)} of the {len(changed)} layers that the adapter changes"
+        note += f"; {lost} are lost with that ({listed(adapted, 3)})"
+    return [note]
 
 
 def _write_genai(directory: Path, found: list[Graph], model: nn.Module) -> list[str]:

@@ -21,6 +21,7 @@ from .graphs import Graph
 
 # Every runtime of the last years knows it, and what torch's exporter writes needs no newer one.
 OPSET = 18
+PARAMETERS = "parameters"
 # What a value's test is decided to say; see _NeverFinite.
 _FINITE = {"isfinite": False, "isinf": True, "isnan": True}
 # How torch names the line of a model that it could not decide.
@@ -31,7 +32,9 @@ _CAUSE = re.compile(r"data-dependent.*?Caused by: \((?P<file>[^:\n]+):(?P<line>\
 def trace(graph: Graph) -> Any:
     """The graph as an `onnxscript.ir.Model`; its weights are the module's own tensors, under their names.
 
-    Weights stay as torch has them, [out, in], behind a Transpose, so that it can be seen which are shared.
+    Weights stay as torch has them, [out, in], behind a Transpose, so that it can be seen which are shared. The names of the
+    parameters that are computed with are in the model's `meta[PARAMETERS]`: the graph's own do not tell, since equal tensors
+    are one there.
 
     Raises:
         ModelError: an operator of the model has no ONNX form, or the model cannot be traced.
@@ -56,10 +59,18 @@ def trace(graph: Graph) -> Any:
             assert program is not None
             model: Any = program.model
             optimizer.optimize_ir(model, should_fold=_should_fold)
+            model.meta[PARAMETERS] = _parameters(program.exported_program)
     except torch.onnx.errors.OnnxExporterError as error:
         raise ModelError(_explained(graph, error)) from error
     _tidy(model)
     return model
+
+
+def _parameters(program: Any) -> frozenset[str]:
+    """The parameters that a traced program uses."""
+    names = program.graph_signature.inputs_to_parameters
+    used = (node for node in program.graph.nodes if node.op == "placeholder" and node.users)
+    return frozenset(names[node.name] for node in used if node.name in names)
 
 
 def weight_transposes(model: Any) -> list[Any]:
