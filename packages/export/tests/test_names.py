@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -267,6 +268,48 @@ def test_trained_together_they_stay_tied(any_method: Trial, make: Callable[..., 
     made.model.save_pretrained(tmp_path / "expected")
     assert equal(tmp_path / "out", tmp_path / "expected")
     assert "lm_head.weight" not in load_file(tmp_path / "out/model.safetensors")
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("size", [68, 52])
+def test_a_resized_vocabulary(size: int, tie: bool, lone: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """Both embeddings were trained after the model was resized: the adapter brings them, and the files have them as before."""
+    llama(tie_word_embeddings=tie).save_pretrained(tmp_path / "before")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "before").eval()
+    model.resize_token_embeddings(size, mean_resizing=False)
+    made = make(lone, model=model, targets=["q_proj"], train_modules=("embed_tokens", "lm_head"))
+    ids = {"input_ids": torch.tensor([[1, size - 1, 5]])}
+    expected = model(**ids).logits
+    report = peft_export.merge(tmp_path / "before", made.adapter, tmp_path / "out")
+    assert any(f"the vocabulary has {size} tokens, not 60" in note for note in report.notes)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["vocab_size"] == size and config["tie_word_embeddings"] == tie
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(merged(**ids).logits, expected, atol=1e-5, rtol=1e-5)
+    assert peft_export.verify(tmp_path / "out", tmp_path / "before", made.adapter).ok
+    report = peft_export.export_lora(tmp_path / "before", made.adapter, tmp_path / "lora")
+    assert any(f"base.resize_token_embeddings({size})" in note for note in report.notes)
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "before")
+    base.resize_token_embeddings(size)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+    torch.testing.assert_close(loaded(**ids).logits, expected, atol=1e-5, rtol=1e-5)
+    assert peft_export.verify(tmp_path / "lora", tmp_path / "before", made.adapter).ok
+
+
+@pytest.mark.parametrize("trained", [(), ("embed_tokens",)])
+def test_a_resized_vocabulary_that_nobody_kept(
+    trained: tuple[str, ...], lone: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    llama().save_pretrained(tmp_path / "before")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "before").eval()
+    model.resize_token_embeddings(68, mean_resizing=False)
+    made = make(lone, model=model, targets=["q_proj"], train_modules=trained)
+    with pytest.raises(
+        pc.CheckpointError, match=r"is \[60, 48\] here and \[68, 48\] there; if .* resized .*train_modules"
+    ):
+        peft_export.merge(tmp_path / "before", made.adapter, tmp_path / "out")
+    # The resized base itself will do.
+    peft_export.merge(made.base, made.adapter, tmp_path / "out")
 
 
 def test_ties_are_seen_from_the_tensors(lone: Trial, make: Callable[..., Any], tmp_path: Path) -> None:

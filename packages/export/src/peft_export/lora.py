@@ -25,7 +25,7 @@ from . import card, output, svd
 from .adapter_files import AdapterFiles
 from .checkpoint_files import CODES, DTYPES, INDEX, SINGLE, Checkpoint, Reader, open_checkpoint
 from .mapping import find_names, note_on_type, quantized
-from .merge_plan import head_labels
+from .merge_plan import head_labels, resizing
 from .names import Names
 from .pipeline import Progress
 from .runtimes import Request, Runtime, runtime
@@ -166,6 +166,7 @@ def export_lora(
             problems=(*target.problems(request), *_rank_problems(target, ranks, uniform)) if target else (),
             notes=(
                 *note_on_type(source.header, config, directory, source.directory),
+                *lowering.resizing(config),
                 *_notes(source, ranks, rank, uniform),
             ),
         )
@@ -196,6 +197,14 @@ class _Lowering:
         if (base / SINGLE).is_file() or (base / INDEX).is_file() or not config:
             self._checkpoint = open_checkpoint(base)
             self._names = find_names(self._checkpoint, source.header, config, str(source.directory))
+
+    def resizing(self, config: Mapping[str, Any]) -> Iterator[str]:
+        """A remark on a base whose vocabulary must be resized before the adapter is loaded."""
+        if self._checkpoint is None or self._names is None:
+            return
+        edits, found = resizing(self._checkpoint, self._names, [self._source], config)
+        for what, size in zip(found, edits.values(), strict=True):
+            yield f"{what}: resize the base before loading the adapter, base.resize_token_embeddings({size})"
 
     def sites(self) -> Iterator[tuple[str, svd.Truncated]]:
         """(path, factors) of every site.

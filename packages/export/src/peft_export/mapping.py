@@ -12,7 +12,7 @@ from peft_core import CheckpointError, MergeError
 from peft_core.adapter_file import AdapterFile
 
 from .checkpoint_files import PLAIN_FLOATS, Checkpoint, Entry
-from .names import Names, Wanted, by_prefix, matched, trained_parameters, wanted_parameters
+from .names import Names, Wanted, by_prefix, matched, wanted_parameters
 
 
 def find_names(checkpoint: Checkpoint, header: AdapterFile, config: dict[str, Any], adapter: str) -> Names:
@@ -73,16 +73,19 @@ def _packed(checkpoint: Checkpoint, names: Names, wanted: list[Wanted]) -> dict[
 def _difference(checkpoint: Checkpoint, header: AdapterFile, names: Names, wanted: list[Wanted]) -> str:
     """The first parameter that the files should have and have not, or have in another shape."""
     sites = {site.path for site in header.sites}
-    elsewhere = {*names.computed, *trained_parameters(header)}
     for parameter in wanted:
         if parameter.name in names.packed:
             continue
         for name in parameter.parameters:
-            key = names.keys.get(name) or names.new_key(name)
-            entry = checkpoint.entries.get(key)
+            held = names.ties.get(name, name)
+            entry = checkpoint.entries.get(names.keys.get(held) or names.new_key(held))
             if entry is not None and not parameter.fits(entry) and names.conversion(name) is None:
-                return f"'{parameter.name}' is {list(entry.shape)} here and {list(parameter.shape)} there"
-        if not any(names.knows(name) or name in elsewhere for name in parameter.parameters):
+                return f"'{parameter.name}' is {list(entry.shape)} here and {list(parameter.shape)} there" + _remedy(
+                    parameter, entry
+                )
+        if parameter.trained:
+            continue
+        if not any(names.knows(name) or name in names.computed for name in parameter.parameters):
             if parameter.name in sites:
                 return f"there is no tensor here for the adapted layer '{parameter.name}'"
             return (
@@ -90,6 +93,16 @@ def _difference(checkpoint: Checkpoint, header: AdapterFile, names: Names, wante
                 "on (a new head that is named in train_modules is saved with the adapter)"
             )
     return ""
+
+
+def _remedy(parameter: Wanted, entry: Entry) -> str:
+    """What to do about a tensor that has another number of rows, as if its model had been resized after loading."""
+    if len(parameter.shape) != 2 or entry.shape[1:] != parameter.shape[1:]:
+        return ""
+    return (
+        "; if the model was resized before training, save the resized base (model.save_pretrained) and give that, or name "
+        "the module in train_modules, so that it is saved with the adapter"
+    )
 
 
 def _unknown(checkpoint: Checkpoint, header: AdapterFile, names: Names, config: Mapping[str, Any]) -> str:

@@ -89,18 +89,23 @@ def plan_merge(
         if not changes.keys().isdisjoint(group.parameters)
     }
     outputs = [
-        Output(_item(entry, dtype), entry, changes.get(by_key.get(key, "")), groups.get(key))
+        Output(_item(entry, dtype, change), entry, change, groups.get(key))
         for key, entry in checkpoint.entries.items()
+        for change in [changes.get(by_key.get(key, ""))]
     ]
     for parameter, source in untied.items():
         if parameter not in names.keys:
-            outputs.append(Output(_item(source, dtype, names.new_key(parameter)), source, changes.get(parameter)))
+            change, key = changes.get(parameter), names.new_key(parameter)
+            outputs.append(Output(_item(source, dtype, change, key), source, change))
     new = {parameter: change for parameter, change in changes.items() if not names.knows(parameter)}
     for parameter, change in new.items():
         assert change.trained is not None
         shape, code = change.trained[0].shape(change.trained[1]), dtype or checkpoint.dtype
         outputs.append(Output(_new_item(names.new_key(parameter), code, shape), None, change))
     edits, notes = _edits(checkpoint.directory, adapters[0].header, bool(new), config)
+    resized, more = resizing(checkpoint, names, adapters, config)
+    edits |= resized
+    notes += [f"{what}: config.json says so now" for what in more]
     if by_flag:
         edits["tie_word_embeddings"] = False
         notes.append("tied embeddings were parted: config.json now says tie_word_embeddings = false")
@@ -163,8 +168,6 @@ def _check_kinds(checkpoint: Checkpoint, names: Names, changes: Mapping[str, Cha
             continue
         if entry.dtype not in PLAIN_FLOATS:
             raise quantized(entry, "merge into")
-        if change.trained is not None and (shape := change.trained[0].shape(change.trained[1])) != entry.shape:
-            raise MergeError(f"'{parameter}' is {list(shape)} in the adapter and {list(entry.shape)} in the base")
 
 
 def _untied(
@@ -252,6 +255,32 @@ def _edits(
     return edits, notes
 
 
+def resizing(
+    checkpoint: Checkpoint, names: Names, adapters: Sequence[AdapterFiles], config: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """The field of the configuration for a vocabulary whose embeddings the adapters bring along in another size, in words too.
+
+    Raises:
+        MergeError: they bring different sizes.
+    """
+    inner = config.get("text_config")
+    before = (inner if isinstance(inner, Mapping) else config).get("vocab_size", config.get("vocab_size"))
+    sizes: dict[int, str] = {}
+    for adapter in adapters:
+        for parameter, key in adapter.trained.items():
+            entry = checkpoint.entries.get(names.keys.get(names.ties.get(parameter, parameter), ""))
+            if entry is not None and entry.shape[:1] == (before,) and adapter.shape(key) != entry.shape:
+                sizes.setdefault(adapter.shape(key)[0], parameter)
+    if len(sizes) > 1:
+        raise MergeError(
+            f"the adapters bring vocabularies of different sizes: {listed(map(str, sizes))}; merge one of them"
+        )
+    if not sizes:
+        return {}, []
+    size = next(iter(sizes))
+    return {"vocab_size": size}, [f"the vocabulary has {size} tokens, not {before}"]
+
+
 def head_labels(base: Path, header: AdapterFile, config: Mapping[str, Any]) -> dict[str, Any]:
     """`id2label` and `label2id` for a classifier that was trained with another number of classes than the base states."""
     if not config or "Classification" not in header.base.architecture:
@@ -295,7 +324,9 @@ def _remarks(
     return notes
 
 
-def _item(entry: Entry, dtype: str | None, key: str | None = None) -> Item:
+def _item(entry: Entry, dtype: str | None, change: Change | None, key: str | None = None) -> Item:
+    if change is not None and change.trained is not None:
+        return _new_item(key or entry.key, dtype or entry.dtype, change.trained[0].shape(change.trained[1]))
     if dtype is None or entry.dtype not in PLAIN_FLOATS:
         return Item(key or entry.key, entry.dtype, entry.shape, entry.nbytes)
     return _new_item(key or entry.key, dtype, entry.shape)

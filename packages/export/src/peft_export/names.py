@@ -76,15 +76,19 @@ class Wanted:
     Attributes:
         name: as `adapter.json` has it. shape: logical (out × in for a layer). transposed: how the files store it, if known.
         parameters: what the parameter may be called: a two-dimensional name can be a layer or a parameter of its own.
+        trained: the adapter brings it along, so that the files may have it in another size (of a vocabulary, of classes).
     """
 
     name: str
     shape: tuple[int, ...]
     transposed: bool | None
     parameters: tuple[str, ...]
+    trained: bool = False
 
     def fits(self, entry: Entry) -> bool:
         """Whether a tensor has the right shape."""
+        if self.trained:
+            return len(entry.shape) == len(self.shape)
         if len(self.shape) != 2 or self.transposed is False:
             return entry.shape == self.shape
         turned = self.shape[::-1]
@@ -94,14 +98,18 @@ class Wanted:
 def wanted_parameters(header: AdapterFile) -> list[Wanted]:
     """Everything that the adapter's base model consists of."""
     sites = {site.path: site.transposed for site in header.sites}
+    trained = trained_parameters(header)
     out = []
     for name, shape in header.base.shapes.items():
+        transposed: bool | None
+        parameters: tuple[str, ...]
         if name in sites:
-            out.append(Wanted(name, tuple(shape), sites[name], (f"{name}.weight",)))
+            transposed, parameters = sites[name], (f"{name}.weight",)
         elif len(shape) == 2 and not name.endswith((".weight", ".bias")):
-            out.append(Wanted(name, tuple(shape), None, (f"{name}.weight", name)))
+            transposed, parameters = None, (f"{name}.weight", name)
         else:
-            out.append(Wanted(name, tuple(shape), False, (name,)))
+            transposed, parameters = False, (name,)
+        out.append(Wanted(name, tuple(shape), transposed, parameters, not trained.isdisjoint(parameters)))
     return out
 
 

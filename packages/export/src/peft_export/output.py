@@ -85,12 +85,12 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def edited(config: Mapping[str, Any], edits: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's configuration with some fields changed, also where its inner one has them."""
-    changed = {**config, **edits}
-    inner = changed.get("text_config")
-    if isinstance(inner, dict):
-        changed["text_config"] = {key: edits.get(key, value) for key, value in inner.items()}
-    return changed
+    """A model's configuration with some fields changed: where they are, in it or in its inner one; new ones in it."""
+    inner = config.get("text_config")
+    if not isinstance(inner, dict):
+        return {**config, **edits}
+    own = {name: value for name, value in edits.items() if name in config or name not in inner}
+    return {**config, **own, "text_config": {name: edits.get(name, value) for name, value in inner.items()}}
 
 
 def write_json(path: Path, value: Any) -> None:
