@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -144,6 +145,31 @@ def test_precisions(family: str, precision: str, exported: Any) -> None:
     stored = (made.out / "model.onnx.data").stat().st_size
     rest = (1 - made.report.quantized) * 4 * made.parameters
     assert stored <= made.parameters * (bits + 2 + bits / 16) / 8 * 1.15 + rest
+
+
+def test_what_int4_is_is_said(exported: Any, program: Any) -> None:
+    """The tied embedding has 8 bits, and the report says so; that so few bits change what is written is said with the verdict."""
+    made = exported("gpt2", "int4")
+    table = made.parameters - sum(p.numel() for p in FAMILIES["gpt2"].build().transformer.h.parameters())
+    assert made.report.by_bits.keys() == {4, 8} and sum(made.report.by_bits.values()) == made.report.quantized
+    assert 0.6 < made.report.by_bits[8] * made.parameters / table <= 1.05
+    assert re.fullmatch(r"[0-9.]+ % in 4 bits, [0-9.]+ % in 8 bits, in blocks of 16", made.report.blocks)
+    assert made.report.blocks in (made.out / "README.md").read_text()
+    arguments = ("--base", made.base, "--adapter", made.adapter)
+    _, text, _ = program("verify", made.out, *arguments)
+    warning = "int4 is coarse: the first choice is the adapted model's at"
+    assert warning in " ".join(text.split()) and warning in (made.out / "README.md").read_text()
+    assert (
+        "coarse"
+        not in program(
+            "verify",
+            exported("bert", "int8").out,
+            "--base",
+            exported("bert", "int8").base,
+            "--adapter",
+            exported("bert", "int8").adapter,
+        )[1]
+    )
 
 
 def test_quantized_ties_and_gemms(exported: Any) -> None:

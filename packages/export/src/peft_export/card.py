@@ -84,12 +84,7 @@ def onnx(base: Path, headers: Sequence[AdapterFile], report: OnnxReport) -> str:
     lines = [
         f"{_base_text(base, headers[0])} with {what} merged in, as ONNX, by `peft-export`.",
         "",
-        f"- Precision: {report.precision}"
-        + (
-            f", {100 * report.quantized:.1f} % of the weights in blocks of {report.block_size}"
-            if report.block_size
-            else ""
-        ),
+        f"- Precision: {report.precision}" + (f", {report.blocks}" if report.blocks else ""),
         f"- Files: {files}, {size(report.bytes)}",
         *(f"- `{name}.onnx` takes {', '.join(_brief(names))}" for name, names in report.inputs.items()),
         *(f"- {note}" for note in report.notes),

@@ -328,19 +328,18 @@ def _onnx_table(report: OnnxReport) -> Table:
     rows = {
         "output": report.out,
         "files": f"{', '.join(report.files)}: {size(report.bytes)}",
-        "weights": f"{report.weights:,}, {report.precision}"
-        + (f": {100 * report.quantized:.1f} % in blocks of {report.block_size}" if report.block_size else ""),
+        "weights": f"{report.weights:,}, {report.precision}" + (f": {report.blocks}" if report.blocks else ""),
         "time": f"{report.seconds:.1f} s{memory}",
     }
     return _table("Exported to ONNX", rows, report.notes)
 
 
 def _verify_table(report: VerifyReport) -> Table:
-    from .verify import greedy_line, limits
+    from .verify import limits, remarks
 
     verdict = "passed" if report.ok else "FAILED"
     title = f"{report.export} against {report.against}, {report.dtype}: {verdict} ({limits(report)})"
-    caption = greedy_line(report) if report.generated else None
+    caption = " ".join(remarks(report)) or None
     table = Table(title=escape(title), title_justify="left", caption=caption, caption_justify="left")
     ways = ("computed",) if report.kind == "onnx" else ()
     for heading in ("prompt", *ways, "positions", "mean KL", "max KL", "max logit difference", "same first choice"):

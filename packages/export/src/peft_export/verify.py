@@ -41,6 +41,8 @@ MAX_DIFFERENCE: Mapping[str, float] = {"fp32": 1e-3}
 """By precision, where nothing is rounded: the difference of two logits beyond which it fails. Greedy tokens are equal, too."""
 GREEDY = 64
 """How many tokens a model that generates is let write, where its context has room for them."""
+# A limit beyond this lets a model pass that often chooses otherwise.
+_WIDE = 0.1
 _SHORT = ("bfloat16", "float16")
 
 
@@ -369,7 +371,7 @@ def _card_lines(report: VerifyReport) -> list[str]:
         "|---|---|---|---|---|---|",
         *rows,
         "",
-        *([greedy_line(report), ""] if report.generated else []),
+        *(line for remark in remarks(report) for line in (remark, "")),
         "The logits of the adapted model are in `verification/`: `peft-core verify THIS` compares with them elsewhere.",
     ]
 
@@ -383,6 +385,15 @@ def limits(report: VerifyReport) -> str:
     return ", ".join(parts)
 
 
-def greedy_line(report: VerifyReport) -> str:
-    """How long the greedy continuation of the first prompt is the adapted model's."""
-    return f"Greedy tokens after the first prompt: {report.generated_equal} of {report.generated} equal."
+def remarks(report: VerifyReport) -> list[str]:
+    """How long the greedy continuation of the first prompt is the adapted model's; a warning where the limit is a wide one."""
+    found = []
+    if report.generated:
+        found.append(f"Greedy tokens after the first prompt: {report.generated_equal} of {report.generated} equal.")
+    if MAX_KL.get(report.dtype, 0.0) > _WIDE:
+        shares = [100 * comparison.agreement for comparison in report.prompts]
+        found.append(
+            f"{report.dtype} is coarse: the first choice is the adapted model's at {min(shares):.0f} to {max(shares):.0f} % of "
+            "the positions. Check the quality on your task, or take more bits."
+        )
+    return found

@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class OnnxReport:
 
     Attributes:
         files: the graphs and their weights. weights: how many the graphs have.
-        quantized: share of the weights that is quantized, counted in elements.
+        quantized: share of the weights that is quantized, counted in elements. by_bits: the same by bits of a weight.
         peak_memory: of the whole process so far, in bytes; None where the system does not tell.
     """
 
@@ -51,11 +52,18 @@ class OnnxReport:
     outputs: Mapping[str, tuple[str, ...]]
     weights: int
     quantized: float
+    by_bits: Mapping[int, float]
     files: tuple[str, ...]
     bytes: int
     seconds: float
     peak_memory: int | None
     notes: tuple[str, ...]
+
+    @property
+    def blocks(self) -> str:
+        """Which weights are quantized, in words; nothing where none is."""
+        parts = [f"{100 * share:.1f} % in {bits} bits" for bits, share in self.by_bits.items()]
+        return f"{', '.join(parts)}, in blocks of {self.block_size}" if parts else ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -127,6 +135,7 @@ def export_onnx(
         notes = [*_notes(model), *_left_out(model, found, used, collect_changes(parts).keys())]
         notes += _write_genai(temporary, found, model)
         shutil.rmtree(merged)
+        by_bits = _by_bits(shares)
         report = OnnxReport(
             out=str(out),
             base=str(base),
@@ -137,7 +146,8 @@ def export_onnx(
             inputs={graph.name: tuple(graph.inputs) for graph in found},
             outputs={graph.name: graph.outputs for graph in found},
             weights=sum(parameter.numel() for parameter in model.parameters() if parameter.data_ptr() in used),
-            quantized=_fraction(shares),
+            quantized=sum(by_bits.values()),
+            by_bits=by_bits,
             files=tuple(files),
             bytes=sum((temporary / file).stat().st_size for file in files),
             seconds=round(time.perf_counter() - started, 3),
@@ -157,9 +167,11 @@ def _choose_kernels(model: Any) -> None:
         model.set_experts_implementation("batched_mm")
 
 
-def _fraction(shares: list[Share]) -> float:
+def _by_bits(shares: list[Share]) -> dict[int, float]:
+    """Bits → the share of all graphs' weights that have so many, the fewest first."""
     total = sum(share.total for share in shares)
-    return sum(share.quantized for share in shares) / total if total else 0.0
+    found = sum((Counter(share.quantized) for share in shares), Counter())
+    return {bits: found[bits] / total for bits in sorted(found)}
 
 
 def _notes(model: nn.Module) -> list[str]:
