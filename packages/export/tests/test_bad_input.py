@@ -287,9 +287,16 @@ def test_output(
     arguments = ("merge", "--base", made.base, "--adapter", made.adapter, "--out", out)
     assert program(*arguments)[0] == 0, "an empty directory is no obstacle"
     (out / "stale.safetensors").write_text("")
+    (out / "notes.txt").write_text("years of work")
+    (out / "figures").mkdir()
     assert_says(refused(out), "exists")
+    assert program(*arguments, "--overwrite", "--max-shard-size", "40KB", "--verify")[0] == 0
+    assert not (out / "stale.safetensors").exists() and not (out / MODEL).exists(), "weights would be loaded as well"
+    assert (out / "notes.txt").read_text() == "years of work" and (out / "figures").is_dir()
     assert program(*arguments, "--overwrite")[0] == 0
-    assert not (out / "stale.safetensors").exists()
+    assert (out / MODEL).is_file() and not list(out.glob("model-*")) and not (out / INDEX).exists()
+    assert not (out / "verification").exists(), "that was of the export before"
+    assert (out / "notes.txt").is_file()
 
 
 @pytest.mark.parametrize(
@@ -314,6 +321,33 @@ def test_options(
     made = make(any_method)
     line = fails("merge", "--base", made.base, "--adapter", made.adapter, "--out", tmp_path / "out", *more)
     assert_says(line, message)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_base_that_is_not_finite(
+    value: float, quantizable: Trial, make: Callable[..., Any], fails: Callable[..., str], tmp_path: Path
+) -> None:
+    made = make(quantizable)
+    broken = tmp_path / "broken"
+    shutil.copytree(made.base, broken)
+    stored = load_file(broken / MODEL)
+    stored["model.layers.1.mlp.up_proj.weight"][3, 3] = value
+    save_file(stored, broken / MODEL, {"format": "pt"})
+    line = fails("merge", "--base", broken, "--adapter", made.adapter, "--out", tmp_path / "out")
+    assert_says(line, "'model.layers.1.mlp.up_proj': the merged weight has NaN or infinite values")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_without_a_configuration(
+    any_method: Trial, make: Callable[..., Any], program: Any, tmp_path: Path
+) -> None:
+    """Its tensors can be merged; that nothing loads the result is said."""
+    made = make(any_method)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(made.base / MODEL, bare / MODEL)
+    code, text, _ = program("merge", "--base", bare, "--adapter", made.adapter, "--out", tmp_path / "out")
+    assert code == 0 and "has no config.json" in " ".join(text.replace("│", " ").split())
 
 
 def as_float8(key: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -264,6 +264,27 @@ def test_failure_in_the_middle_leaves_things_as_they_were(
     assert (sorted(os.listdir(home)), sorted(os.listdir(home / "out")) if overwrite else None) == before
 
 
+def test_terminated_in_the_middle(tmp_path: Path) -> None:
+    """The commands remove what they had begun to write."""
+    code = f"""
+import os, signal
+from peft_export import output, plugin
+
+for shown in (plugin._progress("merging", True), plugin._status(True)):
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with shown, output.export_directory({str(tmp_path / "out")!r}, [], False) as temporary:
+            (temporary / "half").write_text("")
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+    except SystemExit as end:
+        print(end.code, signal.getsignal(signal.SIGTERM) == before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["143", "True"] * 2, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_disk_full_half_way(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
     made = make(any_method)
     home = tmp_path / "exports"

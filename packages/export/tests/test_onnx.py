@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -159,17 +160,8 @@ def test_what_int4_is_is_said(exported: Any, program: Any) -> None:
     _, text, _ = program("verify", made.out, *arguments)
     warning = "int4 is coarse: the first choice is the adapted model's at"
     assert warning in " ".join(text.split()) and warning in (made.out / "README.md").read_text()
-    assert (
-        "coarse"
-        not in program(
-            "verify",
-            exported("bert", "int8").out,
-            "--base",
-            exported("bert", "int8").base,
-            "--adapter",
-            exported("bert", "int8").adapter,
-        )[1]
-    )
+    other = exported("bert", "int8")
+    assert "coarse" not in program("verify", other.out, "--base", other.base, "--adapter", other.adapter)[1]
 
 
 def test_quantized_ties_and_gemms(exported: Any) -> None:
@@ -362,6 +354,21 @@ def test_bad_input(
         assert not (tmp_path / f"out-{family}").exists()
     monkeypatch.setattr(installed.importlib.util, "find_spec", lambda name: None)
     assert 'ONNX needs onnx, onnxscript, onnxruntime: python -m pip install "peft-export[onnx]"' in fails(*arguments)
+
+
+def test_disk_full_while_merging(
+    any_method: Trial, make: Callable[..., Any], fails: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory that was asked for is named, not the one within it where the merged model lies meanwhile."""
+    made = make(any_method, "bert")
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(peft_export.shards, "_write_at", full)
+    said = fails("export", "onnx", "--base", made.base, "--adapter", made.adapter, "--out", tmp_path / "home/out")
+    assert f"'{tmp_path / 'home/out'}' could not be written: the disk is full" in said and ".merged" not in said
+    assert not list((tmp_path / "home").iterdir())
 
 
 def test_damaged_exports(exported: Any, fails: Any, tmp_path: Path) -> None:

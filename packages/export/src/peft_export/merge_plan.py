@@ -246,6 +246,8 @@ def _edits(
     config: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[str]]:
     """Fields of the configuration that no longer hold, and remarks on them."""
+    if not config:
+        return {}, [f"'{base}' has no config.json, so that nothing can load the result: copy the model's into it"]
     edits: dict[str, Any] = {}
     notes: list[str] = []
     if new_head and header.base.architecture not in (config.get("architectures") or ()):

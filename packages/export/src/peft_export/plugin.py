@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +65,7 @@ def merge(
     base: Base,
     adapter: Adapters,
     out: Out,
-    dtype: Annotated[str | None, typer.Option(help="Cast all weights: float32, bfloat16, float16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Cast all weights: float32, bfloat16, float16, float64.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     untie: Untie = False,
     overwrite: Overwrite = False,
@@ -266,10 +268,28 @@ def _finish(
 
 
 @contextmanager
+def _tidy_when_terminated() -> Iterator[None]:
+    """SIGTERM ends the command as an exception does, so that what was half written is removed."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # only there can a signal be handled
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar with bytes and rate, on standard error."""
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
+    bar = Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True)
+    with _tidy_when_terminated(), bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -277,7 +297,7 @@ def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
 @contextmanager
 def _status(quiet: bool) -> Iterator[Callable[[str], None]]:
     """A line on standard error that says what is being done, also where what is done turns its own errors away."""
-    with Console(file=sys.stderr, quiet=quiet).status("") as line:
+    with _tidy_when_terminated(), Console(file=sys.stderr, quiet=quiet).status("") as line:
         yield line.update
 
 

@@ -150,10 +150,13 @@ def adapted_model(base: Path, adapters: Mapping[str, float], header: AdapterFile
 
 def _resize(model: Any, header: AdapterFile) -> None:
     """Give the vocabulary the size that it had in training; its new rows are the adapter's."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # a model of several parts has no one vocabulary
+        return
     name = next((name for name, module in model.named_modules() if module is embedding), "")
     shape = header.base.shapes.get(f"{name}.weight")
-    if embedding is not None and shape and shape[0] != len(embedding.weight):
+    if shape and shape[0] != len(embedding.weight):
         model.resize_token_embeddings(shape[0], mean_resizing=False)
 
 

@@ -25,7 +25,7 @@ from .streaming import dtype_code
 if TYPE_CHECKING:
     from .running import Prompt
 
-FOLDER, GOLDEN, RESULTS = "verification", "golden.safetensors", "results.json"
+GOLDEN, RESULTS = "golden.safetensors", "results.json"
 MAX_KL: Mapping[str, float] = {
     **{"float64": 1e-6, "float32": 1e-6, "float16": 1e-4, "bfloat16": 1e-3},
     **{"fp32": 1e-6, "fp16": 1e-3, "int8": 1e-2, "int4": 0.5},
@@ -312,18 +312,18 @@ def _from_golden(directory: Path) -> _Reference:
     """The prompts, logits and greedy tokens that a verified export carries."""
     from .running import Prompt
 
-    path = directory / FOLDER / GOLDEN
+    path = directory / output.FOLDER / GOLDEN
     if not path.is_file():
         raise MergeError(
             f"'{directory}' carries no golden logits yet; compare it once with base and adapters "
             "(--base, --adapter), and they are kept in it"
         )
     try:
-        results = json.loads((directory / FOLDER / RESULTS).read_text(encoding="utf-8"))
+        results = json.loads((directory / output.FOLDER / RESULTS).read_text(encoding="utf-8"))
         rows = results["prompts"]
         texts = [found["prompt"] for found in rows if found.get("way") == rows[0].get("way")]
     except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
-        raise CheckpointError(f"'{directory / FOLDER / RESULTS}' is damaged: {error!r}") from None
+        raise CheckpointError(f"'{directory / output.FOLDER / RESULTS}' is damaged: {error!r}") from None
     entries, _ = read_entries(path)
     try:
         with Reader() as reader:
@@ -345,7 +345,7 @@ def _record(directory: Path, reference: _Reference, report: VerifyReport) -> Non
     if reference.written is not None:
         tensors["0.greedy"] = reference.written
     items = [Item(key, CODES[t.dtype], tuple(t.shape), t.numel() * t.element_size()) for key, t in tensors.items()]
-    with whole_directory(directory / FOLDER, (GOLDEN, RESULTS)) as temporary:
+    with whole_directory(directory / output.FOLDER, (GOLDEN, RESULTS)) as temporary:
         with Writer(temporary, items, {}, name=GOLDEN) as writer:
             for key, tensor in tensors.items():
                 writer.write(key, tensor)

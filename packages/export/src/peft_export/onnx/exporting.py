@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from peft_core import SpecError
+from peft_core import CheckpointError, SpecError
 from peft_core.errors import listed, suggestion
 
 from .. import card, output, running
@@ -108,7 +108,13 @@ def export_onnx(
     with output.export_directory(out, [source, *weights], overwrite) as temporary:
         status("merging")
         merged = temporary / ".merged"
-        merge(source, weights, merged, dtype="float32", untie=untie)
+        try:
+            merge(source, weights, merged, dtype="float32", untie=untie)
+        except CheckpointError as error:
+            # What cannot be written here cannot be written to `out`, which its own error names.
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            raise
         architecture = headers[0].base.architecture
         model = running.load_model(merged, architecture, "float16" if precision == "fp16" else "float32")
         _choose_kernels(model)
