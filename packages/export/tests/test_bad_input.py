@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import peft_export
 from peft_core.testing.checks import Trial
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -286,9 +287,16 @@ def test_output(
     arguments = ("merge", "--base", made.base, "--adapter", made.adapter, "--out", out)
     assert program(*arguments)[0] == 0, "an empty directory is no obstacle"
     (out / "stale.safetensors").write_text("")
+    (out / "notes.txt").write_text("years of work")
+    (out / "figures").mkdir()
     assert_says(refused(out), "exists")
+    assert program(*arguments, "--overwrite", "--max-shard-size", "40KB", "--verify")[0] == 0
+    assert not (out / "stale.safetensors").exists() and not (out / MODEL).exists(), "weights would be loaded as well"
+    assert (out / "notes.txt").read_text() == "years of work" and (out / "figures").is_dir()
     assert program(*arguments, "--overwrite")[0] == 0
-    assert not (out / "stale.safetensors").exists()
+    assert (out / MODEL).is_file() and not list(out.glob("model-*")) and not (out / INDEX).exists()
+    assert not (out / "verification").exists(), "that was of the export before"
+    assert (out / "notes.txt").is_file()
 
 
 @pytest.mark.parametrize(
@@ -315,17 +323,92 @@ def test_options(
     assert_says(line, message)
 
 
-def test_a_quantized_checkpoint(
-    any_method: Trial, make: Callable[..., Any], fails: Callable[..., str], tmp_path: Path
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_base_that_is_not_finite(
+    value: float, quantizable: Trial, make: Callable[..., Any], fails: Callable[..., str], tmp_path: Path
 ) -> None:
+    made = make(quantizable)
+    broken = tmp_path / "broken"
+    shutil.copytree(made.base, broken)
+    stored = load_file(broken / MODEL)
+    stored["model.layers.1.mlp.up_proj.weight"][3, 3] = value
+    save_file(stored, broken / MODEL, {"format": "pt"})
+    line = fails("merge", "--base", broken, "--adapter", made.adapter, "--out", tmp_path / "out")
+    assert_says(line, "'model.layers.1.mlp.up_proj': the merged weight has NaN or infinite values")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_without_a_configuration(
+    any_method: Trial, make: Callable[..., Any], program: Any, tmp_path: Path
+) -> None:
+    """Its tensors can be merged; that nothing loads the result is said."""
+    made = make(any_method)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(made.base / MODEL, bare / MODEL)
+    code, text, _ = program("merge", "--base", bare, "--adapter", made.adapter, "--out", tmp_path / "out")
+    assert code == 0 and "has no config.json" in " ".join(text.replace("│", " ").split())
+
+
+def as_float8(key: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {key: weight.to(torch.float8_e4m3fn), f"{key}_scale": torch.ones(1)}
+
+
+def as_bitsandbytes(key: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    packed = torch.zeros(weight.numel() // 2, 1, dtype=torch.uint8)
+    return {key: packed, f"{key}.absmax": torch.ones(8), f"{key}.quant_map": torch.ones(16)}
+
+
+def as_gptq(key: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    layer = key.removesuffix(".weight")
+    packed = torch.zeros(weight.shape[1] // 8, weight.shape[0], dtype=torch.int32)
+    return {f"{layer}.qweight": packed, f"{layer}.scales": torch.ones(1, len(weight), dtype=torch.float16)}
+
+
+@pytest.mark.parametrize(("pack", "code"), [(as_float8, "F8_E4M3"), (as_bitsandbytes, "U8"), (as_gptq, "I32")])
+def test_a_quantized_checkpoint(
+    pack: Callable[[str, torch.Tensor], dict[str, torch.Tensor]],
+    code: str,
+    any_method: Trial,
+    make: Callable[..., Any],
+    fails: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    """Nothing can be merged into it; but exact factors are exact whatever the base's weights are."""
     made = make(any_method)
     packed = tmp_path / "packed"
     shutil.copytree(made.base, packed)
     stored = load_file(packed / MODEL)
-    stored = {key: tensor.to(torch.float8_e4m3fn) if "proj" in key else tensor for key, tensor in stored.items()}
-    save_file(stored, packed / MODEL, {"format": "pt"})
-    line = fails("merge", "--base", packed, "--adapter", made.adapter, "--out", tmp_path / "out")
-    assert_says(line, "is quantized .F8_E4M3.; merge into the original-precision checkpoint, or into a dequantized one")
+    parts = (pack(key, tensor) if "proj" in key else {key: tensor} for key, tensor in stored.items())
+    save_file({key: tensor for part in parts for key, tensor in part.items()}, packed / MODEL, {"format": "pt"})
+    arguments = ("--base", packed, "--adapter", made.adapter, "--out", tmp_path / "out")
+    for command in (("merge",), ("export", "onnx")):
+        line = fails(*command, *arguments)
+        assert_says(line, f"is quantized .{code}.; merge into the original-precision checkpoint, or a dequantized one")
+    if not any_method.can.lowrank:
+        return
+    peft_export.export_lora(packed, made.adapter, tmp_path / "lora")
+    peft_export.export_lora(made.base, made.adapter, tmp_path / "expected")
+    found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "expected"))
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    # That it is another base is still seen, where something is not packed.
+    stored["model.norm.weight"] = torch.ones(47)
+    parts = (pack(key, tensor) if "proj" in key else {key: tensor} for key, tensor in stored.items())
+    save_file({key: tensor for part in parts for key, tensor in part.items()}, packed / MODEL, {"format": "pt"})
+    assert_says(fails("export", "lora", *arguments), "'model.norm.weight' is .47. here and .48. there")
+
+
+def test_an_svd_on_a_quantized_checkpoint(
+    inexact: Trial, make: Callable[..., Any], fails: Callable[..., str], tmp_path: Path
+) -> None:
+    made = make(inexact)
+    packed = tmp_path / "packed"
+    shutil.copytree(made.base, packed)
+    parts = (as_float8(key, t) if "proj" in key else {key: t} for key, t in load_file(packed / MODEL).items())
+    save_file({key: tensor for part in parts for key, tensor in part.items()}, packed / MODEL, {"format": "pt"})
+    arguments = ("--base", packed, "--adapter", made.adapter, "--out", tmp_path / "out")
+    line = fails("export", "lora", *arguments, "--svd-rank", "2")
+    assert_says(line, "an SVD compares with the base's weights: give the original-precision checkpoint")
 
 
 def assert_says(line: str, message: str) -> None:

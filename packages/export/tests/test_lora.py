@@ -197,7 +197,7 @@ def test_svd_of_known_matrices() -> None:
     best = torch.linalg.svdvals(B @ A)
     cut = svd.truncate(B @ A, 3, None)
     assert len(cut.A) == 3 and cut.error == pytest.approx(float(best[3:].norm() / best.norm()), rel=1e-3)
-    again = svd.reduce(A, B, 3)
+    again = svd.reduce(A, B, 3, None)
     assert again.error == pytest.approx(cut.error, rel=1e-3)
     torch.testing.assert_close(again.B @ again.A, cut.B @ cut.A, atol=1e-2, rtol=1e-2)
     nothing = svd.truncate(torch.zeros(5, 9), 3, None)
@@ -256,7 +256,59 @@ def test_another_base_is_refused(any_method: Trial, make: Callable[..., Any], tm
         peft_export.export_lora(other, made.adapter, tmp_path / "out")
 
 
-def test_dtype(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
-    made = make(any_method)
-    report = peft_export.export_lora(made.base, made.adapter, tmp_path / "out", dtype="bfloat16")
-    assert report.dtype == "bfloat16" and {t.dtype for t in factors(tmp_path / "out").values()} == {torch.bfloat16}
+def test_dtype(exact: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """Rounded factors are not exact: what is reported, in the card too, is the error of what is stored."""
+    made = make(exact)
+    whole = peft_export.export_lora(made.base, made.adapter, tmp_path / "whole", dtype="float32")
+    assert not whole.losses and "lowered exactly" in (tmp_path / "whole/README.md").read_text()
+    for dtype, low, high in (("bfloat16", 1e-4, 1e-2), ("float16", 1e-5, 1e-3)):
+        report = peft_export.export_lora(made.base, made.adapter, tmp_path / dtype, dtype=dtype)
+        found = factors(tmp_path / dtype)
+        assert report.dtype == dtype and {t.dtype for t in found.values()} == {getattr(torch, dtype)}
+        assert report.losses == (f"rounding to {dtype}",) and low < report.worst.error < high
+        card = (tmp_path / dtype / "README.md").read_text()
+        assert "lowered exactly" not in card and f"(rounding to {dtype})" in card
+        check_errors(report, found, factors(tmp_path / "whole"))
+
+
+def test_dtype_after_an_svd(inexact: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """Both errors are in the one that is reported."""
+    made = make(inexact)
+    peft_export.export_lora(made.base, made.adapter, tmp_path / "whole", svd_rank=48)
+    report = peft_export.export_lora(made.base, made.adapter, tmp_path / "out", svd_rank=30, dtype="bfloat16")
+    assert report.losses == ("truncated SVD", "rounding to bfloat16")
+    check_errors(report, factors(tmp_path / "out"), factors(tmp_path / "whole"))
+
+
+def check_errors(report: Any, found: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]) -> None:
+    for site in report.sites:
+        names = [f"base_model.model.{site.path}.lora_{name}.weight" for name in "BA"]
+        delta, stored = (tensors[names[0]].double() @ tensors[names[1]].double() for tensors in (whole, found))
+        assert site.error == pytest.approx(float((stored - delta).norm() / delta.norm()), rel=0.02, abs=1e-6)
+
+
+def test_factors_too_large_for_the_dtype(lone: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(lone, targets=["lm_head"])
+    with torch.no_grad():
+        for parameter in made.handle.parameters():
+            parameter.mul_(1e8)
+    made.handle.save(tmp_path / "large")
+    with pytest.raises(pc.MergeError, match="'lm_head': its factors are too large for float16; write them as bfloat16"):
+        peft_export.export_lora(made.base, tmp_path / "large", tmp_path / "out", dtype="float16")
+
+
+def test_energy_of_exact_factors(exact: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """A share of ‖ΔW‖² is kept whether the factors were exact or not; all of it is kept without loss."""
+    made = make(exact)
+    whole = peft_export.export_lora(made.base, made.adapter, tmp_path / "whole", svd_energy=1.0)
+    assert whole.worst.error == 0.0 and not whole.losses
+    found = factors(tmp_path / "whole")
+    for energy in (0.99, 0.5):
+        out = tmp_path / str(energy)
+        report = peft_export.export_lora(made.base, made.adapter, out, svd_energy=energy)
+        for site, before in zip(report.sites, whole.sites, strict=True):
+            A, B = (found[f"base_model.model.{site.path}.lora_{name}.weight"].double() for name in "AB")
+            values = torch.linalg.svdvals(B @ A).square()
+            enough = int((values.cumsum(0) < energy * values.sum()).sum()) + 1
+            assert site.rank == enough <= before.rank and site.error**2 <= 1 - energy + 1e-6
+        check_errors(report, factors(out), found)

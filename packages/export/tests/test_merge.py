@@ -104,21 +104,39 @@ def test_several_adapters_with_weights(additive: Trial, make: Callable[..., Any]
 
 
 def test_a_change_that_is_not_added(exclusive: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
-    """Alone it takes a weight, as in memory, unless the method has moved weight into the base; another cannot join it."""
+    """Half of it is not defined, and another adapter cannot join it."""
     made = make(exclusive)
-    if exclusive.can.owns_base_weight:
-        with pytest.raises(pc.MergeError, match=r"moved weight into the base.*weight 0.5"):
-            peft_export.merge(made.base, {str(made.adapter): 0.5}, tmp_path / "out")
-    else:
-        peft_export.merge(made.base, {str(made.adapter): 0.5}, tmp_path / "half")
-        pc.activate(made.model, {made.handle.name: 0.5})
-        assert_same(tmp_path / "half", made.merged_in_memory(tmp_path / "expected"))
-        made = make(exclusive, name="again")
+    reason = "moved weight into the base" if exclusive.can.owns_base_weight else "is not an added Δ"
+    with pytest.raises(pc.MergeError, match=rf"{reason}.*weight 0.5; give it weight 1"):
+        peft_export.merge(made.base, {str(made.adapter): 0.5}, tmp_path / "out")
     other = tmp_path / "other"
     made.handle.save(other)
     with pytest.raises(pc.MergeError, match=r"not an added Δ.*another adapter"):
         peft_export.merge(made.base, [made.adapter, other], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_weights_are_finite(weight: float, any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(any_method)
+    with pytest.raises(pc.MergeError, match="must be a finite number"):
+        peft_export.merge(made.base, {str(made.adapter): weight}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_adapter_under_two_paths(
+    any_method: Trial, make: Callable[..., Any], fails: Callable[..., str], tmp_path: Path
+) -> None:
+    made = make(any_method)
+    link = tmp_path / "link"
+    link.symlink_to(made.adapter)
+    for also in (f"{made.adapter}/", made.adapter / "." / ".." / made.adapter.name, link):
+        with pytest.raises(pc.MergeError, match="is given twice"):
+            peft_export.merge(made.base, [made.adapter, also], tmp_path / "out")
+        adapters = ("--adapter", made.adapter, "--adapter", f"{also}=0.5")
+        assert "is given twice" in fails("merge", "--base", made.base, *adapters, "--out", tmp_path / "out")
+    with pytest.raises(pc.MergeError, match="no adapter is given"):
+        peft_export.merge(made.base, [], tmp_path / "out")
 
 
 def test_everything_else_of_the_base_comes_along(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
@@ -244,6 +262,27 @@ def test_failure_in_the_middle_leaves_things_as_they_were(
     with pytest.raises(KeyboardInterrupt):
         peft_export.merge(made.base, made.adapter, home / "out", overwrite=overwrite, progress=progress)
     assert (sorted(os.listdir(home)), sorted(os.listdir(home / "out")) if overwrite else None) == before
+
+
+def test_terminated_in_the_middle(tmp_path: Path) -> None:
+    """The commands remove what they had begun to write."""
+    code = f"""
+import os, signal
+from peft_export import output, plugin
+
+for shown in (plugin._progress("merging", True), plugin._status(True)):
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with shown, output.export_directory({str(tmp_path / "out")!r}, [], False) as temporary:
+            (temporary / "half").write_text("")
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+    except SystemExit as end:
+        print(end.code, signal.getsignal(signal.SIGTERM) == before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["143", "True"] * 2, done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_disk_full_half_way(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -194,6 +196,59 @@ def test_merging_into_a_tied_head_is_refused_or_unties(lone: Trial, make: Callab
     torch.testing.assert_close(made.output(merged), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+def test_parting_an_embedding_parts_the_biases_too(
+    kind: str, lone: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    """One field of the configuration ties both, and the files leave both out."""
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForMaskedLM")(getattr(transformers, f"{kind}Config")(**TINY)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    made = make(lone, "bert", model=model, targets=["decoder"], train_modules=())
+    expected = made.output()
+    peft_export.merge(made.base, made.adapter, tmp_path / "out", untie=True)
+    merged, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    torch.testing.assert_close(made.output(merged.eval()), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_ties_that_the_configuration_does_not_govern(lone: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """T5 ties whatever `tie_word_embeddings` says, and takes from it whether the decoder's output is scaled."""
+    made = make(lone, "t5", targets=["lm_head"])
+    expected = made.output()
+    config = json.loads((made.base / "config.json").read_text())
+    plain = {
+        name: value for name, value in config.items() if name not in ("scale_decoder_outputs", "tie_word_embeddings")
+    }
+    base = tmp_path / "plain"
+    shutil.copytree(made.base, base)
+    (base / "config.json").write_text(json.dumps(plain))
+    report = peft_export.merge(base, made.adapter, tmp_path / "out", untie=True)
+    assert (tmp_path / "out/config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert any("lm_head.weight" in note and "parted" in note for note in report.notes)
+    merged = type(made.model).from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(made.output(merged), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_an_architecture_makes_one_tensor_cannot_be_parted(
+    lone: Trial, make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OneMatrix(transformers.LlamaForCausalLM):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    # (As imported now: transformers exchanges its module object once.)
+    monkeypatch.setattr(importlib.import_module("transformers"), "OneMatrix", OneMatrix, raising=False)
+    model = OneMatrix(llama(tie_word_embeddings=True).config).eval()
+    made = make(lone, model=model, targets=["lm_head"])
+    with pytest.raises(pc.MergeError, match="is one tensor with another layer's in every OneMatrix"):
+        peft_export.merge(made.base, made.adapter, tmp_path / "out", untie=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_embeddings_trained_alone_part_from_the_head(
     any_method: Trial, make: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -213,6 +268,48 @@ def test_trained_together_they_stay_tied(any_method: Trial, make: Callable[..., 
     made.model.save_pretrained(tmp_path / "expected")
     assert equal(tmp_path / "out", tmp_path / "expected")
     assert "lm_head.weight" not in load_file(tmp_path / "out/model.safetensors")
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("size", [68, 52])
+def test_a_resized_vocabulary(size: int, tie: bool, lone: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """Both embeddings were trained after the model was resized: the adapter brings them, and the files have them as before."""
+    llama(tie_word_embeddings=tie).save_pretrained(tmp_path / "before")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "before").eval()
+    model.resize_token_embeddings(size, mean_resizing=False)
+    made = make(lone, model=model, targets=["q_proj"], train_modules=("embed_tokens", "lm_head"))
+    ids = {"input_ids": torch.tensor([[1, size - 1, 5]])}
+    expected = model(**ids).logits
+    report = peft_export.merge(tmp_path / "before", made.adapter, tmp_path / "out")
+    assert any(f"the vocabulary has {size} tokens, not 60" in note for note in report.notes)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["vocab_size"] == size and config["tie_word_embeddings"] == tie
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(merged(**ids).logits, expected, atol=1e-5, rtol=1e-5)
+    assert peft_export.verify(tmp_path / "out", tmp_path / "before", made.adapter).ok
+    report = peft_export.export_lora(tmp_path / "before", made.adapter, tmp_path / "lora")
+    assert any(f"base.resize_token_embeddings({size})" in note for note in report.notes)
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "before")
+    base.resize_token_embeddings(size)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+    torch.testing.assert_close(loaded(**ids).logits, expected, atol=1e-5, rtol=1e-5)
+    assert peft_export.verify(tmp_path / "lora", tmp_path / "before", made.adapter).ok
+
+
+@pytest.mark.parametrize("trained", [(), ("embed_tokens",)])
+def test_a_resized_vocabulary_that_nobody_kept(
+    trained: tuple[str, ...], lone: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    llama().save_pretrained(tmp_path / "before")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "before").eval()
+    model.resize_token_embeddings(68, mean_resizing=False)
+    made = make(lone, model=model, targets=["q_proj"], train_modules=trained)
+    with pytest.raises(
+        pc.CheckpointError, match=r"is \[60, 48\] here and \[68, 48\] there; if .* resized .*train_modules"
+    ):
+        peft_export.merge(tmp_path / "before", made.adapter, tmp_path / "out")
+    # The resized base itself will do.
+    peft_export.merge(made.base, made.adapter, tmp_path / "out")
 
 
 def test_ties_are_seen_from_the_tensors(lone: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
@@ -250,6 +347,90 @@ def test_another_base(
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
     with pytest.raises(pc.CheckpointError, match=f"was trained on another base model.*{message}"):
         peft_export.merge(tmp_path / "other", made.adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("Qwen2ForCausalLM", "'model.layers.0.self_attn.k_proj.bias' is here and not there"),
+        ("Gemma2ForCausalLM", "'model.layers.0.post_feedforward_layernorm.weight' is here and not there"),
+        (
+            "CohereForCausalLM",
+            "no tensor here for 'model.layers.0.post_attention_layernorm.weight', nor in the adapter",
+        ),
+        ("LlamaForSequenceClassification", "no tensor here for 'lm_head', nor in the adapter"),
+    ],
+)
+def test_another_architecture_with_the_same_layers(
+    kind: str, message: str, any_method: Trial, make: Callable[..., Any], fails: Any, tmp_path: Path
+) -> None:
+    """Every adapted layer is there, but the model is another: `pc.load` refuses it, too."""
+    made = make(any_method)
+    cls = getattr(transformers, kind)
+    heads = dict(num_key_value_heads=2, head_dim=12, max_position_embeddings=32, tie_word_embeddings=False)
+    other = cls(cls.config_class(**TINY, **heads, pad_token_id=0))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(pc.CheckpointError):
+        pc.load(other, made.adapter)
+    for command in (("merge",), ("export", "lora")):
+        said = fails(*command, "--base", tmp_path / "other", "--adapter", made.adapter, "--out", tmp_path / "out")
+        assert "was trained on another base model" in said and message in said
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_base_of_another_type_with_the_same_tensors(
+    any_method: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    """`pc.load` takes it; that something differs is said."""
+    made = make(any_method)
+    config = transformers.MistralConfig(**TINY, num_key_value_heads=2, max_position_embeddings=32)
+    other = transformers.MistralForCausalLM(config)
+    other.save_pretrained(tmp_path / "other")
+    pc.load(other, made.adapter)
+    for write in (peft_export.merge, peft_export.export_lora):
+        report = write(tmp_path / "other", made.adapter, tmp_path / write.__name__)
+        assert any("of type llama" in note and "of type mistral" in note for note in report.notes)
+        assert not any(
+            "of type" in note for note in write(made.base, made.adapter, tmp_path / "own", overwrite=True).notes
+        )
+
+
+def test_buffers_of_old_files_are_no_difference(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """Rotary frequencies lie in the layers of old Llama checkpoints; transformers loads them no more."""
+    made = make(any_method)
+    old = tmp_path / "old"
+    shutil.copytree(made.base, old)
+    stored = load_file(old / "model.safetensors")
+    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
+    save_file(stored, old / "model.safetensors", {"format": "pt"})
+    peft_export.merge(old, made.adapter, tmp_path / "out")
+    assert "model.layers.0.self_attn.rotary_emb.inv_freq" in load_file(tmp_path / "out/model.safetensors")
+
+
+def test_a_new_head_that_nobody_kept(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """A classifier's first layer was drawn as the adapter's model was made, and neither trained nor saved."""
+    torch.manual_seed(0)
+    config = transformers.DistilBertConfig(**TINY, hidden_dim=72, max_position_embeddings=32)
+    transformers.DistilBertModel(config).save_pretrained(tmp_path / "encoder")
+    model = transformers.DistilBertForSequenceClassification.from_pretrained(tmp_path / "encoder").eval()
+    made = make(any_method, "bert", model=model, targets=r".*q_lin", train_modules=("classifier",))
+    with pytest.raises(pc.CheckpointError, match=r"no tensor here for 'pre_classifier.*train_modules"):
+        peft_export.merge(tmp_path / "encoder", made.adapter, tmp_path / "out")
+
+
+def test_what_a_model_computes_need_not_be_in_the_files(
+    any_method: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Marian's positions are sinusoids, which its files leave out."""
+    sides = {
+        f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4))
+    }
+    ffn = dict(encoder_ffn_dim=72, decoder_ffn_dim=72, d_model=48, vocab_size=60, max_position_embeddings=32)
+    config = transformers.MarianConfig(**sides, **ffn, pad_token_id=0, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    made = make(any_method, "t5", model=transformers.MarianMTModel(config).eval())
+    assert not any("embed_positions" in key for key in load_file(made.base / "model.safetensors"))
+    assert not peft_export.merge(made.base, made.adapter, tmp_path / "out").notes
 
 
 def test_another_architecture(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:

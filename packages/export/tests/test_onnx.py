@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import onnxruntime_genai
+import onnxscript
 import pytest
 import torch
 import transformers
@@ -29,6 +32,7 @@ from peft_export.verify import MAX_KL
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+TINY: dict[str, Any] = dict(vocab_size=60, max_position_embeddings=32, pad_token_id=0)
 GENERATES = ("llama", "qwen3", "gemma3", "gpt2", "t5")
 
 
@@ -144,6 +148,22 @@ def test_precisions(family: str, precision: str, exported: Any) -> None:
     assert stored <= made.parameters * (bits + 2 + bits / 16) / 8 * 1.15 + rest
 
 
+def test_what_int4_is_is_said(exported: Any, program: Any) -> None:
+    """The tied embedding has 8 bits, and the report says so; that so few bits change what is written is said with the verdict."""
+    made = exported("gpt2", "int4")
+    table = made.parameters - sum(p.numel() for p in FAMILIES["gpt2"].build().transformer.h.parameters())
+    assert made.report.by_bits.keys() == {4, 8} and sum(made.report.by_bits.values()) == made.report.quantized
+    assert 0.6 < made.report.by_bits[8] * made.parameters / table <= 1.05
+    assert re.fullmatch(r"[0-9.]+ % in 4 bits, [0-9.]+ % in 8 bits, in blocks of 16", made.report.blocks)
+    assert made.report.blocks in (made.out / "README.md").read_text()
+    arguments = ("--base", made.base, "--adapter", made.adapter)
+    _, text, _ = program("verify", made.out, *arguments)
+    warning = "int4 is coarse: the first choice is the adapted model's at"
+    assert warning in " ".join(text.split()) and warning in (made.out / "README.md").read_text()
+    other = exported("bert", "int8")
+    assert "coarse" not in program("verify", other.out, "--base", other.base, "--adapter", other.adapter)[1]
+
+
 def test_quantized_ties_and_gemms(exported: Any) -> None:
     """GPT-2: no Gemm is passed over, and the embedding is read from the head's blocks."""
     nodes = onnx.load(exported("gpt2", "int4").out / "model.onnx", load_external_data=False).graph.node
@@ -169,7 +189,7 @@ def test_nothing_to_quantize_is_an_error() -> None:
         quantizing.quantize(tracing.trace(graph), 4, 16)
 
 
-def test_what_has_no_onnx_form_is_named() -> None:
+def test_what_has_no_onnx_form_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     class Unknown(nn.Module):
         def forward(self, inputs: dict[str, Tensor]) -> list[Tensor]:
             return [torch.linalg.eigvalsh(inputs["x"])]
@@ -182,9 +202,53 @@ def test_what_has_no_onnx_form_is_named() -> None:
     with pytest.raises(pc.ModelError, match=r"Unknown cannot be written as ONNX: .* aten\._linalg_eigh") as said:
         tracing.trace(graphs.Graph("model", Unknown(), x, ("y",), {}))
     assert "\n" not in str(said.value)
-    with pytest.raises(pc.ModelError, match="Decides cannot be traced for ONNX: ") as said:
+    with pytest.raises(
+        pc.ModelError, match=r"Decides cannot be traced for ONNX: it decides by values .*, in test_onnx"
+    ) as said:
         tracing.trace(graphs.Graph("model", Decides(), x, ("y",), {}))
-    assert "\n" not in str(said.value)
+    assert "\n" not in str(said.value) and 'inputs["x"].sum() > 0' in str(said.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_clamp_of_what_is_not_finite_is_in_the_graph() -> None:
+    """BART and others clamp, in float16, where a value has overflowed: the graph must always do so, and changes nothing else."""
+
+    class Clamps(nn.Module):
+        def forward(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+            x = 2 * inputs["x"]
+            if not torch.isfinite(x).all():
+                x = x.clamp(-100, 100)
+            if torch.isinf(x).any() or torch.isnan(x).any():
+                x = x.clamp(-50, 50)
+            return [torch.where(torch.isinf(inputs["x"]), x, x + 1)]
+
+    model = tracing.trace(graphs.Graph("model", Clamps(), {"x": torch.eye(3)}, ("y",), {}))
+    session = onnxruntime.InferenceSession(onnxscript.ir.to_proto(model).SerializeToString())
+    x = np.array([[1, np.inf, -np.inf]] * 3, dtype=np.float32)
+    np.testing.assert_array_equal(session.run(None, {"x": x})[0], [[3, 50, -50]] * 3)
+
+
+def test_bart_in_float16(any_method: Trial, make: Callable[..., Any], program: Any, tmp_path: Path) -> None:
+    sides = {
+        f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4))
+    }
+    config = transformers.BartConfig(**TINY, **sides, d_model=48, encoder_ffn_dim=72, decoder_ffn_dim=72)
+    torch.manual_seed(0)
+    made = make(any_method, "t5", model=transformers.BartForConditionalGeneration(config).eval())
+    arguments = ("--base", made.base, "--adapter", made.adapter, "--out", tmp_path / "out", "--precision", "fp16")
+    code, text, err = program("export", "onnx", *arguments, "--json")
+    assert code == 0 and json.loads(text)["verification"]["ok"], err
+
+
+def test_experts(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    sizes = dict(hidden_size=48, intermediate_size=72, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2)
+    heads = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=12)
+    torch.manual_seed(0)
+    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**TINY, **sizes, **heads)).eval()
+    made = make(any_method, model=model)
+    peft_export.export_onnx(made.base, made.adapter, tmp_path / "out")
+    found = peft_export.verify(tmp_path / "out", made.base, made.adapter)
+    assert found.ok and found.generated_equal == found.generated > 20
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
@@ -215,6 +279,7 @@ def test_what_is_written(exported: Any, program: Any) -> None:
     made = exported("qwen3")
     report = made.report
     assert report.files == ("model.onnx", "model.onnx.data") and report.seconds > 0 and report.peak_memory > 0
+    assert not any("not in the graph" in note for note in report.notes)
     assert report.weights == made.parameters and report.bytes == sum(
         (made.out / file).stat().st_size for file in report.files
     )
@@ -247,6 +312,23 @@ def test_the_command(any_method: Trial, make: Callable[..., Any], program: Any, 
     assert not (tmp_path / "out/verification").exists()
 
 
+def test_what_is_not_in_the_graph_is_said(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """A model of images and text is exported for text: its tower for images is left out, with what was adapted there."""
+    sizes = dict(hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4)
+    text = {**TINY, **sizes, "num_key_value_heads": 2, "head_dim": 12}
+    tokens = dict(mm_tokens_per_image=4, image_token_index=57, boi_token_index=58, eoi_token_index=59)
+    vision = {**sizes, "image_size": 16, "patch_size": 4}
+    torch.manual_seed(0)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, **tokens)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    inside = sum(p.numel() for p in model.model.language_model.parameters())
+    made = make(any_method, model=model, targets=["q_proj", "v_proj"])
+    report = peft_export.export_onnx(made.base, made.adapter, tmp_path / "out")
+    assert report.weights == inside
+    (note,) = (note for note in report.notes if "not in the graph" in note)
+    assert "model.vision_tower" in note and "4 of the 8 layers that the adapter changes are lost with that" in note
+
+
 def test_bad_input(
     any_method: Trial, make: Callable[..., Any], fails: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,6 +354,21 @@ def test_bad_input(
         assert not (tmp_path / f"out-{family}").exists()
     monkeypatch.setattr(installed.importlib.util, "find_spec", lambda name: None)
     assert 'ONNX needs onnx, onnxscript, onnxruntime: python -m pip install "peft-export[onnx]"' in fails(*arguments)
+
+
+def test_disk_full_while_merging(
+    any_method: Trial, make: Callable[..., Any], fails: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory that was asked for is named, not the one within it where the merged model lies meanwhile."""
+    made = make(any_method, "bert")
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(peft_export.shards, "_write_at", full)
+    said = fails("export", "onnx", "--base", made.base, "--adapter", made.adapter, "--out", tmp_path / "home/out")
+    assert f"'{tmp_path / 'home/out'}' could not be written: the disk is full" in said and ".merged" not in said
+    assert not list((tmp_path / "home").iterdir())
 
 
 def test_damaged_exports(exported: Any, fails: Any, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import peft_core as pc
 import peft_export
 from peft_core.testing.checks import Trial
-from peft_export.verify import compare
+from peft_export.verify import MAX_KL, MAX_KL_ROUGH, compare
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -67,6 +67,41 @@ def test_weighted_adapters(additive: Trial, make: Callable[..., Any], program: A
     assert json.loads(text)["verification"]["mean_kl"] < 1e-9
     code, *_ = program("verify", tmp_path / "out", "--base", one.base, "--adapter", one.adapter, "--max-kl", "1e-6")
     assert code == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_limits_tell_rounding_from_a_wrong_weight(
+    dtype: str, lone: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    """By the dtype of what was written, whether that is a whole model or factors beside a base of any dtype."""
+    made = make(lone, dtype=torch.bfloat16)
+    with torch.no_grad():  # so far that a tenth of the way is more than what is rounded
+        for parameter in made.handle.parameters():
+            parameter.mul_(2)
+    made.handle.save(tmp_path / "far")
+    adapters = {str(tmp_path / "far"): 1.0}
+    for weight in (1.0, 0.9):
+        peft_export.merge(made.base, {str(tmp_path / "far"): weight}, tmp_path / "out", dtype=dtype, overwrite=True)
+        found = peft_export.verify(tmp_path / "out", made.base, adapters, record=False)
+        assert found.max_kl == MAX_KL[dtype] and found.dtype == dtype
+        assert found.ok == (weight == 1.0), (weight, found.mean_kl)
+    peft_export.export_lora(made.base, tmp_path / "far", tmp_path / "lora", dtype=dtype)
+    found = peft_export.verify(tmp_path / "lora", made.base, adapters)
+    assert found.ok and found.dtype == dtype and found.max_kl == MAX_KL[dtype]
+    spoil(tmp_path / "lora", "adapter_model.safetensors", 0.05)
+    assert not peft_export.verify(tmp_path / "lora", made.base).ok
+
+
+def test_rough_limits(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """A truncated SVD approximates, and arithmetic in 16 bits rounds at every step, also that of golden logits."""
+    made = make(any_method, dtype=torch.bfloat16)
+    peft_export.export_lora(made.base, made.adapter, tmp_path / "svd", svd_rank=1)
+    assert peft_export.verify(tmp_path / "svd", made.base, made.adapter, record=False).max_kl == MAX_KL_ROUGH
+    peft_export.export_lora(made.base, made.adapter, tmp_path / "exact")
+    assert peft_export.verify(tmp_path / "exact", made.base, made.adapter, record=False).max_kl == MAX_KL["float32"]
+    found = peft_export.verify(tmp_path / "exact", made.base, made.adapter, dtype="auto")
+    assert found.ok and found.max_kl == MAX_KL_ROUGH and (found.dtype, found.computed_in) == ("float32", "bfloat16")
+    assert peft_export.verify(tmp_path / "exact", made.base).max_kl == MAX_KL_ROUGH
 
 
 def test_the_card_tells(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ sites share are kept, until the last of them has had its turn.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +21,34 @@ from peft_core.checkpoint import TENSORS
 from peft_core.merge import Contribution
 
 from .checkpoint_files import CODES, Entry, Reader, read_entries
+
+Adapters: TypeAlias = str | Path | Sequence[str | Path] | Mapping[str, float]
+
+
+def weights_of(adapters: Adapters) -> dict[str, float]:
+    """Adapter directory → weight, of a path, several paths, or a map from path to weight.
+
+    Raises:
+        MergeError: none is given, one is given twice under whatever path, or a weight is not a finite number.
+    """
+    if isinstance(adapters, (str, Path)):
+        adapters = [adapters]
+    pairs = adapters.items() if isinstance(adapters, Mapping) else ((path, 1.0) for path in adapters)
+    weights: dict[str, float] = {}
+    known: dict[Path, str] = {}
+    for path, weight in pairs:
+        first = known.setdefault(Path(path).resolve(), str(path))
+        if first in weights:
+            also = f" (as '{path}', too)" if first != str(path) else ""
+            raise MergeError(
+                f"the adapter '{first}' is given twice{also}; give it once, with the weight that it shall have"
+            )
+        if not math.isfinite(weight):
+            raise MergeError(f"'{path}': the weight is {weight:g}; it must be a finite number")
+        weights[first] = weight
+    if not weights:
+        raise MergeError("no adapter is given")
+    return weights
 
 
 class AdapterFiles:
@@ -171,9 +201,11 @@ class AdapterFiles:
             )
 
     def _check_weight(self) -> None:
+        """Only an added Δ can be scaled."""
         for path in self.sites:
-            if self.owns(path):
+            if self.exclusive(path):
+                what = "has moved weight into the base" if self.owns(path) else "is not an added Δ"
                 raise MergeError(
-                    f"'{self.directory}': method '{self.header.method.name}' has moved weight into the base, and cannot be "
-                    f"merged with weight {self.weight:g}; give it weight 1"
+                    f"'{self.directory}': method '{self.header.method.name}' {what}, and cannot be merged with weight "
+                    f"{self.weight:g}; give it weight 1"
                 )

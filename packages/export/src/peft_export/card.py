@@ -53,7 +53,9 @@ def lora(base: Path, header: AdapterFile, report: LoraReport, labels: Mapping[st
     """The card of a lowered adapter. `labels`: see `merge_plan.head_labels`."""
     classes = f", num_labels={len(labels['id2label'])}" if labels else ""
     worst = max((site.error for site in report.sites), default=0.0)
-    exact = "exactly" if worst == 0.0 else f"by truncated SVD, with a relative error of up to {worst:.2e} per layer"
+    exact = (
+        f"with a relative error of up to {worst:.2e} per layer ({' and '.join(report.losses)})" if worst else "exactly"
+    )
     auto = _auto_class(header.base.architecture)
     lines = [
         f"A standard LoRA adapter for {_base_text(base, header)}, lowered {exact} from a `{header.method.name}` adapter by "
@@ -82,12 +84,7 @@ def onnx(base: Path, headers: Sequence[AdapterFile], report: OnnxReport) -> str:
     lines = [
         f"{_base_text(base, headers[0])} with {what} merged in, as ONNX, by `peft-export`.",
         "",
-        f"- Precision: {report.precision}"
-        + (
-            f", {100 * report.quantized:.1f} % of the weights in blocks of {report.block_size}"
-            if report.block_size
-            else ""
-        ),
+        f"- Precision: {report.precision}" + (f", {report.blocks}" if report.blocks else ""),
         f"- Files: {files}, {size(report.bytes)}",
         *(f"- `{name}.onnx` takes {', '.join(_brief(names))}" for name, names in report.inputs.items()),
         *(f"- {note}" for note in report.notes),

@@ -1,14 +1,16 @@
-"""What only transformers knows: how it renames, stacks, splits or turns a checkpoint's tensors as it loads them, and which
-parameter of a classifier grows with its classes.
+"""What only transformers knows: how it renames, stacks, splits or turns a checkpoint's tensors as it loads them, which
+parameter of a classifier grows with its classes, and what parts tied parameters.
 
-Only here are transformers' model classes imported, for classifiers and for a checkpoint that names and shapes do not
-explain: the model is built on the meta device, without weights.
+Only here are transformers' model classes imported: for classifiers, for ties that are parted, and for a checkpoint that
+names and shapes do not explain. The model is built on the meta device, without weights.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from peft_core import CheckpointError, MergeError
 
+from . import output
 from .checkpoint_files import DTYPES, Checkpoint
 from .names import Conversion, Names, Wanted
 
@@ -30,28 +33,10 @@ def ask_transformers(checkpoint: Checkpoint, architecture: str, wanted: list[Wan
     model = _meta_model(checkpoint.directory, architecture)
     if model is None:
         return None
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            dot_natural_key,
-            rename_source_key,
-        )
-    except ImportError as error:
-        raise MergeError(f"the key renames of this version of transformers cannot be followed: {error}") from None
-    transforms = get_model_conversion_mapping(model)
-    renamings = [step for step in transforms if isinstance(step, WeightRenaming)]
-    converters = [step for step in transforms if isinstance(step, WeightConverter)]
-    state, prefix = model.state_dict(), model.base_model_prefix
+    renamings, converters = _transforms(model)
     keys: dict[str, str] = {}
     groups: dict[str, list[tuple[str, str]]] = {}
-    for key in sorted(checkpoint.entries, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-        if name not in state and key in state:
-            name, pattern = rename_source_key(key, [], [], prefix, state)
-        if name not in state:
-            continue
+    for key, name, pattern in _renamed(checkpoint, model, renamings, converters):
         if pattern is None:
             keys[name] = key
         else:
@@ -64,8 +49,55 @@ def ask_transformers(checkpoint: Checkpoint, architecture: str, wanted: list[Wan
     made = {parameter for group in conversions for parameter in group.parameters}
     left = [p for p in wanted if not any(name in keys or name in made for name in p.parameters)]
     ties = _ties(model, {*keys, *made}, left)
-    absent = tuple(p.parameters[0] for p in left if p.parameters[0] not in ties)
-    return Names(keys, ties, conversions, absent)
+    ignored = model._keys_to_ignore_on_load_missing or ()
+    names = (name for p in left for name in p.parameters)
+    computed = tuple(name for name in names if any(re.search(pattern, name) for pattern in ignored))
+    return Names(keys, ties, conversions, computed=computed)
+
+
+def loaded_parameters(checkpoint: Checkpoint, architecture: str) -> set[str] | None:
+    """Keys that become parameters as transformers loads this architecture; None where it cannot build it."""
+    model = (
+        _meta_model(checkpoint.directory, architecture) if (checkpoint.directory / "config.json").is_file() else None
+    )
+    if model is None:
+        return None
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    found = _renamed(checkpoint, model, *_transforms(model))
+    return {key for key, name, pattern in found if name in parameters or pattern is not None}
+
+
+def _transforms(model: Any) -> tuple[list[Any], list[Any]]:
+    """The renamings and the conversions that transformers applies as it loads a model.
+
+    Raises:
+        MergeError: this version of transformers does so in another way.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+    except ImportError as error:
+        raise MergeError(f"the key renames of this version of transformers cannot be followed: {error}") from None
+    transforms = get_model_conversion_mapping(model)
+    return (
+        [step for step in transforms if isinstance(step, WeightRenaming)],
+        [step for step in transforms if isinstance(step, WeightConverter)],
+    )
+
+
+def _renamed(
+    checkpoint: Checkpoint, model: Any, renamings: list[Any], converters: list[Any]
+) -> Iterator[tuple[str, str, str | None]]:
+    """(key, name in the model, pattern of the conversion if there is one) of every tensor that the model takes."""
+    from transformers.core_model_loading import dot_natural_key, rename_source_key
+
+    state, prefix = model.state_dict(), model.base_model_prefix
+    for key in sorted(checkpoint.entries, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], prefix, state)
+        if name in state:
+            yield key, name, pattern
 
 
 def class_count(directory: Path, architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -87,7 +119,42 @@ def class_count(directory: Path, architecture: str, shapes: Mapping[str, tuple[i
     return None
 
 
-def _meta_model(directory: Path, architecture: str, **fields: Any) -> Any:
+def parted_by_flag(
+    directory: Path, architecture: str, config: Mapping[str, Any], tied: Sequence[Sequence[str]]
+) -> bool:
+    """Whether `tie_word_embeddings = false` in the configuration parts these sets of tied parameters.
+
+    Some architectures tie them whatever it says (and read something else from it): of these, transformers' loader keeps
+    apart what the files hold with different values.
+
+    Raises:
+        MergeError: the architecture makes them one tensor itself, so that no file can part them.
+    """
+    model = _meta_model(directory, architecture, output.edited(config, {"tie_word_embeddings": False}))
+    if model is None:
+        return True
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    declared = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    one = [name for members in tied for name in _still_one(members, parameters)]
+    if fixed := [name for name in one if name not in declared]:
+        raise MergeError(
+            f"'{fixed[0]}' is one tensor with another layer's in every {architecture}, and cannot be parted from it: leave "
+            "the layer out of the adapter, or train both as one"
+        )
+    return not one
+
+
+def _still_one(members: Sequence[str], parameters: Mapping[str, Tensor]) -> list[str]:
+    """Those of these parameters that share a tensor with another of them."""
+    found = [name for name in members if name in parameters]
+    owners = Counter(id(parameters[name]) for name in found)
+    return [name for name in found if owners[id(parameters[name])] > 1]
+
+
+def _meta_model(
+    directory: Path, architecture: str, config_fields: Mapping[str, Any] | None = None, **fields: Any
+) -> Any:
+    """A model without weights; None where transformers cannot build it. `config_fields`: what its `config.json` would say."""
     import transformers
 
     cls = getattr(transformers, architecture, None)
@@ -95,6 +162,8 @@ def _meta_model(directory: Path, architecture: str, **fields: Any) -> Any:
         return None
     try:
         config = transformers.AutoConfig.from_pretrained(directory, **fields)
+        if config_fields is not None:
+            config = type(config).from_dict(dict(config_fields))
     except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(f"'{directory}': config.json cannot be read: {' '.join(str(error).split())}") from None
     try:

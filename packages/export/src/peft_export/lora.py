@@ -6,6 +6,7 @@ approximated by a truncated SVD, whose error is reported layer by layer.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Set
@@ -17,14 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from peft_core import LowRank, MergeError, PluginError, SpecError, plugins
+from peft_core.dtypes import name_of
 from peft_core.errors import listed
 from peft_core.merge import Contribution, merged_weight
 
 from . import card, output, svd
 from .adapter_files import AdapterFiles
 from .checkpoint_files import CODES, DTYPES, INDEX, SINGLE, Checkpoint, Reader, open_checkpoint
-from .mapping import find_names
-from .merge_plan import head_labels
+from .mapping import find_names, note_on_type, quantized
+from .merge_plan import head_labels, resizing
 from .names import Names
 from .pipeline import Progress
 from .runtimes import Request, Runtime, runtime
@@ -32,6 +34,7 @@ from .shards import Item, Writer
 from .streaming import dtype_code
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SVD = "truncated SVD"
 _PREFIX = "base_model.model."
 # In a model with stacked experts PEFT takes these, as `target_modules`, for its experts, whatever the path before them.
 _EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
@@ -41,7 +44,7 @@ _HEADS = ("classifier", "score")
 
 @dataclass(frozen=True)
 class LoweredSite:
-    """A layer's factors: their rank before padding, and ‖ΔW − BA‖ / ‖ΔW‖ (0: exact)."""
+    """A layer's factors: their rank before padding, and ‖ΔW − BA‖ / ‖ΔW‖ with B and A as they are stored (0: exact)."""
 
     path: str
     rank: int
@@ -53,7 +56,8 @@ class LoraReport:
     """What `export_lora` did.
 
     Attributes:
-        rank: of the adapter as written, padding included. runtime: for which it was fitted, if any.
+        rank: of the adapter as written, padding included. losses: what made errors, nothing where the factors are exact.
+        runtime: for which it was fitted, if any.
         command: how to start that runtime. problems: why it cannot serve the adapter.
     """
 
@@ -63,6 +67,7 @@ class LoraReport:
     method: str
     rank: int
     dtype: str
+    losses: tuple[str, ...]
     sites: tuple[LoweredSite, ...]
     trained: tuple[str, ...]
     bytes: int
@@ -101,8 +106,9 @@ def export_lora(
         base: checkpoint directory of the base; its weights are read only for an SVD. adapter, out: directories.
         fit: `vllm`, `sglang` or `llama.cpp`. pad_rank: fill up with zeros, so that all layers have one rank that the
             runtime accepts; None: if `fit` asks for it.
-        svd_rank, svd_energy: approximate what has no exact factors, by this rank or keeping this share of ‖ΔW‖².
-        dtype: of the factors; None: float32, or float64 where the adapter has it.
+        svd_rank, svd_energy: approximate by at most this rank, or by the smallest that keeps this share of ‖ΔW‖², what has
+            no exact factors, and exact factors that are larger than that.
+        dtype: of the factors; None: float32, or float64 where the adapter has it. Rounding to a narrower one is an error, too.
 
     Raises:
         MergeError: the method has no exact factors and no SVD is asked for. CheckpointError: an input cannot be read.
@@ -124,6 +130,11 @@ def export_lora(
         source.verify()
         lowering = _Lowering(directory, config, source, reader, svd_rank, svd_energy)
         lowered = dict(lowering.sites())
+        losses = [SVD] if any(found.error for found in lowered.values()) else []
+        if code is not None:
+            before, lowered = lowered, _rounded(lowered, DTYPES[code])
+            if any(found.error > before[path].error for path, found in lowered.items()):
+                losses.append(f"rounding to {dtype}")
         ranks = {path: len(factors.A) for path, factors in lowered.items()}
         rank, uniform = _rank(max(ranks.values()), target, pad_rank)
         tensors = {
@@ -145,7 +156,8 @@ def export_lora(
             adapter=str(adapter),
             method=source.header.method.name,
             rank=rank,
-            dtype=str(DTYPES[items[0].dtype]).removeprefix("torch."),
+            dtype=name_of(DTYPES[items[0].dtype]),
+            losses=tuple(losses),
             sites=tuple(LoweredSite(path, ranks[path], found.error) for path, found in lowered.items()),
             trained=tuple(source.header.trained),
             bytes=sum(item.nbytes for item in items),
@@ -153,7 +165,11 @@ def export_lora(
             runtime=target.name if target else "",
             command=target.command(request, rank) if target else "",
             problems=(*target.problems(request), *_rank_problems(target, ranks, uniform)) if target else (),
-            notes=tuple(_notes(source, ranks, rank, uniform)),
+            notes=(
+                *note_on_type(source.header, config, directory, source.directory),
+                *lowering.resizing(config),
+                *_notes(source, ranks, rank, uniform),
+            ),
         )
         marker = output.marker("lora", [source.header], labels, report.to_json())
         output.write_json(temporary / output.MARKER, marker)
@@ -183,6 +199,14 @@ class _Lowering:
             self._checkpoint = open_checkpoint(base)
             self._names = find_names(self._checkpoint, source.header, config, str(source.directory))
 
+    def resizing(self, config: Mapping[str, Any]) -> Iterator[str]:
+        """A remark on a base whose vocabulary must be resized before the adapter is loaded."""
+        if self._checkpoint is None or self._names is None:
+            return
+        edits, found = resizing(self._checkpoint, self._names, [self._source], config)
+        for what, size in zip(found, edits.values(), strict=True):
+            yield f"{what}: resize the base before loading the adapter, base.resize_token_embeddings({size})"
+
     def sites(self) -> Iterator[tuple[str, svd.Truncated]]:
         """(path, factors) of every site.
 
@@ -194,7 +218,7 @@ class _Lowering:
             part = self._source.contribution(path, self._reader)
             factors, reason = self._exact(part)
             if factors is not None:
-                yield path, svd.reduce(factors.A, factors.B, self._rank)
+                yield path, svd.reduce(factors.A, factors.B, self._rank, self._energy)
             elif wants_svd:
                 yield path, svd.truncate(self._delta(part), self._rank, self._energy)
             else:
@@ -226,6 +250,8 @@ class _Lowering:
         path = part.site.path
         if self._checkpoint is None or self._names is None:
             raise MergeError("an SVD compares with the base's weights: give a base directory that holds them")
+        if path in self._names.packed:
+            raise quantized(self._names.packed[path], "an SVD compares with the base's weights: give")
         key = self._names.keys.get(f"{path}.weight")
         if key is None:
             raise MergeError(
@@ -235,6 +261,21 @@ class _Lowering:
         weight = stored.to(torch.promote_types(stored.dtype, torch.float32))
         weight = weight.T if part.site.transposed else weight
         return merged_weight(weight, [part]) - weight
+
+
+def _rounded(lowered: Mapping[str, svd.Truncated], dtype: torch.dtype) -> dict[str, svd.Truncated]:
+    """The factors with their errors in this dtype.
+
+    Raises:
+        MergeError: a factor is too large for it.
+    """
+    out = {path: svd.rounded(found, dtype) for path, found in lowered.items()}
+    if lost := [path for path, found in out.items() if not math.isfinite(found.error)]:
+        name = name_of(dtype)
+        raise MergeError(
+            f"'{lost[0]}': its factors are too large for {name}; write them as bfloat16 or float32 (--dtype)"
+        )
+    return out
 
 
 def _named(found: svd.Truncated) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:

@@ -13,9 +13,11 @@ from typing import Any
 
 from peft_core import MergeError
 from peft_core.adapter_file import AdapterFile
+from peft_core.errors import listed
 
 from .adapter_files import AdapterFiles
 from .checkpoint_files import CODES, DTYPES, PLAIN_FLOATS, Checkpoint, Entry, Reader
+from .mapping import note_on_type, quantized
 from .names import Conversion, Names
 from .shards import Item
 
@@ -78,7 +80,7 @@ def plan_merge(
     """
     changes = collect_changes(adapters)
     _check_kinds(checkpoint, names, changes)
-    untied = _untied(checkpoint, adapters[0].header, names, changes, untie)
+    untied, by_flag = _untied(checkpoint, adapters[0].header, names, changes, config, untie)
     by_key = {key: parameter for parameter, key in names.keys.items()}
     groups = {
         key: group
@@ -87,19 +89,32 @@ def plan_merge(
         if not changes.keys().isdisjoint(group.parameters)
     }
     outputs = [
-        Output(_item(entry, dtype), entry, changes.get(by_key.get(key, "")), groups.get(key))
+        Output(_item(entry, dtype, change), entry, change, groups.get(key))
         for key, entry in checkpoint.entries.items()
+        for change in [changes.get(by_key.get(key, ""))]
     ]
     for parameter, source in untied.items():
         if parameter not in names.keys:
-            outputs.append(Output(_item(source, dtype, names.new_key(parameter)), source, changes.get(parameter)))
-    for parameter in names.absent:
-        change = changes.get(parameter)
-        if change is not None and change.trained is not None:
-            shape, code = change.trained[0].shape(change.trained[1]), dtype or checkpoint.dtype
-            outputs.append(Output(_new_item(names.new_key(parameter), code, shape), None, change))
-    edits, notes = _edits(checkpoint.directory, adapters[0].header, names, changes, config, bool(untied))
-    return MergePlan(outputs, changes, edits, (*notes, *_remarks(checkpoint, adapters, names, changes)))
+            change, key = changes.get(parameter), names.new_key(parameter)
+            outputs.append(Output(_item(source, dtype, change, key), source, change))
+    new = {parameter: change for parameter, change in changes.items() if not names.knows(parameter)}
+    for parameter, change in new.items():
+        assert change.trained is not None
+        shape, code = change.trained[0].shape(change.trained[1]), dtype or checkpoint.dtype
+        outputs.append(Output(_new_item(names.new_key(parameter), code, shape), None, change))
+    edits, notes = _edits(checkpoint.directory, adapters[0].header, bool(new), config)
+    resized, more = resizing(checkpoint, names, adapters, config)
+    edits |= resized
+    notes += [f"{what}: config.json says so now" for what in more]
+    if by_flag:
+        edits["tie_word_embeddings"] = False
+        notes.append("tied embeddings were parted: config.json now says tie_word_embeddings = false")
+    elif untied:
+        notes.append(
+            f"{listed(sorted(untied))} were parted: the files hold each of them now, and from that transformers 5 sees that "
+            "they differ (config.json has no field for it)"
+        )
+    return MergePlan(outputs, changes, edits, (*notes, *_remarks(checkpoint, adapters, names, changes, config)))
 
 
 def collect_changes(adapters: Sequence[AdapterFiles]) -> dict[str, Change]:
@@ -148,46 +163,63 @@ def collect_changes(adapters: Sequence[AdapterFiles]) -> dict[str, Change]:
 def _check_kinds(checkpoint: Checkpoint, names: Names, changes: Mapping[str, Change]) -> None:
     for parameter, change in changes.items():
         key = names.keys.get(names.ties.get(parameter, parameter))
-        entry = checkpoint.entries.get(key or "")
+        entry = names.packed.get(change.path) or checkpoint.entries.get(key or "")
         if entry is None:
             continue
         if entry.dtype not in PLAIN_FLOATS:
-            raise MergeError(
-                f"'{entry.key}' in '{checkpoint.directory}' is quantized ({entry.dtype}); merge into the original-precision "
-                "checkpoint, or into a dequantized one"
-            )
-        if change.trained is not None and (shape := change.trained[0].shape(change.trained[1])) != entry.shape:
-            raise MergeError(f"'{parameter}' is {list(shape)} in the adapter and {list(entry.shape)} in the base")
+            raise quantized(entry, "merge into")
 
 
 def _untied(
-    checkpoint: Checkpoint, header: AdapterFile, names: Names, changes: Mapping[str, Change], untie: bool
-) -> dict[str, Entry]:
-    """Parameters that must be parted from the tensor that they share → that tensor.
+    checkpoint: Checkpoint,
+    header: AdapterFile,
+    names: Names,
+    changes: Mapping[str, Change],
+    config: Mapping[str, Any],
+    untie: bool,
+) -> tuple[dict[str, Entry], bool]:
+    """Parameters that need a tensor of their own → the one that they share; and whether the configuration must say so.
+
+    What the configuration parts, it parts for all: then every tied parameter needs one, whether it is changed or not.
 
     Raises:
-        MergeError: there are some, and parting them was not asked for.
+        MergeError: there are some, and parting them was not asked for or is not possible.
     """
-    out: dict[str, Entry] = {}
-    for entry, members in _tied_sets(checkpoint, header, names, changes):
-        different = {(change.trained if change and change.trained else change) for change in map(changes.get, members)}
-        if len(different) == 1 and next(iter(different)) is not None and all(changes[m].trained for m in members):
-            continue
-        if not untie:
-            changed = next(member for member in members if member in changes)
-            other = next(member for member in members if member != changed)
-            raise MergeError(
-                f"'{changed}' is the same tensor as '{other}': merging would change both; exclude the tied layer, or part "
-                f"them with untie=True (--untie; the checkpoint grows by {entry.nbytes / 1e6:.1f} MB)"
-            )
-        out.update(dict.fromkeys(members, entry))
-    return out
+    tied = _tied_sets(checkpoint, header, names, changes)
+    parted = [(entry, members) for entry, members in tied if _parts(members, changes)]
+    if not parted:
+        return {}, False
+    if not untie:
+        entry, members = parted[0]
+        changed = next(member for member in members if member in changes)
+        other = next(member for member in members if member != changed)
+        raise MergeError(
+            f"'{changed}' is the same tensor as '{other}': merging would change both; exclude the tied layer, or part "
+            f"them with untie=True (--untie; the checkpoint grows by {entry.nbytes / 1e6:.1f} MB)"
+        )
+    from .conversions import parted_by_flag
+
+    by_flag = not config or parted_by_flag(
+        checkpoint.directory, header.base.architecture, config, [members for _, members in parted]
+    )
+    return {member: entry for entry, members in (tied if by_flag else parted) for member in members}, by_flag
+
+
+def _parts(members: Sequence[str], changes: Mapping[str, Change]) -> bool:
+    """Whether changes make parameters differ that share a tensor: unless one tensor takes the place of all of them."""
+    if changes.keys().isdisjoint(members):
+        return False
+    new = {change.trained if change else None for change in map(changes.get, members)}
+    return len(new) > 1 or None in new
 
 
 def _tied_sets(
     checkpoint: Checkpoint, header: AdapterFile, names: Names, changes: Mapping[str, Change]
 ) -> list[tuple[Entry, list[str]]]:
-    """The shared tensors that a change touches, each with its parameters: seen from the tensors, not from a flag."""
+    """The shared tensors, each with its parameters: seen from the tensors, not from a flag.
+
+    One that the files hold twice is looked for only where a change touches it.
+    """
     sets: dict[str, list[str]] = {}
     for parameter, twin in names.ties.items():
         if twin in names.keys:
@@ -204,33 +236,51 @@ def _tied_sets(
                 others = {name: checkpoint.entries[key] for name, key in names.keys.items() if key != entry.key}
                 if twins := [name for name, other in others.items() if reader.same(entry, other)]:
                     sets[entry.key] = [parameter, *twins]
-    return [
-        (checkpoint.entries[key], members) for key, members in sets.items() if not changes.keys().isdisjoint(members)
-    ]
+    return [(checkpoint.entries[key], members) for key, members in sets.items()]
 
 
 def _edits(
     base: Path,
     header: AdapterFile,
-    names: Names,
-    changes: Mapping[str, Change],
+    new_head: bool,
     config: Mapping[str, Any],
-    untied: bool,
 ) -> tuple[dict[str, Any], list[str]]:
     """Fields of the configuration that no longer hold, and remarks on them."""
+    if not config:
+        return {}, [f"'{base}' has no config.json, so that nothing can load the result: copy the model's into it"]
     edits: dict[str, Any] = {}
     notes: list[str] = []
-    if untied:
-        edits["tie_word_embeddings"] = False
-        notes.append("tied embeddings were parted: config.json now says tie_word_embeddings = false")
-    new = [parameter for parameter in names.absent if parameter in changes]
-    if new and header.base.architecture not in (config.get("architectures") or ()):
+    if new_head and header.base.architecture not in (config.get("architectures") or ()):
         edits["architectures"] = [header.base.architecture]
         notes.append(f"the trained head makes this a {header.base.architecture}: config.json says so now")
-    if left := [parameter for parameter in names.absent if parameter not in changes]:
-        notes.append(f"'{left[0]}' is neither in the base nor in the adapter: whoever loads the result starts it anew")
     edits.update(head_labels(base, header, config))
     return edits, notes
+
+
+def resizing(
+    checkpoint: Checkpoint, names: Names, adapters: Sequence[AdapterFiles], config: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """The field of the configuration for a vocabulary whose embeddings the adapters bring along in another size, in words too.
+
+    Raises:
+        MergeError: they bring different sizes.
+    """
+    inner = config.get("text_config")
+    before = (inner if isinstance(inner, Mapping) else config).get("vocab_size", config.get("vocab_size"))
+    sizes: dict[int, str] = {}
+    for adapter in adapters:
+        for parameter, key in adapter.trained.items():
+            entry = checkpoint.entries.get(names.keys.get(names.ties.get(parameter, parameter), ""))
+            if entry is not None and entry.shape[:1] == (before,) and adapter.shape(key) != entry.shape:
+                sizes.setdefault(adapter.shape(key)[0], parameter)
+    if len(sizes) > 1:
+        raise MergeError(
+            f"the adapters bring vocabularies of different sizes: {listed(map(str, sizes))}; merge one of them"
+        )
+    if not sizes:
+        return {}, []
+    size = next(iter(sizes))
+    return {"vocab_size": size}, [f"the vocabulary has {size} tokens, not {before}"]
 
 
 def head_labels(base: Path, header: AdapterFile, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,11 +297,16 @@ def head_labels(base: Path, header: AdapterFile, config: Mapping[str, Any]) -> d
 
 
 def _remarks(
-    checkpoint: Checkpoint, adapters: Sequence[AdapterFiles], names: Names, changes: Mapping[str, Change]
+    checkpoint: Checkpoint,
+    adapters: Sequence[AdapterFiles],
+    names: Names,
+    changes: Mapping[str, Change],
+    config: Mapping[str, Any],
 ) -> list[str]:
     notes = []
     stored = {entry.dtype for p, key in names.keys.items() if p in changes and (entry := checkpoint.entries[key])}
     for adapter in adapters:
+        notes += note_on_type(adapter.header, config, checkpoint.directory, adapter.directory)
         trained_on = {CODES[site.dtype] for site in adapter.sites.values()}
         if packed := adapter.header.base.quantization:
             notes.append(
@@ -271,7 +326,9 @@ def _remarks(
     return notes
 
 
-def _item(entry: Entry, dtype: str | None, key: str | None = None) -> Item:
+def _item(entry: Entry, dtype: str | None, change: Change | None, key: str | None = None) -> Item:
+    if change is not None and change.trained is not None:
+        return _new_item(key or entry.key, dtype or entry.dtype, change.trained[0].shape(change.trained[1]))
     if dtype is None or entry.dtype not in PLAIN_FLOATS:
         return Item(key or entry.key, entry.dtype, entry.shape, entry.nbytes)
     return _new_item(key or entry.key, dtype, entry.shape)

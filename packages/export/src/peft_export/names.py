@@ -43,20 +43,26 @@ class Names:
         keys: parameter → its key in the files.
         ties: parameter that the files leave out → the parameter whose tensor it shares.
         conversions: parameters that the files hold in another form, by group.
-        absent: parameters that are neither in the files nor tied: a head that training added.
         prefix: (of parameters, of keys): where a parameter's name begins with the one, its key begins with the other.
+        computed: parameters that the files leave out because the model computes them itself.
+        packed: layers that the files hold quantized → one of their tensors.
     """
 
     keys: Mapping[str, str]
     ties: Mapping[str, str] = field(default_factory=dict)
     conversions: tuple[Conversion, ...] = ()
-    absent: tuple[str, ...] = ()
     prefix: tuple[str, str] = ("", "")
+    computed: tuple[str, ...] = ()
+    packed: Mapping[str, Entry] = field(default_factory=dict)
 
     def new_key(self, parameter: str) -> str:
         """The key for a parameter that the files do not have yet."""
         ours, theirs = self.prefix
         return theirs + parameter.removeprefix(ours) if ours and parameter.startswith(ours) else parameter
+
+    def knows(self, parameter: str) -> bool:
+        """Whether the files hold this parameter, in whatever form; others are a head that training added."""
+        return parameter in self.keys or parameter in self.ties or self.conversion(parameter) is not None
 
     def conversion(self, parameter: str) -> Conversion | None:
         """The conversion that makes this parameter, if one does."""
@@ -70,15 +76,19 @@ class Wanted:
     Attributes:
         name: as `adapter.json` has it. shape: logical (out × in for a layer). transposed: how the files store it, if known.
         parameters: what the parameter may be called: a two-dimensional name can be a layer or a parameter of its own.
+        trained: the adapter brings it along, so that the files may have it in another size (of a vocabulary, of classes).
     """
 
     name: str
     shape: tuple[int, ...]
     transposed: bool | None
     parameters: tuple[str, ...]
+    trained: bool = False
 
     def fits(self, entry: Entry) -> bool:
         """Whether a tensor has the right shape."""
+        if self.trained:
+            return len(entry.shape) == len(self.shape)
         if len(self.shape) != 2 or self.transposed is False:
             return entry.shape == self.shape
         turned = self.shape[::-1]
@@ -88,15 +98,24 @@ class Wanted:
 def wanted_parameters(header: AdapterFile) -> list[Wanted]:
     """Everything that the adapter's base model consists of."""
     sites = {site.path: site.transposed for site in header.sites}
+    trained = trained_parameters(header)
     out = []
     for name, shape in header.base.shapes.items():
+        transposed: bool | None
+        parameters: tuple[str, ...]
         if name in sites:
-            out.append(Wanted(name, tuple(shape), sites[name], (f"{name}.weight",)))
+            transposed, parameters = sites[name], (f"{name}.weight",)
         elif len(shape) == 2 and not name.endswith((".weight", ".bias")):
-            out.append(Wanted(name, tuple(shape), None, (f"{name}.weight", name)))
+            transposed, parameters = None, (f"{name}.weight", name)
         else:
-            out.append(Wanted(name, tuple(shape), False, (name,)))
+            transposed, parameters = False, (name,)
+        out.append(Wanted(name, tuple(shape), transposed, parameters, not trained.isdisjoint(parameters)))
     return out
+
+
+def trained_parameters(header: AdapterFile) -> set[str]:
+    """Parameters of the modules that the adapter trained in full."""
+    return {f"{path}.{name}" for path, named in header.trained.items() for name in named}
 
 
 def by_prefix(checkpoint: Checkpoint, header: AdapterFile, wanted: list[Wanted]) -> Names | None:
@@ -112,19 +131,14 @@ def by_prefix(checkpoint: Checkpoint, header: AdapterFile, wanted: list[Wanted])
     tied = [parameter for parameter in left if parameter.parameters[0] in ties]
     if ties and sum(math.prod(p.shape) for p in tied) != shared:
         return None
-    trained = {f"{path}.{name}" for path, named in header.trained.items() for name in named}
+    trained = trained_parameters(header)
     absent = [parameter for parameter in left if parameter not in tied]
     if any(trained.isdisjoint(parameter.parameters) for parameter in absent):
         return None
     keys = {name: _key(checkpoint, name, prefix) for name in best}
     if absent and not checkpoint.entries.keys() <= set(keys.values()):
         return None  # what looks like a new head may be what the files hold under another name
-    return Names(
-        keys,
-        ties,
-        absent=tuple(next(name for name in parameter.parameters if name in trained) for parameter in absent),
-        prefix=prefix,
-    )
+    return Names(keys, ties, prefix=prefix)
 
 
 def matched(checkpoint: Checkpoint, wanted: list[Wanted], prefix: tuple[str, str]) -> dict[str, Wanted]:

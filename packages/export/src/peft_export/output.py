@@ -15,6 +15,7 @@ from peft_core.adapter_file import AdapterFile
 from peft_core.files import whole_directory
 
 MARKER = "export.json"
+FOLDER = "verification"
 FORMAT_VERSION = 1
 # Weights in other formats and copies of them: they would be the weights from before.
 _WEIGHTS = {
@@ -61,9 +62,24 @@ def export_directory(out: str | Path, inputs: Iterable[str | Path], overwrite: b
                 f"the output '{out}' is not an export (it has no {MARKER}) and will not be replaced: "
                 "choose another directory"
             )
-    old = [entry.name for entry in target.iterdir()] if target.is_dir() else []
-    with whole_directory(target, [MARKER, *old]) as temporary:
+    with whole_directory(target, [MARKER, *_replaced(target)]) as temporary:
         yield temporary
+        written = sorted(entry.name for entry in temporary.iterdir())
+        write_json(temporary / MARKER, {**read_marker(temporary), "written": written})
+
+
+def _replaced(target: Path) -> list[str]:
+    """What goes when an earlier export is replaced: what was written with it, and weights, which runtimes would load beside
+    the new ones. Anything else is somebody's own, and stays.
+    """
+    if not (target / MARKER).is_file():
+        return []
+    written = read_marker(target).get("written")
+    return [
+        entry.name
+        for entry in target.iterdir()
+        if written is None or entry.name in {*written, FOLDER} or entry.suffix in _WEIGHTS
+    ]
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -82,6 +98,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"'{path}' is not a model configuration")
     return config
+
+
+def edited(config: Mapping[str, Any], edits: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's configuration with some fields changed: where they are, in it or in its inner one; new ones in it."""
+    inner = config.get("text_config")
+    if not isinstance(inner, dict):
+        return {**config, **edits}
+    own = {name: value for name, value in edits.items() if name in config or name not in inner}
+    return {**config, **own, "text_config": {name: edits.get(name, value) for name, value in inner.items()}}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -112,6 +112,12 @@ class Pipeline:
             parts = [adapter.contribution(change.path, reader) for adapter in change.adapters]
             weight = stored.T if site.transposed else stored
         merged = merged_weight(weight, parts)
+        # A sum is finite only if every element is (it may overflow, too): one pass, nothing allocated.
+        if not torch.isfinite(merged.sum()) and not torch.isfinite(merged).all():
+            raise MergeError(
+                f"'{change.path}': the merged weight has NaN or infinite values: the base's own weight has some, or the "
+                "adapters' weights are too large"
+            )
         if merged.untyped_storage().data_ptr() == self._wide.data_ptr():
             merged = merged.clone()  # the method returned the weight that it was given, whose buffer is needed again
         return merged.T if site.transposed else merged

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +65,7 @@ def merge(
     base: Base,
     adapter: Adapters,
     out: Out,
-    dtype: Annotated[str | None, typer.Option(help="Cast all weights: float32, bfloat16, float16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Cast all weights: float32, bfloat16, float16, float64.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     untie: Untie = False,
     overwrite: Overwrite = False,
@@ -102,13 +105,16 @@ def lora(
         typer.Option("--pad-rank/--no-pad-rank", help="Fill all layers up to one rank. On where --fit needs it."),
     ] = None,
     svd_rank: Annotated[
-        int | None, typer.Option(min=1, help="Approximate, by this rank, what has no exact factors of it.")
+        int | None,
+        typer.Option(min=1, help="Approximate, by this rank, what has no exact factors of it or a smaller one."),
     ] = None,
     svd_energy: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="Approximate by the rank that keeps this share, such as 0.99."),
+        typer.Option(min=0.0, max=1.0, help="Approximate by the rank that keeps this share of ‖ΔW‖², such as 0.99."),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="dtype of the factors: float32, bfloat16, float16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="dtype of the factors: float32 (exact), bfloat16, float16, float64.")
+    ] = None,
     overwrite: Overwrite = False,
     verify: Verify = False,
     json_: Json = False,
@@ -177,7 +183,7 @@ def verify(
     max_kl: Annotated[
         float | None,
         typer.Option(
-            min=0.0, help="Largest mean KL divergence allowed, in nats per token. Default: 1e-2; by precision for ONNX."
+            min=0.0, help="Largest mean KL divergence allowed, in nats per token. Default: by the export's precision."
         ),
     ] = None,
     dtype: Annotated[
@@ -262,18 +268,36 @@ def _finish(
 
 
 @contextmanager
+def _tidy_when_terminated() -> Iterator[None]:
+    """SIGTERM ends the command as an exception does, so that what was half written is removed."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # only there can a signal be handled
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar with bytes and rate, on standard error."""
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
+    bar = Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True)
+    with _tidy_when_terminated(), bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextmanager
 def _status(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A line on standard error that says what is being done."""
-    with Console(stderr=True, quiet=quiet).status("") as line:
+    """A line on standard error that says what is being done, also where what is done turns its own errors away."""
+    with _tidy_when_terminated(), Console(file=sys.stderr, quiet=quiet).status("") as line:
         yield line.update
 
 
@@ -301,7 +325,7 @@ def _lora_table(report: LoraReport) -> Table:
         "output": report.out,
         "layers": f"{len(report.sites)}, rank {report.rank}",
         "size": f"{size(report.bytes)}, {report.dtype}",
-        "error": f"up to {report.worst.error:.2e} of ‖ΔW‖ ({report.worst.path})"
+        "error": f"up to {report.worst.error:.2e} of ‖ΔW‖ ({report.worst.path}), by {' and '.join(report.losses)}"
         if report.worst.error
         else "none: the factors are exact",
         "time": f"{report.seconds:.1f} s",
@@ -324,19 +348,18 @@ def _onnx_table(report: OnnxReport) -> Table:
     rows = {
         "output": report.out,
         "files": f"{', '.join(report.files)}: {size(report.bytes)}",
-        "weights": f"{report.weights:,}, {report.precision}"
-        + (f": {100 * report.quantized:.1f} % in blocks of {report.block_size}" if report.block_size else ""),
+        "weights": f"{report.weights:,}, {report.precision}" + (f": {report.blocks}" if report.blocks else ""),
         "time": f"{report.seconds:.1f} s{memory}",
     }
     return _table("Exported to ONNX", rows, report.notes)
 
 
 def _verify_table(report: VerifyReport) -> Table:
-    from .verify import greedy_line, limits
+    from .verify import limits, remarks
 
     verdict = "passed" if report.ok else "FAILED"
     title = f"{report.export} against {report.against}, {report.dtype}: {verdict} ({limits(report)})"
-    caption = greedy_line(report) if report.generated else None
+    caption = " ".join(remarks(report)) or None
     table = Table(title=escape(title), title_justify="left", caption=caption, caption_justify="left")
     ways = ("computed",) if report.kind == "onnx" else ()
     for heading in ("prompt", *ways, "positions", "mean KL", "max KL", "max logit difference", "same first choice"):

@@ -141,10 +141,23 @@ def adapted_model(base: Path, adapters: Mapping[str, float], header: AdapterFile
     config = output.read_config(base)
     model = load_model(base, header.base.architecture, dtype, head_labels(base, header, config))
     active = {f"adapter{number}": weight for number, weight in enumerate(adapters.values())}
+    _resize(model, header)
     for name, directory in zip(active, adapters, strict=True):
         pc.load(model, directory, name=name)
     pc.activate(model, active)
     return model
+
+
+def _resize(model: Any, header: AdapterFile) -> None:
+    """Give the vocabulary the size that it had in training; its new rows are the adapter's."""
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # a model of several parts has no one vocabulary
+        return
+    name = next((name for name, module in model.named_modules() if module is embedding), "")
+    shape = header.base.shapes.get(f"{name}.weight")
+    if shape and shape[0] != len(embedding.weight):
+        model.resize_token_embeddings(shape[0], mean_resizing=False)
 
 
 def load_model(directory: Path, architecture: str, dtype: str, fields: Mapping[str, Any] | None = None) -> nn.Module:

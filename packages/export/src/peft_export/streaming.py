@@ -10,21 +10,20 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from peft_core import MergeError, SpecError
+from peft_core import SpecError
+from peft_core.dtypes import name_of
 from peft_core.errors import listed, suggestion
 from peft_core.spec import DTYPES as DTYPE_NAMES
 
 from . import card, output
-from .adapter_files import AdapterFiles
+from .adapter_files import AdapterFiles, Adapters, weights_of
 from .checkpoint_files import CODES, DTYPES, INDEX, open_checkpoint
 from .mapping import find_names
 from .merge_plan import MergePlan, plan_merge
 from .pipeline import Pipeline, Progress
 from .shards import Writer, parse_size
-
-Adapters: TypeAlias = str | Path | Sequence[str | Path] | Mapping[str, float]
 
 _CHECKED_FIRST = 1 << 30
 
@@ -102,7 +101,7 @@ def merge(
             out=str(out),
             base=str(base),
             adapters={str(part.directory): part.weight for part in parts},
-            dtype=str(DTYPES[code or checkpoint.dtype]).removeprefix("torch."),
+            dtype=name_of(DTYPES[code or checkpoint.dtype]),
             tensors=len(items),
             merged=sum(1 for change in plan.changes.values() if change.adapters),
             trained=sum(1 for change in plan.changes.values() if change.trained),
@@ -123,14 +122,9 @@ def open_adapters(adapters: Adapters) -> list[AdapterFiles]:
     """The adapters of a path, several paths, or a map from path to weight; their headers are checked.
 
     Raises:
-        MergeError: none is given, or one twice. CheckpointError, PluginError: see `AdapterFiles`.
+        MergeError: see `weights_of`. CheckpointError, PluginError: see `AdapterFiles`.
     """
-    if isinstance(adapters, (str, Path)):
-        adapters = [adapters]
-    weights = adapters if isinstance(adapters, Mapping) else dict.fromkeys(map(str, adapters), 1.0)
-    if not weights or len(weights) != len(adapters):
-        raise MergeError("no adapter is given" if not weights else "an adapter is given twice")
-    return [AdapterFiles(directory, weight) for directory, weight in weights.items()]
+    return [AdapterFiles(directory, weight) for directory, weight in weights_of(adapters).items()]
 
 
 def dtype_code(dtype: str | None) -> str | None:
@@ -176,11 +170,7 @@ def _write_config(base: Path, temporary: Path, config: Mapping[str, Any], plan: 
     """Put the changes into the copied `config.json`; without any it stays as it is, byte for byte."""
     edits = dict(plan.config)
     if code is not None and config:
-        edits["torch_dtype" if "torch_dtype" in config else "dtype"] = str(DTYPES[code]).removeprefix("torch.")
+        edits["torch_dtype" if "torch_dtype" in config else "dtype"] = name_of(DTYPES[code])
     if not edits or not config:
         return
-    changed = {**config, **edits}
-    inner = changed.get("text_config")
-    if isinstance(inner, dict):
-        changed["text_config"] = {key: edits.get(key, value) for key, value in inner.items()}
-    output.write_json(temporary / "config.json", changed)
+    output.write_json(temporary / "config.json", output.edited(config, edits))

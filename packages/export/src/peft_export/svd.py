@@ -44,16 +44,43 @@ def truncate(delta: Tensor, rank: int | None, energy: float | None) -> Truncated
     return Truncated(A, B, math.sqrt(lost / total))
 
 
-def reduce(A: Tensor, B: Tensor, rank: int | None) -> Truncated:
-    """Factors of at most this rank, without forming the product; as they are where that loses nothing."""
-    if rank is None or rank >= len(A):
+def reduce(A: Tensor, B: Tensor, rank: int | None, energy: float | None) -> Truncated:
+    """Factors of at most this rank, or that keep this share of ‖BA‖², without forming BA; as they are if that is all."""
+    if (rank is None or rank >= len(A)) and (energy is None or energy >= 1.0):
         return Truncated(A, B, 0.0)
     left, upper = torch.linalg.qr(B)
     right, lower = torch.linalg.qr(A.T)
     U, S, V = torch.linalg.svd(upper @ lower.T, full_matrices=False)
-    total, lost = (float(part.square().sum(dtype=torch.float64)) for part in (S, S[rank:]))
-    A, B = _factors(left @ U[:, :rank], S[:rank], V[:rank] @ right.T)
+    total = float(S.square().sum(dtype=torch.float64))
+    enough = _enough(S, total, energy) if total else 1
+    kept = min(enough or len(S), rank or len(S))
+    if kept == len(A):
+        return Truncated(A, B, 0.0)
+    lost = float(S[kept:].square().sum(dtype=torch.float64))
+    A, B = _factors(left @ U[:, :kept], S[:kept], V[:kept] @ right.T)
     return Truncated(A, B, math.sqrt(lost / total) if total else 0.0)
+
+
+def rounded(found: Truncated, dtype: torch.dtype) -> Truncated:
+    """The same factors with the error that they have once they are stored in this dtype.
+
+    The product of the rounded factors differs from BA by (B − B')A + B'(A − A'). What a truncated SVD lost is orthogonal to
+    that (up to a product of both errors), so that the squares add up.
+    """
+    A, B = found.A, found.B
+    if torch.promote_types(A.dtype, dtype) == dtype:
+        return found
+    A_, B_ = A.to(dtype).to(A.dtype), B.to(dtype).to(B.dtype)
+    square = _square(B, A)
+    lost = _square(torch.cat([B - B_, B_], dim=1), torch.cat([A, A - A_]))
+    if square == 0.0 or lost <= 0.0:  # NaN where a factor is beyond the dtype
+        return found
+    return found._replace(error=math.sqrt(found.error**2 + (1 - found.error**2) * lost / square))
+
+
+def _square(B: Tensor, A: Tensor) -> float:
+    """‖BA‖² (Frobenius), without forming the product."""
+    return float(((B.T @ B) * (A @ A.T)).sum(dtype=torch.float64))
 
 
 def _decompose(delta: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,7 +95,7 @@ def _decompose(delta: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _enough(S: Tensor, total: float, energy: float | None) -> int | None:
-    """How many singular values hold this share of the energy; None if those at hand do not."""
+    """How many singular values hold this share of the energy; None if those at hand do not, or no share is asked for."""
     if energy is None:
         return None
     reached = (S.double().square().cumsum(0) >= energy * total * (1 - 1e-9)).nonzero()

@@ -6,23 +6,26 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from peft_core import SpecError
+from peft_core import CheckpointError, SpecError
 from peft_core.errors import listed, suggestion
 
 from .. import card, output, running
-from ..streaming import Adapters, merge, open_adapters
+from ..adapter_files import Adapters
+from ..merge_plan import collect_changes
+from ..streaming import merge, open_adapters
 from . import genai
 from .graphs import MODEL, Graph, graphs
 from .installed import require_packages
 from .quantizing import BLOCK_SIZES, Share, quantize, turn_weights
-from .tracing import trace
+from .tracing import PARAMETERS, trace
 from .writing import write_graphs
 
 PRECISIONS: Mapping[str, int] = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
@@ -34,7 +37,8 @@ class OnnxReport:
     """What `export_onnx` did.
 
     Attributes:
-        files: the graphs and their weights. quantized: share of the weights that is quantized, counted in elements.
+        files: the graphs and their weights. weights: how many the graphs have.
+        quantized: share of the weights that is quantized, counted in elements. by_bits: the same by bits of a weight.
         peak_memory: of the whole process so far, in bytes; None where the system does not tell.
     """
 
@@ -48,11 +52,18 @@ class OnnxReport:
     outputs: Mapping[str, tuple[str, ...]]
     weights: int
     quantized: float
+    by_bits: Mapping[int, float]
     files: tuple[str, ...]
     bytes: int
     seconds: float
     peak_memory: int | None
     notes: tuple[str, ...]
+
+    @property
+    def blocks(self) -> str:
+        """Which weights are quantized, in words; nothing where none is."""
+        parts = [f"{100 * share:.1f} % in {bits} bits" for bits, share in self.by_bits.items()]
+        return f"{', '.join(parts)}, in blocks of {self.block_size}" if parts else ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -97,9 +108,16 @@ def export_onnx(
     with output.export_directory(out, [source, *weights], overwrite) as temporary:
         status("merging")
         merged = temporary / ".merged"
-        merge(source, weights, merged, dtype="float32", untie=untie)
+        try:
+            merge(source, weights, merged, dtype="float32", untie=untie)
+        except CheckpointError as error:
+            # What cannot be written here cannot be written to `out`, which its own error names.
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            raise
         architecture = headers[0].base.architecture
         model = running.load_model(merged, architecture, "float16" if precision == "fp16" else "float32")
+        _choose_kernels(model)
         found = graphs(model)
         models = {}
         for graph in found:
@@ -115,9 +133,15 @@ def export_onnx(
         status("writing")
         files = write_graphs(models, temporary)
         output.copy_rest(merged, temporary, {output.MARKER, card.NAME})
-        notes = _notes(model)
+        used = {
+            graph.module.get_parameter(name).data_ptr()
+            for graph in found
+            for name in models[graph.name].meta[PARAMETERS]
+        }
+        notes = [*_notes(model), *_left_out(model, found, used, collect_changes(parts).keys())]
         notes += _write_genai(temporary, found, model)
         shutil.rmtree(merged)
+        by_bits = _by_bits(shares)
         report = OnnxReport(
             out=str(out),
             base=str(base),
@@ -127,8 +151,9 @@ def export_onnx(
             block_size=block_size if shares else None,
             inputs={graph.name: tuple(graph.inputs) for graph in found},
             outputs={graph.name: graph.outputs for graph in found},
-            weights=sum(parameter.numel() for parameter in model.parameters()),
-            quantized=_fraction(shares),
+            weights=sum(parameter.numel() for parameter in model.parameters() if parameter.data_ptr() in used),
+            quantized=sum(by_bits.values()),
+            by_bits=by_bits,
             files=tuple(files),
             bytes=sum((temporary / file).stat().st_size for file in files),
             seconds=round(time.perf_counter() - started, 3),
@@ -142,9 +167,17 @@ def export_onnx(
     return report
 
 
-def _fraction(shares: list[Share]) -> float:
+def _choose_kernels(model: Any) -> None:
+    """Experts as products of gathered weights, which have an ONNX form, instead of grouped products, which have none."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("batched_mm")
+
+
+def _by_bits(shares: list[Share]) -> dict[int, float]:
+    """Bits → the share of all graphs' weights that have so many, the fewest first."""
     total = sum(share.total for share in shares)
-    return sum(share.quantized for share in shares) / total if total else 0.0
+    found = sum((Counter(share.quantized) for share in shares), Counter())
+    return {bits: found[bits] / total for bits in sorted(found)}
 
 
 def _notes(model: nn.Module) -> list[str]:
@@ -153,6 +186,24 @@ def _notes(model: nn.Module) -> list[str]:
     if embedding is not None and head is not None and embedding.weight is head.weight:
         return ["the embedding and the output head are one matrix, stored once"]
     return []
+
+
+def _left_out(model: nn.Module, found: list[Graph], used: Set[int], changed: Set[str]) -> list[str]:
+    """A remark on what the graphs do without: the tower for images of a model of images and text, above all.
+
+    Args:
+        used: addresses of the parameters in the graphs. changed: names of those that an adapter changes.
+    """
+    left = [name for name, parameter in model.named_parameters() if parameter.data_ptr() not in used]
+    if not left:
+        return []
+    parts = dict.fromkeys(".".join(name.split(".")[:2]) for name in left)
+    inputs = [name for graph in found for name in graph.inputs if not name.startswith("past_key_values.")]
+    note = f"not in the graph, which takes {listed(inputs)} alone: {listed(parts, 4)}"
+    if adapted := [name.removesuffix(".weight") for name in left if name in changed]:
+        lost = f"{len(adapted)} of the {len(changed)} layers that the adapter changes"
+        note += f"; {lost} are lost with that ({listed(adapted, 3)})"
+    return [note]
 
 
 def _write_genai(directory: Path, found: list[Graph], model: nn.Module) -> list[str]:

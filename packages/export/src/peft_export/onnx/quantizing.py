@@ -7,7 +7,8 @@ which lay it out alike).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +26,9 @@ _TABLE_BITS = 8
 
 @dataclass(frozen=True)
 class Share:
-    """How many of a graph's weights, in elements, are quantized."""
+    """How many of a graph's weights, in elements, are quantized: by bits, and how many it has in all."""
 
-    quantized: int
+    quantized: Mapping[int, int]
     total: int
 
 
@@ -80,10 +81,10 @@ def quantize(model: Any, bits: int, block_size: int) -> Share:
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 
     total = sum(value.const_value.size for value in model.graph.initializers.values() if _floating(value))
-    quantized = 0
+    quantized: Counter[int] = Counter()
     for weight, uses in _quantizable(model):
-        quantized += weight.const_value.size
         own = max(bits, _TABLE_BITS) if any(use.node.op_type == "Gather" for use in uses) else bits
+        quantized[own] += weight.const_value.size
         config = DefaultWeightOnlyQuantConfig(block_size=block_size, is_symmetric=False, bits=own)
         quantizer = DefaultWeightOnlyQuantizer(config)
         matrix = weight.const_value.numpy()

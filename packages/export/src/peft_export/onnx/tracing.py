@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from peft_core import ModelError
 
@@ -17,12 +21,20 @@ from .graphs import Graph
 
 # Every runtime of the last years knows it, and what torch's exporter writes needs no newer one.
 OPSET = 18
+PARAMETERS = "parameters"
+# What a value's test is decided to say; see _NeverFinite.
+_FINITE = {"isfinite": False, "isinf": True, "isnan": True}
+# How torch names the line of a model that it could not decide.
+_DECISION = re.compile(r'raised this error:\n\s*File "(?P<file>[^"\n]+)", line (?P<line>\d+)[^\n]*\n(?P<code>[^\n]*)')
+_CAUSE = re.compile(r"data-dependent.*?Caused by: \((?P<file>[^:\n]+):(?P<line>\d+)", re.DOTALL)
 
 
 def trace(graph: Graph) -> Any:
     """The graph as an `onnxscript.ir.Model`; its weights are the module's own tensors, under their names.
 
-    Weights stay as torch has them, [out, in], behind a Transpose, so that it can be seen which are shared.
+    Weights stay as torch has them, [out, in], behind a Transpose, so that it can be seen which are shared. The names of the
+    parameters that are computed with are in the model's `meta[PARAMETERS]`: the graph's own do not tell, since equal tensors
+    are one there.
 
     Raises:
         ModelError: an operator of the model has no ONNX form, or the model cannot be traced.
@@ -31,7 +43,7 @@ def trace(graph: Graph) -> Any:
 
     shapes = {"inputs": {name: dict(graph.axes.get(name, {})) for name in graph.inputs}}
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), _NeverFinite():
             program = torch.onnx.export(
                 graph.module.eval(),
                 (),
@@ -47,10 +59,18 @@ def trace(graph: Graph) -> Any:
             assert program is not None
             model: Any = program.model
             optimizer.optimize_ir(model, should_fold=_should_fold)
+            model.meta[PARAMETERS] = _parameters(program.exported_program)
     except torch.onnx.errors.OnnxExporterError as error:
         raise ModelError(_explained(graph, error)) from error
     _tidy(model)
     return model
+
+
+def _parameters(program: Any) -> frozenset[str]:
+    """The parameters that a traced program uses."""
+    names = program.graph_signature.inputs_to_parameters
+    used = (node for node in program.graph.nodes if node.op == "placeholder" and node.users)
+    return frozenset(names[node.name] for node in used if node.name in names)
 
 
 def weight_transposes(model: Any) -> list[Any]:
@@ -105,22 +125,49 @@ def _explained(graph: Graph, error: BaseException) -> str:
     operators |= dict.fromkeys(re.findall(r"No decompositions registered for ([\w.:]+)", text))
     if operators:
         return f"{what} cannot be written as ONNX: there is no ONNX form of {', '.join(operators)}"
+    if place := _DECISION.search(text) or _CAUSE.search(text):
+        line = place.groupdict().get("code", "").strip()
+        return (
+            f"{what} cannot be traced for ONNX: it decides by values that are known only when it runs, in "
+            f"{Path(place['file']).name}, line {place['line']}" + (f": {line[:200]}" if line else "")
+        )
     last = next((line.strip() for line in reasons[-1].splitlines() if line.strip()), type(error).__name__)
     return f"{what} cannot be traced for ONNX: {last[:300]}"
 
 
+class _NeverFinite(TorchFunctionMode):
+    """Decisions on whether all values are finite, of which a graph knows nothing, are made as if they were not.
+
+    Models that ask for it clamp then, in float16, what has overflowed: the clamp gets into the graph, and leaves finite values
+    as they are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Tensors by id, with what they are decided to be; kept, so that no other gets the id of one.
+        self._decided: dict[int, tuple[Tensor, bool]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        known = self._decided.get(id(args[0])) if args else None
+        if name == "__bool__" and known is not None:
+            return known[1]
+        found = func(*args, **(kwargs or {}))
+        if name in _FINITE:
+            self._decided[id(found)] = found, _FINITE[name]
+        elif name in ("all", "any") and known is not None:
+            self._decided[id(found)] = found, known[1]
+        return found
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's remarks on how it traces."""
-    logger = logging.getLogger("torch.onnx")
-    others = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.export")]
-    levels = [found.level for found in (logger, *others)]
-    for found in (logger, *others):
-        found.setLevel(logging.ERROR)
+    """Without torch's remarks on how it traces, and the graphs that it prints where it fails."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for found, level in zip((logger, *others), levels, strict=True):
-            found.setLevel(level)
+        logging.disable(before)
