@@ -1,9 +1,10 @@
 """peft-export: turns adapters trained with peft-core into what serving runtimes load."""
 
-from .lora import LoraReport, export_lora
-from .onnx import OnnxReport, export_onnx
-from .streaming import MergeReport, merge
-from .verify import VerifyReport, verify
+from .lora import export_lora
+from .onnx import export_onnx
+from .reports import LoraReport, MergeReport, OnnxReport, VerifyReport
+from .streaming import merge
+from .verify import verify
 
 __version__ = "0.1.0"
 

@@ -6,18 +6,15 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from peft_core.adapter_file import AdapterFile
 from peft_core.errors import size
 
-if TYPE_CHECKING:
-    from .adapter_files import AdapterFiles
-    from .lora import LoraReport
-    from .onnx import OnnxReport
-    from .streaming import MergeReport
+from .adapter_files import AdapterFiles
+from .reports import LoraReport, MergeReport, OnnxReport
 
 NAME = "README.md"
 _BEGIN, _END = "<!-- verification -->", "<!-- /verification -->"

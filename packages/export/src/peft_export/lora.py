@@ -10,7 +10,6 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from .mapping import find_names, note_on_type, quantized
 from .merge_plan import head_labels, resizing
 from .names import Names
 from .pipeline import Progress
+from .reports import LoraReport, LoweredSite
 from .runtimes import Request, Runtime, runtime
 from .shards import Item, Writer
 from .streaming import dtype_code
@@ -40,51 +40,6 @@ _PREFIX = "base_model.model."
 _EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 # With a task, PEFT also keeps a copy of every module whose name ends so, which then must be in the file.
 _HEADS = ("classifier", "score")
-
-
-@dataclass(frozen=True)
-class LoweredSite:
-    """A layer's factors: their rank before padding, and ‖ΔW − BA‖ / ‖ΔW‖ with B and A as they are stored (0: exact)."""
-
-    path: str
-    rank: int
-    error: float
-
-
-@dataclass(frozen=True)
-class LoraReport:
-    """What `export_lora` did.
-
-    Attributes:
-        rank: of the adapter as written, padding included. losses: what made errors, nothing where the factors are exact.
-        runtime: for which it was fitted, if any.
-        command: how to start that runtime. problems: why it cannot serve the adapter.
-    """
-
-    out: str
-    base: str
-    adapter: str
-    method: str
-    rank: int
-    dtype: str
-    losses: tuple[str, ...]
-    sites: tuple[LoweredSite, ...]
-    trained: tuple[str, ...]
-    bytes: int
-    seconds: float
-    runtime: str
-    command: str
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def worst(self) -> LoweredSite:
-        """The layer with the largest error."""
-        return max(self.sites, key=lambda site: site.error)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
 
 def export_lora(

@@ -28,10 +28,7 @@ from peft_core import MergeError, ModelError, hookimpl
 from peft_core.cli import console, print_json
 
 if TYPE_CHECKING:
-    from .lora import LoraReport
-    from .onnx import OnnxReport
-    from .streaming import MergeReport
-    from .verify import VerifyReport
+    from .reports import LoraReport, MergeReport, OnnxReport, VerifyReport
 
 _FAILED = 1
 

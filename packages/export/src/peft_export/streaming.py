@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +22,10 @@ from .checkpoint_files import CODES, DTYPES, INDEX, open_checkpoint
 from .mapping import find_names
 from .merge_plan import MergePlan, plan_merge
 from .pipeline import Pipeline, Progress
+from .reports import MergeReport
 from .shards import Writer, parse_size
 
 _CHECKED_FIRST = 1 << 30
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What `merge` did.
-
-    Attributes:
-        merged, trained, copied: numbers of tensors: with an adapter merged in, replaced in full, and as they were.
-        left_out: files of the base that were not copied, since they hold weights from before. notes: for the user.
-    """
-
-    out: str
-    base: str
-    adapters: Mapping[str, float]
-    dtype: str
-    tensors: int
-    merged: int
-    trained: int
-    copied: int
-    bytes: int
-    files: tuple[str, ...]
-    seconds: float
-    left_out: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
 
 def merge(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +20,7 @@ from . import card, output
 from .adapter_files import Adapters, weights_of
 from .checkpoint_files import CODES, DTYPES, PLAIN_FLOATS, Checkpoint, Reader, open_checkpoint, read_entries
 from .lora import CONFIG, SVD, WEIGHTS
+from .reports import Comparison, VerifyReport
 from .shards import Item, Writer
 from .streaming import dtype_code
 
@@ -45,58 +46,6 @@ GREEDY = 64
 # A limit beyond this lets a model pass that often chooses otherwise.
 _WIDE = 0.1
 _SHORT = ("bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One prompt: KL(adapted ‖ export) of the next-token distributions, in nats, over its positions.
-
-    Attributes:
-        way: how the export computed them, where it has several ways. difference: largest absolute difference of two logits.
-        agreement: share of positions with the same first choice.
-    """
-
-    prompt: str
-    positions: int
-    mean_kl: float
-    max_kl: float
-    difference: float
-    agreement: float
-    way: str = ""
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """What `verify` found.
-
-    Attributes:
-        dtype: of the export's weights. computed_in: what both models were run in.
-        max_difference: see `MAX_DIFFERENCE`; None where a limit was given. generated: how many tokens were written greedily
-            after the first prompt. generated_equal: how many of them, from the first on, the adapted model writes, too.
-        ok: all limits are kept.
-    """
-
-    export: str
-    kind: str
-    against: str
-    dtype: str
-    computed_in: str
-    max_kl: float
-    ok: bool
-    prompts: tuple[Comparison, ...]
-    seconds: float
-    max_difference: float | None = None
-    generated: int = 0
-    generated_equal: int = 0
-
-    @property
-    def mean_kl(self) -> float:
-        """That of the worst prompt."""
-        return max(found.mean_kl for found in self.prompts)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {**asdict(self), "mean_kl": self.mean_kl}
 
 
 def verify(

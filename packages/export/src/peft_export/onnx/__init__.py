@@ -1,5 +1,5 @@
 """ONNX: an adapter and its base as a model for ONNX Runtime. Its packages are imported by what needs them."""
 
-from .exporting import PRECISIONS, OnnxReport, export_onnx
+from .exporting import PRECISIONS, export_onnx
 
-__all__ = ["PRECISIONS", "OnnxReport", "export_onnx"]
+__all__ = ["PRECISIONS", "export_onnx"]

@@ -8,7 +8,6 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Set
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from peft_core.errors import listed, suggestion
 from .. import card, output, running
 from ..adapter_files import Adapters
 from ..merge_plan import collect_changes
+from ..reports import OnnxReport
 from ..streaming import merge, open_adapters
 from . import genai
 from .graphs import MODEL, Graph, graphs
@@ -30,44 +30,6 @@ from .writing import write_graphs
 
 PRECISIONS: Mapping[str, int] = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
 """Bits of a weight. int8 and int4 are of the weights alone; what is computed with them stays float32."""
-
-
-@dataclass(frozen=True)
-class OnnxReport:
-    """What `export_onnx` did.
-
-    Attributes:
-        files: the graphs and their weights. weights: how many the graphs have.
-        quantized: share of the weights that is quantized, counted in elements. by_bits: the same by bits of a weight.
-        peak_memory: of the whole process so far, in bytes; None where the system does not tell.
-    """
-
-    out: str
-    base: str
-    adapters: Mapping[str, float]
-    architecture: str
-    precision: str
-    block_size: int | None
-    inputs: Mapping[str, tuple[str, ...]]
-    outputs: Mapping[str, tuple[str, ...]]
-    weights: int
-    quantized: float
-    by_bits: Mapping[int, float]
-    files: tuple[str, ...]
-    bytes: int
-    seconds: float
-    peak_memory: int | None
-    notes: tuple[str, ...]
-
-    @property
-    def blocks(self) -> str:
-        """Which weights are quantized, in words; nothing where none is."""
-        parts = [f"{100 * share:.1f} % in {bits} bits" for bits, share in self.by_bits.items()]
-        return f"{', '.join(parts)}, in blocks of {self.block_size}" if parts else ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
 
 def export_onnx(
