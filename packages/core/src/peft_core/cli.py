@@ -260,7 +260,9 @@ def new_method(
     from .scaffold import new_method as make
 
     root = make(name, directory)
-    typer.echo(f'{root}: now\n  pip install -e "{root}[testing]"\n  pytest --pyargs peft_core.testing --method {name}')
+    typer.echo(
+        f'created {root}; next:\n  pip install -e "{root}[testing]"\n  pytest --pyargs peft_core.testing --method {name}'
+    )
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:

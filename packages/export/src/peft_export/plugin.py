@@ -37,9 +37,7 @@ Adapters = Annotated[
     list[str], typer.Option(metavar="DIR[=WEIGHT]", help="An adapter directory, with a weight; may be repeated.")
 ]
 Out = Annotated[Path, typer.Option(help="Directory to write. It appears whole or not at all.")]
-Untie = Annotated[
-    bool, typer.Option("--untie", help="Part tied embeddings where only one of the two layers was trained.")
-]
+Untie = Annotated[bool, typer.Option("--untie", help="Untie embedding and head where only one of the two was trained.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")]
 Verify = Annotated[
     bool, typer.Option("--verify", help="Then run the model: compare, and keep golden logits in the export.")
