@@ -141,7 +141,7 @@ class Reader(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("read", "matmul", "called", "listed", "handed", "described"):
+        for name in ("read", "matmul", "called", "listed", "handed", "fetched", "described"):
             self.add_module(name, nn.Linear(24, 24))
         nn.init.zeros_(self.listed.weight)
 
@@ -150,6 +150,7 @@ class Reader(nn.Module):
         y = nn.functional.normalize(self.called(y), p=float(self.called.weight.abs().max()))
         for layer in (self.listed,):
             y = layer(y)
+        y = getattr(self, "fetched")(y + self.fetched.weight.sum())  # noqa: B009
         return self.apply_to(self.handed, y) + self.described.in_features * y.to(self.described.weight.dtype)
 
     def apply_to(self, layer, x):
@@ -164,7 +165,7 @@ class CallsMore(Reader):
 def test_layers_whose_weights_their_parent_reads_are_found_in_its_code(refused) -> None:
     model = Reader()
     plan = pc.plan(model, AdapterSpec(method="sound"))
-    assert [site.path for site in plan.sites] == ["called", "listed", "handed", "described"]
+    assert [site.path for site in plan.sites] == ["called", "listed", "handed", "fetched", "described"]
     assert any("never calls them: read (1), matmul (1)" in note for note in plan.notes)
     with refused(pc.TargetError, "'read' is never called", "Reader"):
         chosen(model, targets=["read"])
@@ -172,7 +173,7 @@ def test_layers_whose_weights_their_parent_reads_are_found_in_its_code(refused) 
         chosen(model, targets=["called"], train_modules=["matmul"])
     assert "read" in chosen(CallsMore())
     randomise(pc.attach(model, AdapterSpec(method="sound")))
-    assert chosen(model) == ["called", "listed", "handed", "described"], "an adapted model reads otherwise"
+    assert chosen(model) == ["called", "listed", "handed", "fetched", "described"], "an adapted model reads otherwise"
 
 
 def test_layers_that_transformers_bypasses_are_found() -> None:

@@ -74,8 +74,12 @@ class _Uses(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         name = node.func.id if isinstance(node.func, ast.Name) else ""
-        if name in ("getattr", "hasattr") and node.args and _is_self(node.args[0]):
-            self.anything |= name == "getattr" and not isinstance(node.args[1], ast.Constant)
+        if name == "getattr" and len(node.args) > 1 and _is_self(node.args[0]):
+            child = node.args[1]
+            if isinstance(child, ast.Constant):
+                self.used.add(str(child.value))
+            else:
+                self.anything = True
         elif name == "isinstance":
             return
         self.generic_visit(node)
