@@ -15,6 +15,7 @@ from .bases import ROOT_PREFIX
 from .owned import OwnedWeight
 from .plan import Plan
 from .progress import Progress
+from .sharing import stand_ins
 from .sites import Site
 
 
@@ -22,7 +23,7 @@ class Bank:
     """The tensors of one adapter.
 
     Attributes:
-        root, name, plan, seed: of the adapter. sites: by path.
+        root, name, plan, seed: of the adapter. sites: by path. stand_ins: see `sharing.stand_ins`.
         state: key → training-only tensor (on the CPU). owned: site path → its weight, for methods that own it.
         progress: of its training.
         merged_scale: the run-time scale at which the adapter was merged, if it is.
@@ -38,6 +39,7 @@ class Bank:
         self.progress = Progress()
         self.merged_scale = 1.0
         self.sites = {site.path: site for site in plan.sites}
+        self.stand_ins = stand_ins(plan.trained)
         self._borrowed, self._bound = plan.borrowed(), plan.bound()
 
     def root_name(self, key: str) -> str:
@@ -47,9 +49,13 @@ class Bank:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(key, parameter) of every tensor, as they are now: FSDP and others replace them."""
         for key, _ in self.plan.tensors():
-            parameter = self.root._parameters[self.root_name(key)]
-            assert parameter is not None
-            yield key, parameter
+            yield key, self.parameter(key)
+
+    def parameter(self, key: str) -> nn.Parameter:
+        """One tensor, as it is now."""
+        found = self.root._parameters[self.root_name(key)]
+        assert found is not None
+        return found
 
     def site_keys(self, path: str) -> Mapping[str, str]:
         """Tensor name → key, for a site."""
@@ -57,8 +63,7 @@ class Bank:
 
     def tensors(self, path: str) -> dict[str, nn.Parameter]:
         """A site's borrowed parameters by name."""
-        parameters = self.root._parameters
-        return {name: parameters[self.root_name(key)] for name, key in self._borrowed[path].items()}  # type: ignore[misc]
+        return {name: self.parameter(key) for name, key in self._borrowed[path].items()}
 
     def binding(self, path: str) -> dict[str, Tensor]:
         """A site's fixed tensors by name."""
@@ -68,10 +73,6 @@ class Bank:
     def bound_keys(self, path: str) -> Mapping[str, str]:
         """Name in a site's binding → key."""
         return self._bound[path]
-
-    def trained_keys(self) -> dict[str, str]:
-        """Name of a base parameter that is trained in full → key of the tensor that stands in for it."""
-        return {f"{path}.{local}": key for path, named in self.plan.trained.items() for local, key in named.items()}
 
     def named_fixed(self) -> Iterator[tuple[str, Tensor]]:
         """(key, buffer) of every fixed tensor, each once."""

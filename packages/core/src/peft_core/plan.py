@@ -18,7 +18,7 @@ from .base_model import BaseInfo, base_info, meta_model
 from .errors import PlanError, SpecError, size
 from .layout_checks import check_layout
 from .plan_table import table_of
-from .sharing import FromBase, Layout, SharingGroup, TensorSpec, borrowed, bound, own_key
+from .sharing import FromBase, Layout, SharingGroup, TensorSpec, borrowed, bound, own_key, stand_ins
 from .sites import Site
 from .spec import AdapterSpec
 from .targets import choose, find_modules
@@ -183,8 +183,7 @@ def plan(model: nn.Module | str | Path, spec: AdapterSpec) -> Plan:
 def _tie_notes(model: nn.Module, sites: tuple[Site, ...], trained: Mapping[str, Mapping[str, str]]) -> tuple[str, ...]:
     """What is tied in the base and comes apart in an adapter can be trained, but not merged into one tensor."""
     weights = [f"{site.path}.weight" for site in sites if "weight" in model.get_submodule(site.path)._parameters]
-    copies = [f"{path}.{local}" for path, named in trained.items() for local in named]
-    apart = bases.tied(model, weights) | bases.tied(model, copies, trained)
+    apart = bases.tied(model, weights) | bases.tied(model, stand_ins(trained), trained)
     return tuple(
         f"'{name}' and '{other}' are one tensor in the base: the adapter changes only the first, and cannot be merged in place"
         for name, other in apart.items()

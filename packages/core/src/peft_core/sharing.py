@@ -215,6 +215,11 @@ def own_key(path: str, name: str) -> str:
     return f"{OWN}{path}.{name}"
 
 
+def stand_ins(trained: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Name of a base parameter that is trained in full → key of the tensor that stands in for it."""
+    return {f"{path}.{local}": key for path, named in trained.items() for local, key in named.items()}
+
+
 def _lend(group: Lender, names: Iterable[str], lent: dict[str, dict[str, str]], twice: str) -> None:
     """Enter the keys of a group's tensors at its members; modules trained in full are not sites, and are passed over."""
     for member in group.members:

@@ -129,7 +129,7 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
         """As the trainer's own; a trained copy of a norm or a bias counts as one."""
         decaying = set(super().get_decay_parameter_names(model))
         for adapter in adapters(model).values():
-            stand_ins = adapter.bank.trained_keys().items()
+            stand_ins = adapter.bank.stand_ins.items()
             decaying -= {adapter.bank.root_name(key) for name, key in stand_ins if name not in decaying}
         return list(decaying)
 

@@ -19,6 +19,7 @@ from peft_core import CheckpointError, MergeError, Site, files, plugins
 from peft_core.adapter_file import HEADER, owned_key, read_header
 from peft_core.checkpoint import TENSORS
 from peft_core.merge import Contribution
+from peft_core.sharing import stand_ins
 
 from .checkpoint_files import CODES, Entry, Reader, read_entries
 
@@ -70,9 +71,7 @@ class AdapterFiles:
         self.weight = weight
         self.header = read_header(directory)
         self.sites: Mapping[str, Site] = {site.path: site for site in self.header.site_list()}
-        self.trained = {
-            f"{path}.{name}": key for path, named in self.header.trained.items() for name, key in named.items()
-        }
+        self.trained = stand_ins(self.header.trained)
         self._entries = self._checked_entries()
         self._borrowed, self._bindings = self.header.borrowed(), self.header.bindings()
         self._check_uses()

@@ -12,6 +12,7 @@ import yaml
 
 from peft_core.adapter_file import AdapterFile
 from peft_core.errors import size
+from peft_core.model_card import hub_name
 
 from .adapter_files import AdapterFiles
 from .reports import LoraReport, MergeReport, OnnxReport
@@ -151,8 +152,7 @@ def base_name(base: Path, header: AdapterFile) -> str:
     cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/", f"{base.resolve()}/")
     if cached:
         return f"{cached[1]}/{cached[2]}"
-    recorded = header.base.name
-    return recorded if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", recorded) and not Path(recorded).exists() else ""
+    return hub_name(header)
 
 
 def _base_text(base: Path, header: AdapterFile) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from peft_core.adapter_file import AdapterFile
+from peft_core.sharing import stand_ins
 
 from .checkpoint_files import Checkpoint, Entry
 
@@ -98,7 +99,7 @@ class Wanted:
 def wanted_parameters(header: AdapterFile) -> list[Wanted]:
     """Everything that the adapter's base model consists of."""
     sites = {site.path: site.transposed for site in header.sites}
-    trained = trained_parameters(header)
+    trained = stand_ins(header.trained).keys()
     out = []
     for name, shape in header.base.shapes.items():
         transposed: bool | None
@@ -111,11 +112,6 @@ def wanted_parameters(header: AdapterFile) -> list[Wanted]:
             transposed, parameters = False, (name,)
         out.append(Wanted(name, tuple(shape), transposed, parameters, not trained.isdisjoint(parameters)))
     return out
-
-
-def trained_parameters(header: AdapterFile) -> set[str]:
-    """Parameters of the modules that the adapter trained in full."""
-    return {f"{path}.{name}" for path, named in header.trained.items() for name in named}
 
 
 def by_prefix(checkpoint: Checkpoint, header: AdapterFile, wanted: list[Wanted]) -> Names | None:
@@ -131,7 +127,7 @@ def by_prefix(checkpoint: Checkpoint, header: AdapterFile, wanted: list[Wanted])
     tied = [parameter for parameter in left if parameter.parameters[0] in ties]
     if ties and sum(math.prod(p.shape) for p in tied) != shared:
         return None
-    trained = trained_parameters(header)
+    trained = stand_ins(header.trained).keys()
     absent = [parameter for parameter in left if parameter not in tied]
     if any(trained.isdisjoint(parameter.parameters) for parameter in absent):
         return None
