@@ -203,6 +203,73 @@ def test_nothing_of_the_inputs_width_is_kept_for_backward(options: dict[str, Any
     assert [tuple(tensor.shape) for tensor in saved] == [(TOKENS, 4)]
 
 
+class Readers(nn.Module):
+    """Layers that read one input, which `change` may change between them."""
+
+    def __init__(self, change: Any = lambda x: x) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(12, 8), nn.Linear(12, 4), nn.Linear(12, 4)
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        q = self.q(x)
+        x = self.change(x)
+        return torch.cat([q, self.k(x), self.v(x)], -1)
+
+
+def kept_sums(model: nn.Module, x: Tensor) -> int:
+    """How many tensors of the rank's width, 3, live from forward to backward."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.shape[-1:] == (3,):
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return len(kept)
+
+
+def test_layers_that_read_one_input_keep_one_sum() -> None:
+    model, x = Readers(), torch.randn(2, 5, 12)
+    pc.attach(model, pc.AdapterSpec(method="miss", options={"r": 3}))
+    assert kept_sums(model, x) == 1
+    assert kept_sums(model, x) == 1, "a second pass needs a sum of its own"
+
+
+def test_layers_that_shard_one_input_differently_keep_a_sum_each() -> None:
+    model, x = Readers(), torch.randn(2, 5, 12)
+    layouts = {"v": {"layout": "contiguous"}}
+    pc.attach(model, pc.AdapterSpec(method="miss", options={"r": 3}, overrides=layouts))
+    assert kept_sums(model, x) == 2
+
+
+def learnt(change: Any, kernels: str) -> list[Tensor]:
+    """The output and all gradients of `Readers`."""
+    torch.manual_seed(0)
+    model, x = Readers(change), torch.randn(2, 5, 12, requires_grad=True)
+    adapter = pc.attach(model, pc.AdapterSpec(method="miss", options={"r": 3}))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_()
+    with pc.kernels(kernels):
+        y = model(x)
+        y.square().sum().backward()
+    return [y.detach(), x.grad, *(parameter.grad for parameter in adapter.parameters())]  # type: ignore[list-item]
+
+
+def test_layers_that_read_one_input_learn_as_the_reference_does() -> None:
+    for got, expected in zip(learnt(lambda x: x, "torch"), learnt(lambda x: x, "naive"), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_an_input_that_is_changed_in_place_is_another() -> None:
+    for got, expected in zip(learnt(lambda x: x.mul_(0.5), "torch"), learnt(lambda x: x * 0.5, "torch"), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_bat_reaches_its_weight_through_a_model() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 18), nn.Tanh(), nn.Linear(18, 6))

@@ -2,14 +2,17 @@
 
 Both consist of two passes, the sum over shards S = x·Eᵀ and the repetition y += S·E with the shard indicator E (0/1). As
 torch products on a matrix unit they cost less than the strided additions that they replace; in Triton they read x once, and
-read and write y once. What is saved is S [tokens, r], and x only by `expand`, whose gradient needs it.
+read and write y once. What is saved is S [tokens, r], once for the layers that read one input, and x only by `expand`,
+whose gradient needs it.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
+import weakref
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -85,6 +88,34 @@ class Shards:
 _indicator, _starts = functools.cache(indicator), functools.cache(starts)
 
 
+class _LastSum(threading.local):
+    """This thread's last sum over shards, which layers that read one input share: q, k and v; gate and up.
+
+    Both are held weakly. A sum is there as long as a backward pass needs it, and until then nobody may change the input but by
+    raising its version.
+    """
+
+    key: tuple[Any, ...] = ()
+    source: weakref.ref[Tensor] | None = None
+    found: weakref.ref[Tensor] | None = None
+
+    def of(self, x: Tensor, shards: Shards) -> Tensor:
+        """`shards.sum(x)`, x [tokens, count] → [tokens, r], not to be changed in place."""
+        if type(x) is not Tensor or x.is_inference():
+            return shards.sum(x)
+        source = x if x._base is None else x._base  # every layer makes a view of its own of the input
+        stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
+        key = shards, stream, x.dtype, x.storage_offset(), x.shape, x.stride(), x._version
+        S = self.found() if self.found and self.source and self.source() is source and self.key == key else None
+        if S is None:
+            S = shards.sum(x)
+            self.key, self.source, self.found = key, weakref.ref(source), weakref.ref(S)
+        return S
+
+
+_last = _LastSum()
+
+
 @functools.cache
 def efficient(k: int, d: int, r: int, interleaved: bool, scale: float) -> pc.Forward:
     """ΔW = s·Dᵀ·E with D [r, d] and the indicator of the input's shards; `mini`: D [r, m] tiled d/m times."""
@@ -103,7 +134,7 @@ def efficient(k: int, d: int, r: int, interleaved: bool, scale: float) -> pc.For
 
     def pair(drop: Drop) -> tuple[AddInPlace, GradInPlace]:
         def add_(x: Tensor, y: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> tuple[Tensor, ...]:
-            S = shards.sum(x, drop)  # [tokens, r]
+            S = _last.of(x, shards) if drop is KEEP_ALL else shards.sum(x, drop)  # [tokens, r]
             y.addmm_(S, tiled(tensors["D"], x.dtype), alpha=scale)
             return (S,)
 
