@@ -1,4 +1,7 @@
-"""The base product and what adapters add to it as one autograd.Function: forward and backward once, for every method."""
+"""The base product and what adapters add to it as one autograd.Function: forward and backward once, for every method.
+
+Where no gradient is asked for, the same is computed without the function around it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,13 @@ from torch import Tensor, nn
 from . import _torch, kernels
 from .errors import AdapterError, PluginError
 from .gradients import SharedGradient
-from .method import Forward
+from .method import Forward, GradInPlace
+
+
+FEW = 16
+"""Up to so many tokens a CPU computes thin products in float32 several times as fast as in 16 bits, whose kernels arrange the
+operands anew at every call (docs/performance.md).
+"""
 
 
 class Use(NamedTuple):
@@ -28,19 +37,38 @@ class Use(NamedTuple):
     where: str
 
 
-def edges_of(uses: list[Use]) -> list[Tensor]:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, uses: list[Use], dropout: bool
+) -> Tensor:
+    """x Wᵀ + b + Σ Δ(x): x [..., in] → [..., out]."""
+    if torch.is_grad_enabled():
+        return _apply_linear(x, weight, bias, transposed, uses, dropout, *_edges_of(uses))  # type: ignore[no-any-return]
+    y = nn.functional.linear(x, weight.t() if transposed else weight, bias)
+    _add_for_good(uses, x, y, dropout)
+    return y
+
+
+def delta(x: Tensor, y: Tensor, uses: list[Use], dropout: bool) -> Tensor:
+    """y + Σ Δ(x) for a base that computes y itself (quantized, hooked): x [..., in], y [..., out]."""
+    if torch.is_grad_enabled():
+        return FusedDelta.apply(x, y, uses, dropout, *_edges_of(uses))  # type: ignore[no-any-return]
+    total = y.clone(memory_format=torch.contiguous_format)
+    _add_for_good(uses, x, total, dropout)
+    return total
+
+
+def _edges_of(uses: list[Use]) -> list[Tensor]:
     """The adapters' parameters as autograd sees them, in the order of `uses` and their tensors: the parameter itself, or the
     gate of a shared one.
     """
     edges: list[Tensor] = []
-    if torch.is_grad_enabled():
-        for use in uses:
-            if not use.shared:
-                edges += use.tensors.values()
-                continue
-            for name, tensor in use.tensors.items():
-                shared = use.shared.get(name)
-                edges.append(shared.edge(tensor) if shared is not None and tensor.requires_grad else tensor)
+    for use in uses:
+        if not use.shared:
+            edges += use.tensors.values()
+            continue
+        for name, tensor in use.tensors.items():
+            shared = use.shared.get(name)
+            edges.append(shared.edge(tensor) if shared is not None and tensor.requires_grad else tensor)
     return edges
 
 
@@ -62,7 +90,7 @@ def _once(backward: Any) -> Any:
 class FusedLinear(torch.autograd.Function):
     """y = x Wᵀ + b + Σ Δ(x), with the adapters adding in place; the base is frozen.
 
-    `edges` are what autograd knows of the adapters' parameters (see `edges_of`); their values are read from `uses`.
+    `edges` are what autograd knows of the adapters' parameters (see `_edges_of`); their values are read from `uses`.
     """
 
     @staticmethod
@@ -80,8 +108,9 @@ class FusedLinear(torch.autograd.Function):
         # A view of something inside linear: callers may not change a function's view in place, a tensor they may.
         if y._is_view():
             y = torch.ops.aten._unsafe_view(y, y.shape)
-        _add_all(ctx, uses, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), dropout, weight)
-        ctx.transposed = transposed
+        kept, ctx.layout = _add_all(uses, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), dropout)
+        ctx.save_for_backward(weight, *kept, *_values_of(uses))
+        ctx.uses, ctx.transposed = uses, transposed
         return y
 
     @staticmethod
@@ -98,7 +127,7 @@ class FusedLinear(torch.autograd.Function):
         return (dx, None, None, None, None, None, *_grad_all(ctx, flat, rows, saved, needs[6:]))
 
 
-apply_linear = _torch.apply(FusedLinear)
+_apply_linear = _torch.apply(FusedLinear)
 
 
 class FusedDelta(torch.autograd.Function):
@@ -107,8 +136,9 @@ class FusedDelta(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, uses: list[Use], dropout: bool, *edges: Tensor) -> Tensor:
         total = y.clone(memory_format=torch.contiguous_format)
-        _add_all(ctx, uses, x.reshape(-1, x.shape[-1]), total.view(-1, y.shape[-1]), dropout)
-        ctx.shape = x.shape
+        kept, ctx.layout = _add_all(uses, x.reshape(-1, x.shape[-1]), total.view(-1, y.shape[-1]), dropout)
+        ctx.save_for_backward(*kept, *_values_of(uses))
+        ctx.uses, ctx.shape = uses, x.shape
         return total
 
     @staticmethod
@@ -120,10 +150,32 @@ class FusedDelta(torch.autograd.Function):
         return (None if dx is None else dx.view(ctx.shape), dy, None, None, *gradients)
 
 
-def _add_all(ctx: Any, uses: list[Use], x: Tensor, y: Tensor, dropout: bool, *more: Tensor) -> None:
-    """Let every adapter add to y [tokens, out] in place; save what their gradients need, after `more`."""
-    saved: list[Tensor] = [*more]
-    layout: list[tuple[Any, int, bool]] = []  # per use: grad_, number of saved tensors, whether a dropout mask follows
+def _values_of(uses: list[Use]) -> list[Tensor]:
+    return [tensor for use in uses for tensor in use.tensors.values()]
+
+
+def _add_for_good(uses: list[Use], x: Tensor, y: Tensor, dropout: bool) -> None:
+    """Let every adapter add to y [..., out] in place, with no backward to come."""
+    x, y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    if len(x) > FEW or x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+        _add_all(uses, x, y, dropout)
+        return
+    total = torch.zeros_like(y, dtype=torch.float32)
+    _add_all(uses, x.float(), total, dropout)
+    y.add_(total)
+
+
+def _add_all(
+    uses: list[Use], x: Tensor, y: Tensor, dropout: bool
+) -> tuple[list[Tensor], list[tuple[GradInPlace, int, bool]]]:
+    """Let every adapter add to y [tokens, out] in place.
+
+    Returns:
+        what their gradients need; and for each adapter its grad_, the number of tensors that it keeps, and whether a dropout mask
+        follows these.
+    """
+    saved: list[Tensor] = []
+    layout: list[tuple[GradInPlace, int, bool]] = []
     for use in uses:
         add_, grad_ = use.functions.add_, use.functions.grad_
         assert add_ is not None
@@ -148,10 +200,7 @@ def _add_all(ctx: Any, uses: list[Use], x: Tensor, y: Tensor, dropout: bool, *mo
         saved += kept
         if mask is not None:
             saved.append(mask)
-    for use in uses:
-        saved += use.tensors.values()
-    ctx.save_for_backward(*saved)
-    ctx.uses, ctx.layout = uses, layout
+    return saved, layout
 
 
 def _grad_all(

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _torch, bases, kernels
+from . import _torch, bases, fused, kernels
 from .errors import AdapterError
-from .fused import FusedDelta, Use, apply_linear, edges_of
+from .fused import Use
 from .method import BASE_WEIGHT
 from .slots import SLOT, Slot, TrainedSlot
 from .subclassing import Mixin, plain_class, specialize
@@ -145,7 +145,7 @@ def add_to(module: Any, slot: Slot, uses: list[Use], x: Tensor, y: Tensor) -> Te
         )
     if _paired(slot):
         with torch.autocast(x.device.type, enabled=False):
-            return FusedDelta.apply(x.to(y.dtype), y, uses, module.training, *edges_of(uses))  # type: ignore[no-any-return]
+            return fused.delta(x.to(y.dtype), y, uses, module.training)
     for use in uses:
         tensors = use.tensors if use.additive else {**use.tensors, BASE_WEIGHT: _base_weight(module, slot)}
         inner = nn.functional.dropout(x, use.dropout, module.training)
@@ -218,8 +218,8 @@ def _fused(module: Any, slot: Slot, uses: list[Use], x: Tensor) -> Tensor | None
         raise AdapterError(f"the input has {x.shape[-1]} features, the adapted layer expects {expected}")
     dropout = slot.drops and module.training
     if not autocast:
-        return apply_linear(x, weight, bias, slot.transposed, uses, dropout, *edges_of(uses))  # type: ignore[no-any-return]
+        return fused.linear(x, weight, bias, slot.transposed, uses, dropout)
     dtype = torch.get_autocast_dtype(device.type)
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(device.type, enabled=False):
-        return apply_linear(x, weight, bias, slot.transposed, uses, dropout, *edges_of(uses))  # type: ignore[no-any-return]
+        return fused.linear(x, weight, bias, slot.transposed, uses, dropout)

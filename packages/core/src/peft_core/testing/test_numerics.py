@@ -117,6 +117,19 @@ def test_adapter_and_base_may_differ_in_dtype(
         assert torch.isfinite(gradient).all(), f"gradient of '{key}'"
 
 
+@pytest.mark.parametrize("tokens", [1, 40], ids=["one token", "many tokens"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.families("odd")
+def test_without_gradients_the_same_comes_out(trial: Trial, family: Family, dtype: torch.dtype, tokens: int) -> None:
+    model, adapter = adapted(family, trial, dtype)
+    x = torch.randn(tokens, 63, dtype=dtype)
+    trained = model(x).detach()
+    with torch.no_grad():
+        assert_near(model(x), trained, TOLERANCE[dtype], "under no_grad")
+    with torch.inference_mode():
+        assert_near(model(x), trained, TOLERANCE[dtype], "in inference_mode")
+
+
 @pytest.mark.parametrize("kernels", ["torch", "naive"])  # thousands of rows: too many for an interpreter
 @pytest.mark.families("odd")
 def test_dropout_keeps_the_mean_and_stops_in_evaluation(trial: Trial, family: Family, kernels: str) -> None:
