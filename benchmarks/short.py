@@ -14,7 +14,7 @@ from importlib import import_module
 
 from figures import Figure, show
 
-BENCHMARKS = ("train_step", "attach", "merge", "optimizer_step")
+BENCHMARKS = ("train_step", "generate", "attach", "merge", "optimizer_step")
 
 
 def main() -> None:

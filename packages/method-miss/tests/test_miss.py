@@ -233,14 +233,14 @@ def kept_sums(model: nn.Module, x: Tensor) -> int:
 
 
 def test_layers_that_read_one_input_keep_one_sum() -> None:
-    model, x = Readers(), torch.randn(2, 5, 12)
+    model, x = Readers(), torch.randn(2, 9, 12)
     pc.attach(model, pc.AdapterSpec(method="miss", options={"r": 3}))
     assert kept_sums(model, x) == 1
     assert kept_sums(model, x) == 1, "a second pass needs a sum of its own"
 
 
 def test_layers_that_shard_one_input_differently_keep_a_sum_each() -> None:
-    model, x = Readers(), torch.randn(2, 5, 12)
+    model, x = Readers(), torch.randn(2, 9, 12)
     layouts = {"v": {"layout": "contiguous"}}
     pc.attach(model, pc.AdapterSpec(method="miss", options={"r": 3}, overrides=layouts))
     assert kept_sums(model, x) == 2
@@ -249,7 +249,7 @@ def test_layers_that_shard_one_input_differently_keep_a_sum_each() -> None:
 def learnt(change: Any, kernels: str) -> list[Tensor]:
     """The output and all gradients of `Readers`."""
     torch.manual_seed(0)
-    model, x = Readers(change), torch.randn(2, 5, 12, requires_grad=True)
+    model, x = Readers(change), torch.randn(2, 9, 12, requires_grad=True)
     adapter = pc.attach(model, pc.AdapterSpec(method="miss", options={"r": 3}))
     with torch.no_grad():
         for parameter in adapter.parameters():

@@ -160,9 +160,9 @@ def _add_for_good(uses: list[Use], x: Tensor, y: Tensor, dropout: bool) -> None:
     if len(x) > FEW or x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
         _add_all(uses, x, y, dropout)
         return
-    total = torch.zeros_like(y, dtype=torch.float32)
-    _add_all(uses, x.float(), total, dropout)
-    y.add_(total)
+    wide = y.float()
+    _add_all(uses, x.float(), wide, dropout)
+    y.copy_(wide)
 
 
 def _add_all(

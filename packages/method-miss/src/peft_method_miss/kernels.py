@@ -26,6 +26,8 @@ from . import naive
 Drop: TypeAlias = tuple[float, int]
 """Probability of an element of x to be dropped, and the seed that decides which."""
 KEEP_ALL: Drop = (0.0, 0)
+FEW = 16
+"""So many tokens are summed in less time than it takes to find out whether they have been."""
 
 
 def indicator(
@@ -101,7 +103,7 @@ class _LastSum(threading.local):
 
     def of(self, x: Tensor, shards: Shards) -> Tensor:
         """`shards.sum(x)`, x [tokens, count] → [tokens, r], not to be changed in place."""
-        if type(x) is not Tensor or x.is_inference():
+        if type(x) is not Tensor or x.is_inference() or len(x) <= FEW:
             return shards.sum(x)
         source = x if x._base is None else x._base  # every layer makes a view of its own of the input
         stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
