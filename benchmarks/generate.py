@@ -52,7 +52,9 @@ def measure(
             generate(models[label], tokens)
             seconds[label].append(clock() - start)
     floor = seconds.pop(FLOOR)
-    ratios = {label: statistics.median(a / b for a, b in zip(own, floor, strict=True)) for label, own in seconds.items()}
+    ratios = {
+        label: statistics.median(a / b for a, b in zip(own, floor, strict=True)) for label, own in seconds.items()
+    }
     return {FLOOR: statistics.median(floor) / tokens, **ratios}
 
 

@@ -17,7 +17,6 @@ from .errors import AdapterError, PluginError
 from .gradients import SharedGradient
 from .method import Forward, GradInPlace
 
-
 FEW = 16
 """Up to so many tokens a CPU computes thin products in float32 several times as fast as in 16 bits, whose kernels arrange the
 operands anew at every call (docs/performance.md).
@@ -37,9 +36,7 @@ class Use(NamedTuple):
     where: str
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, uses: list[Use], dropout: bool
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, uses: list[Use], dropout: bool) -> Tensor:
     """x Wᵀ + b + Σ Δ(x): x [..., in] → [..., out]."""
     if torch.is_grad_enabled():
         return _apply_linear(x, weight, bias, transposed, uses, dropout, *_edges_of(uses))  # type: ignore[no-any-return]
@@ -178,7 +175,7 @@ def _add_all(
     layout: list[tuple[GradInPlace, int, bool]] = []
     for use in uses:
         add_, grad_ = use.functions.add_, use.functions.grad_
-        assert add_ is not None
+        assert add_ is not None and grad_ is not None
         inner, mask = x, None
         if dropout and use.dropout and use.functions.dropped is not None and kernels.use_triton(x):
             # The seed comes from the CPU's generator: no wait for the device, and checkpointing restores it.

@@ -121,7 +121,7 @@ def test_adapter_and_base_may_differ_in_dtype(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.families("odd")
 def test_without_gradients_the_same_comes_out(trial: Trial, family: Family, dtype: torch.dtype, tokens: int) -> None:
-    model, adapter = adapted(family, trial, dtype)
+    model, _ = adapted(family, trial, dtype)
     x = torch.randn(tokens, 63, dtype=dtype)
     trained = model(x).detach()
     with torch.no_grad():
