@@ -13,11 +13,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
 import peft_core as pc
 from peft_core import launching
-from peft_core.kernels import _obstacle, obstacle, use_triton
+from peft_core.kernels import _Choice, _obstacle, obstacle, use_triton
 from peft_core.launching import launch, operator, recorded
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,11 +47,24 @@ def test_auto_takes_torch_on_a_cpu_and_triton_where_it_is_asked_for() -> None:
             assert use_triton(X) is expected
 
 
-def test_the_environment_chooses_and_a_context_overrules_it(monkeypatch) -> None:
+def test_the_environment_chooses_when_an_adapter_is_attached_and_a_context_overrules_it(monkeypatch) -> None:
+    monkeypatch.setattr(_Choice, "environment", "")
     monkeypatch.setenv("PEFT_CORE_KERNELS", "triton")
     assert use_triton(X)
     with pc.kernels("torch"):
         assert not use_triton(X)
+    monkeypatch.setenv("PEFT_CORE_KERNELS", "torch")
+    pc.attach(nn.Sequential(nn.Linear(3, 3)), pc.AdapterSpec(method="miss", options={"r": 1}))
+    assert not use_triton(X)
+
+
+def test_unknown_kernels_in_the_environment_are_refused_before_anything_is_attached(monkeypatch, refused) -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    monkeypatch.setattr(_Choice, "environment", "")
+    monkeypatch.setenv("PEFT_CORE_KERNELS", "trition")
+    with refused(pc.PeftCoreError, "PEFT_CORE_KERNELS", "'triton'"):
+        pc.attach(model, pc.AdapterSpec(method="miss", options={"r": 1}))
+    assert not pc.adapters(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64])

@@ -5,8 +5,7 @@ Where no gradient is asked for, the same is computed without the function around
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from . import _torch, kernels
 from .errors import AdapterError, PluginError
 from .gradients import SharedGradient
-from .method import Forward, GradInPlace
+from .method import Forward, GradInPlace, Rows
 
 FEW = 16
 """Up to so many tokens a CPU computes thin products in float32 several times as fast as in 16 bits, whose kernels arrange the
@@ -69,21 +68,6 @@ def _edges_of(uses: list[Use]) -> list[Tensor]:
     return edges
 
 
-def _once(backward: Any) -> Any:
-    """This backward, which cannot be differentiated itself: what methods save does not suffice for that."""
-
-    @functools.wraps(backward)
-    def checked(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            raise AdapterError(
-                "create_graph=True: the fused backward of adapters has no second derivative; run the model within "
-                "pc.kernels('naive'), the readable reference, which has"
-            )
-        return backward(ctx, dy)  # type: ignore[no-any-return]
-
-    return checked
-
-
 class FusedLinear(torch.autograd.Function):
     """y = x Wᵀ + b + Σ Δ(x), with the adapters adding in place; the base is frozen.
 
@@ -105,23 +89,22 @@ class FusedLinear(torch.autograd.Function):
         # A view of something inside linear: callers may not change a function's view in place, a tensor they may.
         if y._is_view():
             y = torch.ops.aten._unsafe_view(y, y.shape)
-        kept, ctx.layout = _add_all(uses, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), dropout)
-        ctx.save_for_backward(weight, *kept, *_values_of(uses))
-        ctx.uses, ctx.transposed = uses, transposed
+        saved, ctx.parts = _add_all(uses, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), dropout)
+        ctx.save_for_backward(*saved, weight)
+        ctx.transposed = transposed
         return y
 
     @staticmethod
-    @_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        weight, *saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+        weight = saved[-1]
         flat = dy.reshape(-1, dy.shape[-1])
         dx = rows = None
         if needs[0]:
             # A tensor of its own, no view: where x has several readers, the engine adds the others' part to it in place.
             dx = torch.matmul(flat.view(dy.shape), weight.t() if ctx.transposed else weight)
             rows = dx.view(-1, dx.shape[-1])
-        return (dx, None, None, None, None, None, *_grad_all(ctx, flat, rows, saved, needs[6:]))
+        return (dx, None, None, None, None, None, *_grad_all(ctx.parts, flat, rows, saved, needs[6:]))
 
 
 _apply_linear = _torch.apply(FusedLinear)
@@ -133,22 +116,26 @@ class FusedDelta(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, uses: list[Use], dropout: bool, *edges: Tensor) -> Tensor:
         total = y.clone(memory_format=torch.contiguous_format)
-        kept, ctx.layout = _add_all(uses, x.reshape(-1, x.shape[-1]), total.view(-1, y.shape[-1]), dropout)
-        ctx.save_for_backward(*kept, *_values_of(uses))
-        ctx.uses, ctx.shape = uses, x.shape
+        saved, ctx.parts = _add_all(uses, x.reshape(-1, x.shape[-1]), total.view(-1, y.shape[-1]), dropout)
+        ctx.save_for_backward(*saved)
+        ctx.shape = x.shape
         return total
 
     @staticmethod
-    @_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         flat = dy.reshape(-1, dy.shape[-1])
         dx = flat.new_zeros(flat.shape[0], ctx.shape[-1]) if ctx.needs_input_grad[0] else None
-        gradients = _grad_all(ctx, flat, dx, ctx.saved_tensors, ctx.needs_input_grad[4:])
+        gradients = _grad_all(ctx.parts, flat, dx, ctx.saved_tensors, ctx.needs_input_grad[4:])
         return (None if dx is None else dx.view(ctx.shape), dy, None, None, *gradients)
 
 
-def _values_of(uses: list[Use]) -> list[Tensor]:
-    return [tensor for use in uses for tensor in use.tensors.values()]
+class _Part(NamedTuple):
+    """What backward must know of one adapter beside the saved tensors: its parameters, the `kept`, and a dropout mask."""
+
+    use: Use
+    grad_: GradInPlace
+    kept: int
+    masked: bool
 
 
 def _add_for_good(uses: list[Use], x: Tensor, y: Tensor, dropout: bool) -> None:
@@ -162,17 +149,10 @@ def _add_for_good(uses: list[Use], x: Tensor, y: Tensor, dropout: bool) -> None:
     y.copy_(wide)
 
 
-def _add_all(
-    uses: list[Use], x: Tensor, y: Tensor, dropout: bool
-) -> tuple[list[Tensor], list[tuple[GradInPlace, int, bool]]]:
-    """Let every adapter add to y [tokens, out] in place.
-
-    Returns:
-        what their gradients need; and for each adapter its grad_, the number of tensors that it keeps, and whether a dropout mask
-        follows these.
-    """
+def _add_all(uses: list[Use], x: Tensor, y: Tensor, dropout: bool) -> tuple[list[Tensor], list[_Part]]:
+    """Let every adapter add to y [tokens, out] in place. Returns the tensors to save, and what `_grad_all` needs beside them."""
     saved: list[Tensor] = []
-    layout: list[tuple[GradInPlace, int, bool]] = []
+    parts: list[_Part] = []
     for use in uses:
         add_, grad_ = use.functions.add_, use.functions.grad_
         assert add_ is not None and grad_ is not None
@@ -193,47 +173,60 @@ def _add_all(
             raise PluginError(
                 f"{use.where}: add_ must return a tuple of the tensors that grad_ needs, got {kept!r:.80}"
             )
-        layout.append((grad_, len(kept), mask is not None))
+        saved += use.tensors.values()
         saved += kept
         if mask is not None:
             saved.append(mask)
-    return saved, layout
+        parts.append(_Part(use, grad_, len(kept), mask is not None))
+    return saved, parts
 
 
 def _grad_all(
-    ctx: Any, dy: Tensor, dx: Tensor | None, saved: Sequence[Tensor], needs: Sequence[bool]
+    parts: list[_Part], dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], needs: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """Let every adapter add to dx [tokens, in] in place, and collect the gradients of their edges."""
+    """Let every adapter add to dx [tokens, in] in place, and collect the gradients of their edges.
+
+    Raises:
+        AdapterError: the gradients are to be differentiated again. PluginError: a method gives none, or one of another shape.
+    """
+    if torch.is_grad_enabled():
+        raise AdapterError(
+            "create_graph=True: the fused backward of adapters has no second derivative; run the model within "
+            "pc.kernels('naive'), the readable reference, which has"
+        )
     gradients: list[Tensor | None] = []
-    at, value_at = 0, sum(count + masked for _, count, masked in ctx.layout)
-    for use, (grad_, count, masked) in zip(ctx.uses, ctx.layout, strict=True):
-        own = tuple(saved[at : at + count])
-        mask = saved[at + count] if masked else None
-        at += count + masked
-        tensors = dict(zip(use.tensors, saved[value_at:], strict=False))
-        value_at += len(tensors)
-        found = _backward_of(use, grad_, dy, dx, own, mask, tensors)
-        for name in tensors:
-            needed = len(gradients) < len(needs) and needs[len(gradients)]
-            gradients.append(_deliver(use, name, found, tensors[name]) if needed else None)
+    at = 0
+    for use, grad_, count, masked in parts:
+        tensors = dict(zip(use.tensors, saved[at:], strict=False))
+        at += len(tensors)
+        kept = saved[at : at + count]
+        at += count
+        if masked or use.scale != 1.0:
+            found = _grad_scaled(use, grad_, dy, dx, kept, tensors, saved[at] if masked else None)
+            at += masked
+        else:
+            found = grad_(dy, dx, kept, tensors, use.binding)
+        for name, parameter in tensors.items():
+            gradients.append(_deliver(use, name, found, parameter) if needs[len(gradients)] else None)
     return gradients
 
 
-def _backward_of(
+def _grad_scaled(
     use: Use,
-    grad_: Any,
+    grad_: GradInPlace,
     dy: Tensor,
     dx: Tensor | None,
-    saved: tuple[Tensor, ...],
-    mask: Tensor | None,
+    kept: tuple[Tensor, ...],
     tensors: dict[str, Tensor],
+    mask: Tensor | None,
 ) -> Any:
+    """`grad_` under a run-time scale, or a dropout mask."""
     if use.scale != 1.0:
         dy = dy * use.scale
     if mask is None or dx is None:
-        return grad_(dy, dx, saved, tensors, use.binding)
+        return grad_(dy, dx, kept, tensors, use.binding)
     inner = torch.zeros_like(dx)
-    found = grad_(dy, inner, saved, tensors, use.binding)
+    found = grad_(dy, inner, kept, tensors, use.binding)
     dx.add_(inner.mul_(mask), alpha=1 / (1 - use.dropout))
     return found
 
@@ -242,8 +235,8 @@ def _deliver(use: Use, name: str, found: Any, parameter: Tensor) -> Tensor | Non
     """A private tensor's gradient goes to autograd, a shared one's into its buffer."""
     try:
         gradient = found[name]
-        fits = not isinstance(gradient, Tensor) or gradient.shape == parameter.shape
-    except (KeyError, TypeError):
+        fits = type(gradient) is Rows or gradient.shape == parameter.shape
+    except (KeyError, TypeError, AttributeError):
         gradient, fits = None, False
     if gradient is None or not fits:
         what = "none" if gradient is None else f"one of shape {list(gradient.shape)}"

@@ -16,6 +16,7 @@ from .bases import ROOT_PREFIX
 from .errors import AdapterError
 from .gradients import SharedGradient
 from .initial_values import device_of
+from .kernels import read_environment
 from .layer import adapt, adapt_root, train_in_full
 from .originals import check_choice, drop, put_aside
 from .owned import OwnedWeight
@@ -45,6 +46,7 @@ def install(
         AdapterError, MergeError: see `attach`. The model is unchanged then.
     """
     model, made = bank.root, bank.plan
+    read_environment()
     check_choice(keep)
     _refuse_conflicts(model, made, bank.name)
     found = registry(model, create=True)

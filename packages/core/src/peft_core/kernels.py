@@ -22,12 +22,27 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Choice:
+    """`name`: of the innermost `kernels(...)`. `environment`: of `PEFT_CORE_KERNELS`; every layer asks, so it is kept."""
+
     name: str = ""
+    environment: str = ""
 
 
 def chosen() -> str:
-    """The choice in force: the innermost `kernels(...)`, else `PEFT_CORE_KERNELS`, else `auto`."""
-    return _Choice.name or _checked(os.environ.get("PEFT_CORE_KERNELS", "auto"), "PEFT_CORE_KERNELS")
+    """The choice in force: the innermost `kernels(...)`, else `PEFT_CORE_KERNELS` as it was when an adapter was last put on a
+    model, else `auto`.
+    """
+    return _Choice.name or _Choice.environment or read_environment()
+
+
+def read_environment() -> str:
+    """Look up `PEFT_CORE_KERNELS` again.
+
+    Raises:
+        PeftCoreError: there is no such choice.
+    """
+    _Choice.environment = _checked(os.environ.get("PEFT_CORE_KERNELS", "auto"), "PEFT_CORE_KERNELS")
+    return _Choice.environment
 
 
 @contextmanager

@@ -21,6 +21,9 @@ from .method import BASE_WEIGHT
 from .slots import SLOT, Slot, TrainedSlot
 from .subclassing import Mixin, plain_class, specialize
 
+_DENSE = (nn.Parameter, Tensor)
+_NONE_HELD = object()
+
 
 class AdaptedLinear(Mixin):
     """In front of an adapted layer's own class."""
@@ -200,21 +203,19 @@ def _fused(module: Any, slot: Slot, uses: list[Use], x: Tensor) -> Tensor | None
     asked for here costs nothing there.
     """
     held = module._parameters  # a weight or bias that is none of these is computed by somebody (a parametrization)
-    weight, bias, device = held.get("weight"), held.get("bias"), x.device
+    weight, bias, device = held.get("weight"), held.get("bias", _NONE_HELD), x.device
     if (
-        type(weight) not in (nn.Parameter, Tensor)
-        or "bias" not in held
+        type(weight) not in _DENSE
         or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
+        or (bias is not None and (bias is _NONE_HELD or bias.requires_grad))
         or weight.device != device
-        or device.type == "meta"
+        or weight.is_meta
     ):
         return None
     autocast = torch.is_autocast_enabled(device.type)
     if x.dtype != weight.dtype and not autocast:
         return None
-    if x.shape[-1] != weight.shape[0 if slot.transposed else 1]:
-        expected = weight.shape[0 if slot.transposed else 1]
+    if x.shape[-1] != (expected := weight.shape[0 if slot.transposed else 1]):
         raise AdapterError(f"the input has {x.shape[-1]} features, the adapted layer expects {expected}")
     dropout = slot.drops and module.training
     if not autocast:

@@ -99,11 +99,14 @@ class _Watch:
 
     def gradient_came(self, parameter: Tensor) -> None:
         """One backward is counted once: at the parameter whose gradient was the first to come."""
-        bank = self.bank()
-        if bank is None or _watches.get(bank) is not self:
+        bank, counted = self.bank(), None if self.counted is None else self.counted()
+        if bank is None:
+            return
+        if bank.progress.fresh_gradient and counted is not None and counted is not parameter:
+            return  # nearly always: one of many
+        if _watches.get(bank) is not self:
             return
         bank.progress.fresh_gradient = True
-        counted = None if self.counted is None else self.counted()
         if counted is None:
             self.counted = weakref.ref(parameter)
         elif counted is not parameter:

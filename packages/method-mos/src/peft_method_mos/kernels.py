@@ -57,13 +57,13 @@ def forward(alpha: float) -> pc.Forward:
 
     def add_(x: Tensor, y: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> tuple[Tensor, ...]:
         A, B = gather_factors(tensors, binding, x.dtype)
-        return x, pc.lowrank.add_(x, y, A, B, alpha / len(A)), A, B  # [tokens, in], [tokens, r], [r, in], [out, r]
+        return x, pc.lowrank.add_(x, y, A, B, alpha / A.shape[0]), A, B  # [tokens, in], [tokens, r], [r, in], [out, r]
 
     def grad_(
         dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: pc.Tensors, binding: pc.Tensors
     ) -> dict[str, Gradient]:
         x, h, A, B = saved
-        dA, dB = pc.lowrank.grad_(dy, dx, x, h, A, B, alpha / len(A))
+        dA, dB = pc.lowrank.grad_(dy, dx, x, h, A, B, alpha / A.shape[0])
         dA = _scaled(dA, binding)
         return {"pool_A": _scattered(dA, binding, 0), "pool_B": _scattered(dB.T, binding, -1)}
 
@@ -79,7 +79,7 @@ def _gather(pool: Tensor, binding: pc.Tensors, which: int, dtype: torch.dtype) -
     if "index" not in binding:
         return pool.to(dtype)
     index = binding["index"][which]  # [r, l]
-    return pool.index_select(0, index.flatten()).to(dtype).view(len(index), -1)
+    return pool.index_select(0, index.flatten()).to(dtype).view(index.shape[0], -1)
 
 
 def _scattered(rows: Tensor, binding: pc.Tensors, which: int) -> Gradient:
@@ -87,7 +87,7 @@ def _scattered(rows: Tensor, binding: pc.Tensors, which: int) -> Gradient:
     if "index" not in binding:
         return rows
     index = binding["index"][which].flatten()  # [r·l]
-    return pc.Rows(index, rows.reshape(len(index), -1))
+    return pc.Rows(index, rows.reshape(index.shape[0], -1))
 
 
 def _scaled(rows: Tensor, binding: pc.Tensors) -> Tensor:
