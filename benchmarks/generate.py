@@ -79,7 +79,9 @@ def main() -> None:
     labels = [FLOOR, *given.only.split(",")] if given.only else JUDGED
     found = measure(labels, given.rounds, given.tokens, time.process_time if given.cpu_time else time.perf_counter)
     floor = found.pop(FLOOR)
-    print(f"SmolLM2-135M bf16, {given.tokens} tokens, {torch.get_num_threads()} threads; base: {1e3 * floor:.1f} ms a token")
+    print(
+        f"SmolLM2-135M bf16, {given.tokens} tokens, {torch.get_num_threads()} threads; base: {1e3 * floor:.1f} ms a token"
+    )
     show("A generated token", [Figure(label, ratio) for label, ratio in found.items()])
 
 

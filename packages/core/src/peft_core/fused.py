@@ -130,7 +130,7 @@ class FusedDelta(torch.autograd.Function):
 
 
 class _Part(NamedTuple):
-    """What backward must know of one adapter beside the saved tensors: its parameters, the `kept`, and a dropout mask."""
+    """One adapter's part of what is saved: its parameters, as many tensors as it `kept`, and a dropout mask if it is `masked`."""
 
     use: Use
     grad_: GradInPlace
