@@ -174,6 +174,14 @@ def test_a_layer_belongs_to_one_root(refused) -> None:
     assert not pc.adapters(whole)
 
 
+def test_names_that_hold_a_slash_are_kept_apart() -> None:
+    net = nn.ModuleDict({"user": nn.ModuleDict({"age": nn.Linear(24, 24)}), "user/age": nn.Linear(24, 24)})
+    net["user%2Fage"] = nn.Linear(24, 24)
+    adapter = attached(net)
+    parameters = list(adapter.parameters())
+    assert len(set(parameters)) == len(parameters) == sum("peft_core/" in key for key in net.state_dict())
+
+
 def test_an_attach_that_fails_late_leaves_what_was_active(monkeypatch) -> None:
     net = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
     randomise(attached(net))
