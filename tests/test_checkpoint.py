@@ -32,6 +32,12 @@ def adapter(blocks, spec) -> pc.Adapter:
 
 
 @pytest.fixture
+def weightless() -> nn.Module:
+    """The model's shapes, on the meta device."""
+    return ODD.build().to("meta")
+
+
+@pytest.fixture
 def saved(adapter, tmp_path) -> Path:
     adapter.save(tmp_path / "adapter")
     return tmp_path / "adapter"
@@ -468,3 +474,20 @@ def test_what_a_killed_save_had_put_aside_is_brought_back(saved, adapter) -> Non
     adapter.save(saved)
     assert (saved / "notes.txt").read_text() == "mine"
     assert [entry for entry in saved.parent.iterdir() if entry.name.endswith(".tmp")] == [other]
+
+
+def test_a_base_without_weights_takes_the_saved_values(blocks, adapter, saved, weightless, tmp_path) -> None:
+    weights = {name: tensor for name, tensor in blocks.state_dict().items() if "peft_core" not in name}
+    pc.load(weightless, saved).save(tmp_path / "again")
+    first, again = (directory / "adapter.safetensors" for directory in (saved, tmp_path / "again"))
+    assert again.read_bytes() == first.read_bytes()
+    weightless.load_state_dict(weights, assign=True, strict=False)
+    assert same_bits(run(ODD, weightless), run(ODD, blocks))
+
+
+def test_an_adapter_without_values_is_not_saved_and_takes_none(weightless, spec, saved, tmp_path, refused) -> None:
+    adapter = pc.attach(weightless, spec)
+    for move in (lambda: adapter.save(tmp_path / "new"), lambda: adapter.restore(saved)):
+        with refused(pc.CheckpointError, "on the meta device", "attach to a model that has its weights"):
+            move()
+    assert not (tmp_path / "new").exists()

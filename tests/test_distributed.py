@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import peft_core as pc
@@ -116,3 +119,54 @@ def test_an_adapter_saved_under_fsdp2_is_the_trained_one(method: str, run: tuple
     model = FAMILIES["llama"].build()
     pc.load(model, run[0] / method)
     torch.testing.assert_close(model(IDS).logits, run[1][f"logits {method}"], rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """One process: what divides weights does so all the same."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def sharded(model: nn.Module, mesh: DeviceMesh) -> None:
+    fully_shard(model, mesh=mesh)
+
+
+def sharded_and_run(model: nn.Module, mesh: DeviceMesh) -> None:
+    """The root's weights stay gathered after a forward."""
+    fully_shard(model, mesh=mesh)
+    model(torch.randn(2, 63))
+
+
+def partly_sharded(model: nn.Module, mesh: DeviceMesh) -> None:
+    fully_shard(model[1], mesh=mesh)
+
+
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+    parallelize_module(model, mesh, {"0.up": ColwiseParallel()})
+
+
+DIVISIONS = {sharded: "the model", sharded_and_run: "the model", partly_sharded: "'1'", tensor_parallel: "'0.up'"}
+
+
+@pytest.mark.parametrize(("divide", "place"), DIVISIONS.items(), ids=lambda value: getattr(value, "__name__", ""))
+def test_a_divided_model_takes_no_adapter_and_no_merge(
+    divide, place: str, mesh, blocks, spec, tmp_path, refused
+) -> None:
+    plain, merged = copy.deepcopy(blocks), copy.deepcopy(blocks)
+    adapter, other = pc.attach(blocks, spec), pc.attach(merged, spec)
+    adapter.save(tmp_path / "saved")
+    other.merge()
+    for model in (plain, blocks, merged):
+        divide(model, mesh)
+    for put_on in (lambda: pc.attach(plain, spec), lambda: pc.load(plain, tmp_path / "saved")):
+        with refused(pc.AdapterError, place, "divided", "attach or load first"):
+            put_on()
+    for change in (adapter.merge, adapter.merge_and_detach, other.unmerge, lambda: other.disabled().__enter__()):
+        with refused(pc.MergeError, place, "divided", "peft-core merge"):
+            change()
+    assert adapter.active and other.merged
+    if divide is tensor_parallel:
+        with refused(pc.AdapterError, place, "tensor parallelism", "exclude it"):
+            blocks(torch.randn(2, 63))

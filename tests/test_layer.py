@@ -1,6 +1,8 @@
 """Adapted layers in models that use them in unusual ways."""
 
 import copy
+import functools
+import itertools
 
 import pytest
 import torch
@@ -172,6 +174,42 @@ def test_a_layer_belongs_to_one_root(refused) -> None:
         attached(whole, "other")
     before.assert_restored(whole)
     assert not pc.adapters(whole)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(("outer", "middle", "inner"))), ids=" ".join)
+@pytest.mark.parametrize("first", ["outer", "inner"])
+def test_models_within_models_may_lose_their_adapters_in_any_order(first: str, order: tuple[str, ...]) -> None:
+    net = nn.Sequential(nn.Linear(24, 24), nn.Sequential(nn.Linear(24, 24), nn.Sequential(nn.Linear(24, 24))))
+    net[0].bias.requires_grad_(False)
+    net[1][1][0].bias.requires_grad_(False)
+    models = {"outer": net, "middle": net[1], "inner": net[1][1]}
+    before = Snapshot.of(net)
+    names = models if first == "outer" else reversed(models)
+    adapters = {name: attached(models[name], targets="0") for name in names}
+    for done, name in enumerate(order, start=1):
+        adapters[name].detach()
+        for other in order[done:]:
+            free = [key for key, p in models[other].named_parameters() if p.requires_grad and "peft_core/" not in key]
+            assert not free, f"'{free[0]}' can be trained beside the adapter of the {other} model"
+    before.assert_restored(net)
+    assert [name for name, p in net.named_parameters() if not p.requires_grad] == ["0.bias", "1.1.0.bias"]
+
+
+def test_a_model_gets_its_own_save_pretrained_back(llama) -> None:
+    own = llama.save_pretrained = functools.partial(llama.save_pretrained, max_shard_size="1GB")
+    first, second = attached(llama), attached(llama, name="second")
+    first.detach()
+    assert llama.save_pretrained is not own
+    second.detach()
+    assert llama.save_pretrained is own
+
+
+def test_names_that_hold_a_slash_are_kept_apart() -> None:
+    net = nn.ModuleDict({"user": nn.ModuleDict({"age": nn.Linear(24, 24)}), "user/age": nn.Linear(24, 24)})
+    net["user%2Fage"] = nn.Linear(24, 24)
+    adapter = attached(net)
+    parameters = list(adapter.parameters())
+    assert len(set(parameters)) == len(parameters) == sum("peft_core/" in key for key in net.state_dict())
 
 
 def test_an_attach_that_fails_late_leaves_what_was_active(monkeypatch) -> None:

@@ -25,6 +25,9 @@ def attach(
 ) -> Adapter:
     """Plan a spec on a model and put the adapter on it, in place. The base is frozen; only the new adapter is active.
 
+    On a base without weights (the meta device) the adapter has no values either, and `to_empty` gives it none: attach to a base
+    that has its weights, or `restore` a saved adapter before the first forward.
+
     Args:
         name: of the adapter; letters, digits, `_` and `-`. seed: of its initial values and random decisions.
         keep: for methods that own the base weight, where to keep the originals: `host` (memory), a directory, or `none`;
@@ -57,6 +60,9 @@ def load(
 ) -> Adapter:
     """Put a saved adapter on a model. With `trainable`, training goes on from where it was saved.
 
+    On a base without weights (the meta device) the adapter's values come on the CPU. Give the base its own with
+    `load_state_dict(..., assign=True)`; `to_empty` would lose the adapter's.
+
     Raises:
         CheckpointError: the directory is not an adapter, is damaged, or belongs to another base model.
         PluginError: its method is not installed. AdapterError: the name is taken, or the model is wrapped for parallel
@@ -74,7 +80,7 @@ def load(
     bank.progress.steps = header.steps
     if trainable:
         bank.state = checkpoint.read_state(directory, header, made)
-    home = homes(model, made)
+    home = {key: "cpu" if device.type == "meta" else device for key, device in homes(model, made).items()}
     tensors = {key: stored[key].to(home[key]) for key, _ in made.tensors()}
     fixed = {key: stored[key].to(home[key]) for key, _ in made.fixed()}
     owned = {path: stored[owned_key(path)] for path in header.owned}

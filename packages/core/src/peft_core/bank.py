@@ -43,8 +43,9 @@ class Bank:
         self._borrowed, self._bound = plan.borrowed(), plan.bound()
 
     def root_name(self, key: str) -> str:
-        """The name under which the root model holds a tensor."""
-        return f"{ROOT_PREFIX}{self.name}/{key.replace('.', '/')}"
+        """The name under which the root model holds a tensor: without dots, and another for every key."""
+        escaped = key.replace("%", "%25").replace("/", "%2F")
+        return f"{ROOT_PREFIX}{self.name}/{escaped.replace('.', '/')}"
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(key, parameter) of every tensor, as they are now: FSDP and others replace them."""

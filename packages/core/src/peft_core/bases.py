@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AdapterError
+from .sharded import divided
 from .subclassing import Mixin
 
 # Prefix of everything that an adapter registers on the root model; no module path can contain it.
@@ -132,8 +133,8 @@ def unwrap(model: nn.Module, to_attach: bool = False) -> nn.Module:
     """The model inside the wrappers of torch.compile and of data parallelism.
 
     Raises:
-        AdapterError: it is `to_attach` an adapter to, but is not a loaded model, or is wrapped for parallel training: the wrapper
-            has its list of parameters already, and would leave new ones alone.
+        AdapterError: it is `to_attach` an adapter to, but is not a loaded model, or is wrapped or divided for parallel training:
+            what does that has its list of parameters already, and would leave new ones alone.
     """
     if to_attach and not isinstance(model, nn.Module):
         raise AdapterError(f"attach and load need a loaded model (a torch.nn.Module), they were given {model!r:.80}")
@@ -144,6 +145,11 @@ def unwrap(model: nn.Module, to_attach: bool = False) -> nn.Module:
                 "or load first, then wrap"
             )
         model = model.get_submodule(found)
+    if to_attach and (place := divided(model)):
+        raise AdapterError(
+            f"{place} is divided between processes, which would not synchronise the adapter's gradients; attach or load first, "
+            "then fully_shard (tensor parallelism is not supported)"
+        )
     return model
 
 

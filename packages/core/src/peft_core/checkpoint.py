@@ -33,8 +33,8 @@ def save(bank: Bank, directory: str | Path) -> None:
     """Write an attached adapter. Other files in the directory stay; an adapter that stood there is replaced in one step.
 
     Raises:
-        CheckpointError: the directory cannot be written, or a module trained in full was resized since; what was there is
-            unchanged.
+        CheckpointError: the directory cannot be written, a module trained in full was resized since, or a tensor is on the meta
+            device; what was there is unchanged.
         OptimizerStepError: the method needs optimizer steps, gradients came, and no step was seen.
         AdapterError: it owns base weights, and was merged without keeping them.
     """
@@ -78,7 +78,8 @@ def restore(bank: Bank, directory: str | Path) -> None:
     """Give an attached adapter the values of a saved one of the same layout, in place.
 
     Raises:
-        CheckpointError: the directory is damaged, or its adapter has another layout. Nothing has changed then.
+        CheckpointError: the directory is damaged, its adapter has another layout, or a tensor is on the meta device. Nothing has
+            changed then.
     """
     header = read_header(directory)
     check_fit(directory, header, bank.root)
@@ -109,13 +110,21 @@ def _refuse_resized(bank: Bank) -> None:
 
 
 def _values(bank: Bank) -> dict[str, Tensor]:
-    """Everything that inference needs, by key."""
+    """Everything that inference needs, by key.
+
+    Raises:
+        CheckpointError: a tensor is on the meta device.
+    """
     tensors: dict[str, Tensor] = {}
     for key, parameter in bank.named_parameters():
         tensors[key] = whole(parameter)
     tensors.update(bank.named_fixed())
     for path in bank.owned:
         tensors[owned_key(path)] = bank.owned_weight(bank.sites[path])
+    if empty := [key for key, tensor in tensors.items() if tensor.is_meta]:
+        raise CheckpointError(
+            f"'{empty[0]}' is on the meta device, where it can hold no values; attach to a model that has its weights"
+        )
     return tensors
 
 

@@ -9,9 +9,9 @@ backward passes) sees one ordinary gradient.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -39,19 +39,29 @@ def _distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
+class _Sum:
+    """The buffer of one backward pass. The engine holds it, as a callback that does nothing, and lets go of it however the
+    pass ends: one that fails, or that wants no gradient of this tensor, never reaches the gate.
+    """
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer = buffer
+
+    def __call__(self) -> None:
+        pass
+
+
 class SharedGradient:
     """The gate and the buffer of one shared tensor. Belongs to a model; copies and pickles start empty."""
 
     def __init__(self) -> None:
         self._parameter: Tensor | None = None
         self._edge: Tensor | None = None
-        # By graph task: backwards may nest (reentrant checkpointing), and what a failed one left must not reach the next.
-        self._buffers: dict[int, Tensor] = {}
+        # By graph task: backwards may nest (reentrant checkpointing), and run in several threads at once.
+        self._sums: WeakValueDictionary[int, _Sum] = WeakValueDictionary()
 
     def edge(self, parameter: Tensor) -> Tensor:
         """What a borrower takes as an input in the parameter's stead. The parameter may be another at every call."""
-        if self._buffers and _torch.backward_number() == -1:
-            self._buffers.clear()  # no backward runs: a failed one left this
         if self._parameter is not parameter or self._edge is None:
             with torch.enable_grad():
                 self._edge = _Gate.apply(parameter, self)
@@ -63,18 +73,15 @@ class SharedGradient:
         """Add one borrower's contribution, in the order in which the engine reaches the borrowers."""
         assert self._parameter is not None
         task = _torch.backward_number()
-        buffer = self._buffers.get(task)
-        if buffer is None:
-            buffer = self._buffers[task] = torch.zeros_like(self._parameter, requires_grad=False)
-            # A backward that wants no gradient of this tensor never reaches the gate.
-            _torch.after_backward(functools.partial(self._drop, task))
+        found = self._sums.get(task)
+        if found is None:
+            found = self._sums[task] = _Sum(torch.zeros_like(self._parameter, requires_grad=False))
+            _torch.after_backward(found)
+        buffer = found.buffer
         if isinstance(gradient, Rows):
             buffer.index_add_(0, gradient.index, gradient.values.to(buffer.dtype))
         else:
             buffer.add_(gradient)
-
-    def _drop(self, task: int) -> None:
-        self._buffers.pop(task, None)
 
     def _take(self) -> Tensor | None:
         if _distributed() and not hasattr(self._parameter, "device_mesh") and _torch.in_reentrant_checkpoint():
@@ -83,7 +90,12 @@ class SharedGradient:
                 "DistributedDataParallel would reduce only the first: use use_reentrant=False, or static_graph=True",
                 stacklevel=2,
             )
-        return self._buffers.pop(_torch.backward_number(), None)
+        found = self._sums.pop(_torch.backward_number(), None)
+        if found is None:
+            return None
+        buffer = found.buffer
+        del found.buffer  # autograd takes over a gradient that nothing else holds, and copies others
+        return buffer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedGradient:
         return SharedGradient()

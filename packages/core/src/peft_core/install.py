@@ -53,7 +53,7 @@ def install(
     assert found is not None
     before = found.active
     if not found.banks:
-        found.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        _remember(model, found)
     found.banks[bank.name] = bank
     bank.register(tensors, fixed, trainable)
     adapt_root(model)
@@ -101,12 +101,48 @@ def remove(model: nn.Module, bank: Bank) -> None:
         del found.gradients[key]
     bank.unregister()
     if not found.banks:
-        for name, parameter in model.named_parameters():
-            if name in found.requires_grad:
-                parameter.requires_grad_(found.requires_grad[name])
-        model.__dict__.pop("save_pretrained", None)
+        _give_back(model, found)
         restore_class(model)
         forget(model)
+
+
+def _remember(model: nn.Module, found: Registry) -> None:
+    """Note what the first adapter will change of the base beside its layers: the parameters' flags, and how the model is saved.
+
+    Models within this one may carry adapters too. What they remember of their flags is taken from them, and given back when this
+    one's last adapter goes: then adapters can go in any order.
+    """
+    flags = {p: p.requires_grad for name, p in model.named_parameters() if ROOT_PREFIX not in name}
+    for inner, theirs in _within(model).items():
+        for name, parameter in inner.named_parameters():
+            if name in theirs.requires_grad:
+                flags[parameter], theirs.requires_grad[name] = theirs.requires_grad[name], False
+    found.requires_grad = {name: flags[p] for name, p in model.named_parameters() if p in flags}
+    found.save_pretrained = model.__dict__.get("save_pretrained")
+
+
+def _give_back(model: nn.Module, found: Registry) -> None:
+    """Undo `_remember`."""
+    named = model.named_parameters()
+    flags = {p: found.requires_grad[name] for name, p in named if name in found.requires_grad}
+    for inner, theirs in _within(model).items():
+        for name, parameter in inner.named_parameters():
+            if name in theirs.requires_grad and parameter in flags:
+                theirs.requires_grad[name] = flags.pop(parameter)
+    for parameter, flag in flags.items():
+        parameter.requires_grad_(flag)
+    model.__dict__.pop("save_pretrained", None)
+    if found.save_pretrained is not None:
+        model.__dict__["save_pretrained"] = found.save_pretrained
+
+
+def _within(model: nn.Module) -> dict[nn.Module, Registry]:
+    """The models within this one that carry adapters of their own, each once, without those within them in turn."""
+    found = {}
+    for child in model.children():
+        theirs = registry(child)
+        found.update(_within(child) if theirs is None else {child: theirs})
+    return found
 
 
 def _functions(found: Registry, made: Plan) -> dict[str, Any]:

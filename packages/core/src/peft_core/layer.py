@@ -138,13 +138,18 @@ def add_to(module: Any, slot: Slot, uses: list[Use], x: Tensor, y: Tensor) -> Te
     """The path for bases that cannot be fused: what the active adapters add to the base's output.
 
     Raises:
-        AdapterError: the base's own forward returns something else than one tensor.
+        AdapterError: the base's own forward returns something else than one tensor, or one that is divided between processes.
     """
     if not isinstance(y, Tensor):
         kind, path = plain_class(type(module)).__name__, slot.active[0][0].site.path
         raise AdapterError(
             f"'{path}' is a {kind}, whose forward returns {type(y).__name__} instead of a tensor, so no Δ can be added; "
             "exclude it"
+        )
+    if hasattr(y, "device_mesh"):
+        raise AdapterError(
+            f"'{slot.active[0][0].site.path}' is divided by tensor parallelism, which adapters cannot follow; exclude it, or use "
+            "FSDP2"
         )
     if _paired(slot):
         with torch.autocast(x.device.type, enabled=False):

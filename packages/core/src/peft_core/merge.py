@@ -21,7 +21,7 @@ from .errors import MergeError
 from .method import Tensors
 from .originals import check, check_choice, drop, look_up, put_aside
 from .registry import Merged, Registry
-from .sharded import whole
+from .sharded import divided, whole
 from .sites import Site
 from .slots import SLOT
 
@@ -75,10 +75,12 @@ def merge(root: nn.Module, registry: Registry, bank: Bank, scale: float, keep: s
     """Merge one adapter into the base's weights and keep the originals as `keep` says.
 
     Raises:
-        MergeError: a weight is tied to a layer outside the adapter or offloaded, or `keep` is not a choice.
+        MergeError: a weight is tied to a layer outside the adapter, offloaded, or divided between processes, or `keep` is not a
+            choice.
     Whatever is raised, by the method too: nothing has changed then.
     """
     check_choice(keep)
+    _refuse_divided(root)
     sites = [(site.path, root.get_submodule(site.path)) for site in bank.plan.sites]
     for path, module in sites:
         if module.weight.device.type == "meta":
@@ -118,7 +120,7 @@ def unmerge(root: nn.Module, registry: Registry, bank: Bank) -> None:
     Raises:
         MergeError: the originals were not kept, or cannot be read. Nothing has changed then.
     """
-    _check_restorable(registry, bank)
+    _check_restorable(root, registry, bank)
     _take_out(root, registry, bank)
 
 
@@ -132,7 +134,7 @@ def left_out(root: nn.Module, registry: Registry, bank: Bank) -> Iterator[None]:
     if bank.name in registry.left_out:
         yield
         return
-    _check_restorable(registry, bank)
+    _check_restorable(root, registry, bank)
     if lost := [path for path, owned in bank.owned.items() if owned.original is None]:
         raise MergeError(
             f"'{lost[0]}': the original weight was not kept (attach with keep='host' to disable the adapter)"
@@ -199,12 +201,13 @@ def _take_out(root: nn.Module, registry: Registry, bank: Bank) -> None:
                     del places[path]
 
 
-def _check_restorable(registry: Registry, bank: Bank) -> None:
-    """See that the weights beneath this merged adapter were kept, and are still there.
+def _check_restorable(root: nn.Module, registry: Registry, bank: Bank) -> None:
+    """See that the weights beneath this merged adapter were kept, are still there, and can be written.
 
     Raises:
         MergeError: names the layer.
     """
+    _refuse_divided(root)
     for path, merged in (*registry.merged_sites.items(), *registry.merged_parameters.items()):
         if bank.name in merged.beneath or (bank.name in merged.adapters and not merged.restorable):
             raise MergeError(
@@ -291,6 +294,20 @@ def _model_dtype(root: nn.Module) -> torch.dtype:
         (p.dtype for name, p in root.named_parameters() if p.is_floating_point() and not name.startswith(ROOT_PREFIX)),
         torch.float32,
     )
+
+
+def _refuse_divided(root: nn.Module) -> None:
+    """Refuse weights of which every process has a part: what is written while they are gathered is lost with the next step.
+
+    Raises:
+        MergeError: names the module and the remedy.
+    """
+    if place := divided(root):
+        raise MergeError(
+            f"{place} is divided between processes (FSDP or tensor parallelism), so its weights "
+            "cannot be changed for good; save the adapter and merge it into the checkpoint's files (peft-core merge), or load "
+            "both in one process"
+        )
 
 
 def refuse_unwritable(root: nn.Module, paths: Sequence[str]) -> None:

@@ -1,8 +1,22 @@
-"""Tensors that FSDP2 has divided between processes."""
+"""Tensors that FSDP2 or tensor parallelism has divided between processes."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
+
+_FSDP = frozenset({"FSDPModule", "FullyShardedDataParallel"})
+
+
+def divided(model: nn.Module) -> str:
+    """The first module whose weights are divided between processes, in words; nothing where all are whole.
+
+    The class tells where FSDP2 has divided them, since a forward may have gathered them for the moment.
+    """
+    for path, module in model.named_modules():
+        kind = {cls.__name__ for cls in type(module).__mro__}
+        if kind & _FSDP or any(hasattr(parameter, "device_mesh") for parameter in module._parameters.values()):
+            return f"'{path}'" if path else "the model"
+    return ""
 
 
 def whole(tensor: Tensor) -> Tensor:
