@@ -397,7 +397,17 @@ def test_kill_in_the_middle_of_saving_leaves_a_whole_adapter(saved, adapter, tmp
     )
 
 
-def test_full_disk_leaves_the_previous_adapter(saved, blocks, adapter, tmp_path, clear) -> None:
+def test_files_are_for_whom_the_umask_says(adapter, tmp_path) -> None:
+    def work() -> None:
+        os.umask(0o027)
+        adapter.save(tmp_path / "adapter")
+        assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "adapter").iterdir()} == {"0o640"}
+        assert oct((tmp_path / "adapter").stat().st_mode & 0o777) == "0o750"
+
+    assert in_child(work) == (0, "")
+
+
+def test_a_file_that_cannot_be_written_leaves_the_previous_adapter(saved, blocks, adapter, tmp_path, clear) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     randomise(adapter, seed=99)
 
@@ -407,7 +417,7 @@ def test_full_disk_leaves_the_previous_adapter(saved, blocks, adapter, tmp_path,
 
     status, report = in_child(work)
     assert status == 1 and report.startswith("CheckpointError: "), report
-    clear(report, str(saved), "disk is full", "unchanged")
+    clear(report, str(saved), "larger than the system allows", "unchanged")
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 

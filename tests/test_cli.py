@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -161,6 +162,20 @@ def test_a_base_without_its_tokenizer(mistake, llama_directory, saved, tmp_path)
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((llama_directory / name).read_bytes())
     mistake(["generate", "--base", tmp_path, "--adapter", saved, "--prompt", "x"], "tokenizer", "save_pretrained")
+
+
+@pytest.mark.parametrize("length", [0, 100, -100])
+def test_damaged_weights_are_named(mistake, llama_directory, saved, length, tmp_path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(llama_directory, base)
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:length])
+    named = f"'{weights}' is truncated or damaged"
+    mistake(["generate", "--base", base, "--adapter", saved, "--prompt", "w1"], named, "restore it")
+    mistake(["quickstart", "--out", tmp_path / "out", "--model", base, "--method", "sound"], named)
+    weights.unlink()
+    (base / "pytorch_model.bin").write_bytes(b"PK" * length)
+    mistake(["generate", "--base", base, "--adapter", saved, "--prompt", "w1"], str(base))
 
 
 def test_mistakes_in_quickstart(mistake, llama_directory, tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from peft_core.testing.families import FAMILIES
 from peft_core.trainer import AdapterTrainer
 from peft_core.training.batches import CausalCollator, LengthGroupedSampler, PackedCollator
 from peft_core.training.checks import BatchConvention, batch_convention, check_packing
-from peft_core.training.config import RunConfig, RunError, difference
+from peft_core.training.config import RunConfig, RunError, differences
 from peft_core.training.examples import IGNORED, Tokens, pack, prepare_causal, prepare_labelled
 from peft_core.training.losses import evaluate
 from peft_core.training.report import TrainReport
@@ -153,6 +154,7 @@ def test_every_format_from_every_file(
         "adapter.json",
         "adapter.safetensors",
         "checkpoints",
+        "data.json",
         "loss.png",
         "metrics.json",
         "run.yaml",
@@ -598,9 +600,9 @@ def test_what_cannot_be_resumed(llama_directory: Path, tmp_path: Path, refused: 
     with refused(RunError, "nothing to resume", "without --resume"):
         started(run_file(tmp_path, llama_directory), resume=True)
     started(run_file(tmp_path, llama_directory))
-    with refused(RunError, "another training.lr"):
-        started(run_file(tmp_path, llama_directory, training={"lr": 0.5}), resume=True)
-    with refused(RunError, "another adapter.method"):
+    with refused(RunError, "training.lr was 0.01, now 0.5, training.seed was 0, now 1", "another output_dir"):
+        started(run_file(tmp_path, llama_directory, training={"lr": 0.5, "seed": 1}), resume=True)
+    with refused(RunError, "adapter.method was"):
         started(run_file(tmp_path, llama_directory, method="miss" if "miss" in pc.methods() else "sound"), resume=True)
     with refused(RunError, "holds a run already", "--resume", "output_dir"):
         started(run_file(tmp_path, llama_directory))
@@ -608,6 +610,52 @@ def test_what_cannot_be_resumed(llama_directory: Path, tmp_path: Path, refused: 
         (tmp_path / "out" / "run.yaml").write_text(text)
         with refused(RunError, "run.yaml", word):
             started(run_file(tmp_path, llama_directory), resume=True)
+
+
+@pytest.mark.parametrize(
+    "edited, found",
+    [
+        (LABELLED[:20], "it had 24 rows, and has 20"),
+        (
+            [{**row, "label": row["label"].replace("yes", "aye")} for row in LABELLED],
+            "its labels were no, yes, and are aye",
+        ),
+        (LABELLED[::-1], "24 rows as before, with other values"),
+    ],
+    ids=["rows deleted", "labels renamed", "rows moved"],
+)
+def test_a_run_goes_on_with_the_data_that_it_began_with(
+    edited: list[dict[str, Any]], found: str, bert_directory: Path, tmp_path: Path, refused: Any
+) -> None:
+    """Other rows would be held out, and a label's name says which class it is."""
+    for key in ("train", "evaluation"):
+        write(tmp_path / f"{key}.csv", LABELLED)
+    data = {"train": "train.csv", "evaluation": "evaluation.csv"}
+    path = run_file(tmp_path, bert_directory, data)
+    whole = started(path)
+    for key in data:
+        write(tmp_path / f"{key}.csv", edited)
+        with refused(RunError, f"data.{key}", f"{key}.csv' has changed", found, "put it back", "another output_dir"):
+            started(path, resume=True)
+        write(tmp_path / f"{key}.csv", LABELLED)
+    (tmp_path / "train.csv").write_text((tmp_path / "train.csv").read_text().replace("\n", "\r\n"))  # the same rows
+    assert started(path, resume=True).losses == whole.losses
+    (tmp_path / "out" / "data.json").write_text("{}")
+    with refused(RunError, "data.json", "damaged"):
+        started(path, resume=True)
+
+
+def test_how_many_checkpoints_are_kept_may_change(
+    llama_directory: Path, tmp_path: Path, program: Callable[..., Any]
+) -> None:
+    write(tmp_path / "data.jsonl", PAIRS)
+    whole = started(run_file(tmp_path, llama_directory, training={"save_every": 1, "keep": 2}))
+    ran = program("train", run_file(tmp_path, llama_directory, training={"save_every": 1, "keep": 9}), "--resume")
+    assert ran.status == 0 and "continuing from step 3" in ran.out
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert report["losses"] == whole.losses
+    last = json.loads((tmp_path / "out" / "checkpoints" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert report["seconds"] > last["log_history"][-1]["seconds"] > 0
 
 
 # Mistakes in the configuration
@@ -670,6 +718,20 @@ def test_files_that_are_no_configuration(
     clear(ran.err, "RUN.yaml", found)
 
 
+def test_damaged_weights_are_named(
+    llama_directory: Path, bert_directory: Path, program: Callable[..., Any], clear: Any, tmp_path: Path
+) -> None:
+    for rows, model in ((PAIRS, llama_directory), (LABELLED, bert_directory)):
+        base = tmp_path / model.name
+        shutil.copytree(model, base)
+        weights = base / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        write(tmp_path / "data.jsonl", rows)
+        ran = program("train", run_file(tmp_path, base))
+        assert (ran.status, ran.out) == (2, "")
+        clear(ran.err, f"'{weights}' is truncated or damaged", "restore it")
+
+
 def test_a_gpu_that_is_not_there_is_named(
     llama_directory: Path, tmp_path: Path, refused: Any, monkeypatch: Any
 ) -> None:
@@ -691,7 +753,7 @@ def test_paths_are_relative_to_the_file(llama_directory: Path, tmp_path: Path) -
     assert config.data.train == str(tmp_path / "data.jsonl") and config.data.evaluation == str(tmp_path / "e.csv")
     assert config.output_dir == tmp_path / "out"
     assert RunConfig.from_data({**config.model_dump(mode="json"), "data": "some/dataset"}).data.train == "some/dataset"
-    assert difference(config, config) is None
+    assert differences(config, config) == []
 
 
 def test_every_key_is_described() -> None:

@@ -22,12 +22,18 @@ from .errors import CheckpointError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _ASIDE = ".old.tmp"
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would be larger than the system allows (see ulimit -f)",
+}
 
 
 @contextmanager
 def whole_directory(target: str | Path, ours: Collection[str]) -> Iterator[Path]:
     """A temporary directory that takes the place of `target` in one step when the block ends well.
 
+    Its files can be read by whom the process's umask allows, whoever wrote them (safetensors lets nobody else read its own).
     What stands in `target` under other names than `ours` is carried over. If the block fails, or the process dies in it,
     `target` is as it was. A mount point cannot be renamed: there the files are moved in one by one, the first of `ours` last.
 
@@ -46,6 +52,8 @@ def whole_directory(target: str | Path, ours: Collection[str]) -> Iterator[Path]
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.{_writer()}-", suffix=".tmp", dir=beside))
         os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
+        for path in temporary.rglob("*"):
+            os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_umask())
         if target.exists() and not mounted:
             _carry_over(target, temporary, ours)
         for path in sorted(temporary.rglob("*")):
@@ -57,7 +65,7 @@ def whole_directory(target: str | Path, ours: Collection[str]) -> Iterator[Path]
             _put_in_place(temporary, target)
         _sync(beside)
     except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error)
+        reason = _REASONS.get(error.errno or 0, str(error))
         raise CheckpointError(
             f"'{target}' could not be written: {reason}; what was there before is unchanged"
         ) from error

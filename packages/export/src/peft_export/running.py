@@ -16,7 +16,7 @@ import peft_core as pc
 from peft_core import CheckpointError, MergeError, ModelError
 from peft_core.adapter_file import AdapterFile
 from peft_core.errors import first_line
-from peft_core.models import quiet_transformers
+from peft_core.models import UNREADABLE, quiet_transformers, why
 
 from . import output
 from .checkpoint_files import Reader, read_entries
@@ -180,10 +180,8 @@ def load_model(directory: Path, architecture: str, dtype: str, fields: Mapping[s
     try:
         with quiet_transformers():
             model: nn.Module = cls.from_pretrained(directory, dtype=dtype, **labels)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(
-            f"cannot load '{directory}' as {architecture}: {' '.join(str(error).split())[:300]}"
-        ) from error
+    except UNREADABLE as error:
+        raise ModelError(f"cannot load '{directory}' as {architecture}: {why(error, directory)[:300]}") from error
     return model.eval()
 
 

@@ -5,9 +5,11 @@ It is read strictly: a mistake is one line that names the key and the remedy.
 
 from __future__ import annotations
 
+import json
 import os
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -250,19 +252,17 @@ class RunConfig(_Section):
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
 
 
-def difference(one: RunConfig, other: RunConfig) -> str | None:
-    """The first key in which two configurations differ, `data.max_length`, or None."""
-    return _first_difference(one.model_dump(mode="json"), other.model_dump(mode="json"))
+def differences(one: RunConfig, other: RunConfig) -> list[str]:
+    """`data.max_length was 512, now 64` for every key in which two configurations differ; what only says what is kept may."""
+    return list(_differences(one.model_dump(mode="json"), other.model_dump(mode="json")))
 
 
-def _first_difference(one: Any, other: Any) -> str | None:
-    if not (isinstance(one, dict) and isinstance(other, dict)):
-        return None if one == other else ""
-    for key in [*one, *other]:
-        below = _first_difference(one.get(key), other.get(key))
-        if below is not None:
-            return f"{key}.{below}".rstrip(".")
-    return None
+def _differences(one: Any, other: Any, place: str = "") -> Iterator[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in dict.fromkeys([*one, *other]):
+            yield from _differences(one.get(key), other.get(key), f"{place}.{key}".lstrip("."))
+    elif one != other and place != "training.keep":
+        yield f"{place} was {json.dumps(one)}, now {json.dumps(other)}"
 
 
 def _finding(model: type[BaseModel], detail: ErrorDetails) -> str:

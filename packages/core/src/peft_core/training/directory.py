@@ -1,21 +1,25 @@
 """`output_dir`: what a run leaves there, and whether a run can start or resume in it.
 
-The adapter with its model card, `metrics.json`, `loss.png`, `run.yaml` (the configuration with its defaults), and
-`checkpoints/`, from which an interrupted run is resumed. Pre-training leaves the model that it started from in `base/`;
-without an adapter, `output_dir` itself is the trained model's checkpoint.
+The adapter with its model card, `metrics.json`, `loss.png`, `run.yaml` (the configuration with its defaults), `data.json`
+(what tells the data from other data), and `checkpoints/`, from which an interrupted run is resumed. Pre-training leaves the
+model that it started from in `base/`; without an adapter, `output_dir` itself is the trained model's checkpoint.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..adapter_file import HEADER
-from .config import RunConfig, RunError, difference
+from ..errors import listed
+from ..files import write_text
+from .config import RunConfig, RunError, differences
 
-CHECKPOINTS, CONFIG, METRICS, CURVE = "checkpoints", "run.yaml", "metrics.json", "loss.png"
+CHECKPOINTS, CONFIG, DATA, METRICS, CURVE = "checkpoints", "run.yaml", "data.json", "metrics.json", "loss.png"
 
 
 def start_or_resume(config: RunConfig, resume: bool) -> str | None:
@@ -36,9 +40,48 @@ def start_or_resume(config: RunConfig, resume: bool) -> str | None:
         return None
     if not (out / CONFIG).is_file():
         raise RunError(f"there is nothing to resume in '{out}': it has no {CONFIG}; start without --resume")
-    if key := difference(RunConfig.from_file(out / CONFIG), config):
-        raise RunError(f"'{out}' holds a run with another {key}; resume it as it was, or choose another output_dir")
+    if changed := differences(RunConfig.from_file(out / CONFIG), config):
+        raise RunError(
+            f"'{out}' holds a run with another configuration: {listed(changed)}; resume it as it was, or choose another "
+            "output_dir"
+        )
     return None if last is None else str(last)
+
+
+def record(config: RunConfig, data: Mapping[str, Mapping[str, Any]]) -> None:
+    """Leave what resuming compares. `data`: key of the configuration → `source` and what `contents_of` its rows says."""
+    write_text(config.output_dir / DATA, json.dumps(data, indent=2) + "\n")
+    write_text(config.output_dir / CONFIG, config.to_yaml())
+
+
+def check_data(out: Path, data: Mapping[str, Mapping[str, Any]]) -> None:
+    """Make sure that a run goes on with the data that it began with.
+
+    With other rows, rows that were held out would be trained on, and with other labels, a head would get other classes.
+
+    Raises:
+        RunError: names the file and what changed in it.
+    """
+    try:
+        before = json.loads((out / DATA).read_text(encoding="utf-8"))
+        changes = {key: _changes(before[key], found) for key, found in data.items() if before[key] != found}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(
+            f"'{out / DATA}', which says what data the run began with, is missing or damaged; choose another output_dir"
+        ) from None
+    for key, changed in changes.items():
+        raise RunError(
+            f"{key}: '{data[key]['source']}' has changed since the run in '{out}' began ({changed}); put it back as it "
+            "was, or choose another output_dir"
+        )
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    if before["rows"] != now["rows"]:
+        return f"it had {before['rows']} rows, and has {now['rows']}"
+    if before.get("labels") != now.get("labels"):
+        return f"its labels were {listed(before.get('labels', ()))}, and are {listed(now.get('labels', ()))}"
+    return f"it has {now['rows']} rows as before, with other values"
 
 
 def _last_checkpoint(folder: Path) -> Path | None:

@@ -22,7 +22,7 @@ class TrainReport:
         dropped: how many were left out, because nothing to learn was within `max_length`.
         evaluations: of the held-out rows: `step`, `loss` and, for a classifier, `accuracy`. The first is before training.
         result: the evaluation of what was saved; None without held-out rows.
-        seconds: of this process, without those before an interruption.
+        seconds: with those before an interruption, as far as the checkpoint that the run went on from.
     """
 
     method: str

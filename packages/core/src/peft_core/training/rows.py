@@ -6,6 +6,7 @@ Every row knows its place (`data.jsonl, line 3`), which is what errors name.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -74,6 +75,16 @@ def format_of(rows: Sequence[Row], wanted: str = "auto") -> str:
         f"{rows[0].place}: the columns {listed(columns)} are not known{near}; expected text, or prompt and completion, "
         "or messages, or text and label"
     )
+
+
+def contents_of(rows: Sequence[Row], kind: str) -> dict[str, Any]:
+    """What tells rows of a format from others: `rows`, how many; `sha256` of their values; `labels`, where they have some."""
+    digest = hashlib.sha256()
+    for row in rows:
+        values = [row.values.get(column) for column in COLUMNS[kind]]
+        digest.update(json.dumps(values, sort_keys=True, default=str).encode())
+    labels = {"labels": sorted({str(row.values.get("label")) for row in rows})} if kind == "label" else {}
+    return {"rows": len(rows), **labels, "sha256": digest.hexdigest()}
 
 
 def hold_out(rows: Sequence[Row], part: float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from .. import files, models, reporting
+from .. import models, reporting
 from ..dtypes import name_of
 from . import directory, pretrain
 from .config import RunConfig, RunError
 from .report import TrainReport
-from .rows import Row, format_of, hold_out, read_rows, text_of
+from .rows import Row, contents_of, format_of, hold_out, read_rows, text_of
 from .tasks import Task, causal_task, classification_task
 from .trainers import AdapterRunTrainer, FullRunTrainer
 
@@ -31,7 +32,14 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
     reporting.require("train", accelerate="the trainer", matplotlib="the loss curve")
     models.checked_device(config.model.used_device)
     checkpoint = directory.start_or_resume(config, resume)
-    rows, held, kind = _read(config)
+    rows, held, kind, contents = _read(config)
+    if checkpoint is not None:
+        directory.check_data(config.output_dir, contents)
+    if resume and console:
+        where = (
+            "the beginning, for want of a checkpoint" if checkpoint is None else f"step {checkpoint.rpartition('-')[2]}"
+        )
+        console.print(f"continuing from {where}")
     with models.quiet_transformers():
         based = _on_fresh_base(config, rows, checkpoint)
         task = classification_task(based, rows, held) if kind == "label" else causal_task(based, kind, rows, held)
@@ -39,7 +47,7 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
         progress = reporting.progress_bar(console)
         trainer = (FullRunTrainer if task.spec is None else AdapterRunTrainer)(config, task, progress)
         with progress:
-            evaluations, result = _trained(trainer, config, checkpoint)
+            evaluations, result = _trained(trainer, config, checkpoint, contents)
         trainer.save_result(config.output_dir)
         history = trainer.state.log_history
         report = TrainReport(
@@ -55,7 +63,7 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
             packed_rows=None if task.packed is None else len(task.packed),
             optimizer=type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__,
             steps=trainer.state.global_step,
-            seconds=time.perf_counter() - start,
+            seconds=time.perf_counter() - start + trainer.seconds_before,
             peak_memory_bytes=reporting.peak_memory(),
             adapter_bytes=sum(file.stat().st_size for file in config.output_dir.glob("*.safetensors")),
             losses=[float(entry["loss"]) for entry in history if "loss" in entry],
@@ -68,20 +76,30 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
     return report
 
 
-def _read(config: RunConfig) -> tuple[list[Row], list[Row], str]:
-    """The rows to train on, the held-out rows, and their format."""
+class _Data(NamedTuple):
+    """The rows to train on, the held-out rows, their format, and what tells them from others (see `directory.record`)."""
+
+    rows: list[Row]
+    held_out: list[Row]
+    kind: str
+    contents: dict[str, dict[str, Any]]
+
+
+def _read(config: RunConfig) -> _Data:
     data, held_out = config.data, list[Row]()
     rows = read_rows(data.train, data.subset, data.split)
     kind = format_of(rows, data.format)
+    contents = {"data.train": {"source": data.train, **contents_of(rows, kind)}}
     if data.evaluation is not None:
         held_out = read_rows(data.evaluation, data.subset, data.evaluation_split)
+        contents["data.evaluation"] = {"source": data.evaluation, **contents_of(held_out, kind)}
     elif data.hold_out:
         rows, held_out = hold_out(rows, data.hold_out, config.training.seed)
     if config.training.best and not held_out:
         raise RunError("training.best needs held-out data: set data.evaluation or data.hold_out")
     if config.pretrain and kind != "text":
         raise RunError(f"pre-training reads texts, and these rows are {kind}s; give them a column 'text' and no other")
-    return rows, held_out, kind
+    return _Data(rows, held_out, kind, contents)
 
 
 def _on_fresh_base(config: RunConfig, rows: list[Row], checkpoint: str | None) -> RunConfig:
@@ -95,13 +113,16 @@ def _on_fresh_base(config: RunConfig, rows: list[Row], checkpoint: str | None) -
 
 
 def _trained(
-    trainer: AdapterRunTrainer | FullRunTrainer, config: RunConfig, checkpoint: str | None
+    trainer: AdapterRunTrainer | FullRunTrainer,
+    config: RunConfig,
+    checkpoint: str | None,
+    contents: dict[str, dict[str, Any]],
 ) -> tuple[list[dict[str, float]], dict[str, float] | None]:
     """Train; the evaluations on the way, and the one of what is left in the model at the end."""
     measures = trainer.task.evaluate is not None
     evaluations = [{"step": 0.0, **trainer.measure()}] if measures else []
     if trainer.is_world_process_zero():
-        files.write_text(config.output_dir / directory.CONFIG, config.to_yaml())
+        directory.record(config, contents)
     trainer.train(resume_from_checkpoint=checkpoint)
     state = trainer.state
     evaluations += [

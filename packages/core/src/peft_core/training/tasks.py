@@ -120,8 +120,10 @@ def classification_task(config: RunConfig, rows: list[Row], held_out_rows: list[
             ignore_mismatched_sizes=True,  # another head than that of a finished classifier
         )
         tokenizer = models.load_tokenizer(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load {config.model.path} as a sequence classifier: {first_line(error)}") from error
+    except models.UNREADABLE as error:
+        raise ModelError(
+            f"cannot load {config.model.path} as a sequence classifier: {models.why(error, path)}"
+        ) from error
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     length = _max_length(config, model, tokenizer)

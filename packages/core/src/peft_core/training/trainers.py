@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -34,7 +35,8 @@ _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with
 class _RunTrainer:
     """Put before a trainer: trains and measures a task as a configuration says.
 
-    Its `in_full` are the paths of the modules that are trained in full, and what is trained of them.
+    Its `in_full` are the paths of the modules that are trained in full, and what is trained of them. Its `seconds_before` are
+    those that the run took up to the checkpoint that it goes on from.
     """
 
     args: Any
@@ -43,7 +45,6 @@ class _RunTrainer:
     control: Any
     callback_handler: Any
     remove_callback: Callable[[Any], None]
-    log: Callable[[dict[str, float]], None]
     is_world_process_zero: Callable[[], bool]
     _load_from_checkpoint: Any
 
@@ -63,6 +64,7 @@ class _RunTrainer:
         )
         self.remove_callback(PrinterCallback)
         self.rates = _rates(config.training.module_lr, in_full)
+        self.seconds_before, self.start = 0.0, time.perf_counter()
 
     def create_optimizer(self, model: Any = None) -> Any:
         """As the trainer's own, with further groups for other learning rates."""
@@ -80,6 +82,7 @@ class _RunTrainer:
         """As the trainer's own, which would add a step to a run that had made its last one."""
         if resume_from_checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME)))
+            self.seconds_before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
             if state.global_step >= state.max_steps:
                 self._restore_finished(state, resume_from_checkpoint)
                 return
@@ -109,6 +112,11 @@ class _RunTrainer:
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the trainer's own, with the seconds that the run has taken."""
+        seconds = self.seconds_before + time.perf_counter() - self.start
+        super().log({**logs, "seconds": seconds}, *args, **kwargs)  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         lengths = list(map(length_of, self.examples))
