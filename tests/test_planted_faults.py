@@ -33,6 +33,10 @@ CAUGHT_BY = {
     "functions-capture-weights": {"test_copies_are_whole_and_independent"},
     "parameter-registered-twice": {"test_attach_adds_one_key_per_tensor_and_changes_no_other"},
     "binding-regenerated-on-load": {"test_loading_into_a_fresh_model_is_exact"},
+    "dropout-ignored": {"test_dropout_keeps_the_mean_and_stops_in_evaluation"},
+    "first-site's-options": {"test_overrides_reach_their_sites"},
+    "steps-draw-unkeyed": {"test_resuming_goes_on_as_if_nothing_had_happened"},
+    "weight-moved-twice": {"test_moving_weight_keeps_the_function"},
 }
 
 

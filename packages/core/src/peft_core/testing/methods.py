@@ -6,8 +6,9 @@ each of `FAULTS` is a method by its name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -50,10 +51,11 @@ class Sound:
 
     name: ClassVar[str] = "sound"
     capabilities: ClassVar[pc.Capabilities] = pc.Capabilities(lowrank=True)
+    trials: ClassVar[Sequence[Mapping[str, Any]]] = ({"r": 4, "alpha": 8},)
 
     @pc.hookimpl
     def peft_method(self) -> pc.MethodInfo:
-        return pc.MethodInfo(self.name, Options, self.capabilities, "for tests", trials=({"r": 4, "alpha": 8},))
+        return pc.MethodInfo(self.name, Options, self.capabilities, "for tests", trials=self.trials)
 
     @pc.hookimpl
     def peft_init(self, sites: Sequence[pc.Site]) -> pc.Layout:
@@ -233,6 +235,64 @@ class BindingRegenerated(Sound):
     name = "binding-regenerated-on-load"
 
 
+class DropoutIgnored(Sound):
+    """The pair with dropout built in drops nothing."""
+
+    name = "dropout-ignored"
+
+    def forward(self, site: pc.Site) -> pc.Forward:
+        right = super().forward(site)
+        assert right.add_ is not None and right.grad_ is not None
+        pair = right.add_, right.grad_
+        return pc.Forward(right.naive, *pair, dropped=lambda p, seed: pair)
+
+
+class FirstOptions(Sound):
+    """All layers are laid out with the options of the first."""
+
+    name = "first-site's-options"
+    trials = ({"r": 4, "alpha": 8}, {"r": 3, "alpha": 2})
+
+    @pc.hookimpl
+    def peft_init(self, sites: Sequence[pc.Site]) -> pc.Layout:
+        return super().peft_init([replace(site, options=sites[0].options) for site in sites])
+
+
+class UnkeyedSteps(Sound):
+    """What a step draws depends on the process, and not on seed, step and site."""
+
+    name = "steps-draw-unkeyed"
+    capabilities = pc.Capabilities(lowrank=True, optimizer_step=True)
+
+    @pc.hookimpl
+    @contextmanager
+    def peft_optimizer_step(self, step: pc.OptimizerStep) -> Iterator[None]:
+        yield
+        with torch.no_grad():
+            for member in step.members:
+                member.tensors["B"].add_(torch.randn(member.tensors["B"].shape), alpha=1e-3)
+
+
+class WeightMovedTwice(Sound):
+    """A step moves ΔW into the base, and leaves it in the tensors, too."""
+
+    name = "weight-moved-twice"
+    capabilities = pc.Capabilities(owns_base_weight=True, optimizer_step=True)
+
+    @pc.hookimpl
+    def peft_attach(self, weight: Tensor) -> Tensor:
+        return weight
+
+    @pc.hookimpl
+    @contextmanager
+    def peft_optimizer_step(self, step: pc.OptimizerStep) -> Iterator[None]:
+        yield
+        with torch.no_grad():
+            for member in step.members:
+                assert member.weight is not None
+                member.weight.add_(self.delta(member.site, member.tensors, member.binding, member.weight.dtype))
+
+
 FAULTS: tuple[type[Sound], ...] = (
     ScaleTwiceInMerge,
     ForgottenTranspose,
@@ -243,6 +303,10 @@ FAULTS: tuple[type[Sound], ...] = (
     WeightsInFunctions,
     RegisteredTwice,
     BindingRegenerated,
+    DropoutIgnored,
+    FirstOptions,
+    UnkeyedSteps,
+    WeightMovedTwice,
 )
 
 
