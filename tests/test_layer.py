@@ -212,6 +212,36 @@ def test_names_that_hold_a_slash_are_kept_apart() -> None:
     assert len(set(parameters)) == len(parameters) == sum("peft_core/" in key for key in net.state_dict())
 
 
+def replaced(net: nn.Module) -> None:
+    net.layers[2] = nn.Linear(24, 24)
+
+
+def cut_off(net: nn.Module) -> None:
+    net.layers = net.layers[:2]
+
+
+def moved(net: nn.Module) -> None:
+    net.layers = net.layers[:1] + net.layers[2:] + net.layers[1:2]
+
+
+@pytest.mark.parametrize(("change", "place"), [(replaced, "2"), (cut_off, "2"), (moved, "1")])
+@pytest.mark.parametrize("owns", [False, True])
+def test_a_model_that_lost_an_adapted_layer(change, place: str, owns: bool, refused, stepper) -> None:
+    net = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(24, 24) for _ in range(3))})
+    weights = [layer.weight.clone() for layer in net.layers]
+    adapter = pc.attach(net, AdapterSpec(method="stepper", options={"owns": owns}))
+    change(net)
+    before = [layer.weight.clone() for layer in net.layers]
+    for use in (adapter.merge, lambda: pc.activate(net, []), lambda: adapter.disabled().__enter__()):
+        with refused(pc.AdapterError, f"'layers.{place}'", "'default'", "detach"):
+            use()
+    torch.testing.assert_close([layer.weight for layer in net.layers], before, rtol=0, atol=0)
+    adapter.detach()
+    assert torch.equal(net.layers[0].weight, weights[0])
+    assert [type(layer) for layer in net.layers] == [nn.Linear] * len(net.layers)
+    assert not [key for key in net.state_dict() if "peft_core/" in key]
+
+
 def test_an_attach_that_fails_late_leaves_what_was_active(monkeypatch) -> None:
     net = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
     randomise(attached(net))

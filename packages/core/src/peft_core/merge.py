@@ -76,10 +76,11 @@ def merge(root: nn.Module, registry: Registry, bank: Bank, scale: float, keep: s
 
     Raises:
         MergeError: a weight is tied to a layer outside the adapter, offloaded, or divided between processes, or `keep` is not a
-            choice.
+            choice. AdapterError: a layer was replaced since.
     Whatever is raised, by the method too: nothing has changed then.
     """
     check_choice(keep)
+    bank.check_in_place()
     _refuse_divided(root)
     sites = [(site.path, root.get_submodule(site.path)) for site in bank.plan.sites]
     for path, module in sites:
@@ -207,7 +208,6 @@ def _check_restorable(root: nn.Module, registry: Registry, bank: Bank) -> None:
     Raises:
         MergeError: names the layer.
     """
-    _refuse_divided(root)
     for path, merged in (*registry.merged_sites.items(), *registry.merged_parameters.items()):
         if bank.name in merged.beneath or (bank.name in merged.adapters and not merged.restorable):
             raise MergeError(
@@ -215,6 +215,8 @@ def _check_restorable(root: nn.Module, registry: Registry, bank: Bank) -> None:
             )
         if bank.name in merged.adapters:
             check(merged.original)
+    bank.check_in_place()
+    _refuse_divided(root)
 
 
 def _rewrite(root: nn.Module, registry: Registry, bank: Bank) -> None:
