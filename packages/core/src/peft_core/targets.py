@@ -58,13 +58,15 @@ def choose(model: nn.Module, spec: AdapterSpec) -> Choice:
         heads = heads_and_ties(model, known)
         chosen = [path for path in known if path not in heads and path not in skipped]
         if passed := [path for path in known if path in skipped]:
-            notes.append(f"left out, since their framework never calls them: {listed(count_types(passed), 20)}")
+            notes.append(
+                f"left out, since their framework does not call them, or not always: {listed(count_types(passed), 20)}"
+            )
     else:
         chosen = _match(spec.targets, known, model, "targets")
         if bad := [path for path in chosen if path in skipped]:
             raise TargetError(
-                f"targets: '{bad[0]}' is never called ({skipped[bad[0]]} reads its weight directly), "
-                "so an adapter there would do nothing; leave it out with exclude=[...]"
+                f"targets: '{bad[0]}' is not called, or not always ({skipped[bad[0]]}, or what holds it, uses its weight "
+                "directly), so an adapter there would be passed by; leave it out with exclude=[...]"
             )
     if spec.exclude:
         excluded = set(_match(spec.exclude, known, model, "exclude"))
