@@ -165,6 +165,49 @@ def test_a_computed_weight_cannot_be_merged(wrap, refused) -> None:
     torch.testing.assert_close(net(x), on)
 
 
+class Activated(nn.Linear):
+    """Gives something else than a product."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.relu(super().forward(input))
+
+
+class Widened(nn.Linear):
+    """Gives the product, but for dropout, and takes more than its input."""
+
+    def forward(self, hidden_states: Tensor, scale: float = 1.0, *, shift: float = 0.0) -> Tensor:
+        dropped = nn.functional.dropout(hidden_states, 0.5, self.training)
+        return super().forward(dropped) * scale + shift
+
+
+@pytest.mark.parametrize("kind", [Scaled, Activated])
+def test_a_forward_that_is_no_product_cannot_be_merged(kind, refused, stepper) -> None:
+    net = Net(kind(24, 20), lambda layer, x: layer(x))
+    adapter = randomise(attached(net))
+    assert any("forward of their own" in note and f"{kind.__name__} (1)" in note for note in adapter.plan.notes)
+    before = Snapshot.of(net)
+    with refused(pc.MergeError, "'layer'", kind.__name__, "x Wᵀ + b", "exclude"):
+        adapter.merge()
+    before.assert_restored(net)
+    adapter.detach()
+    with refused(pc.MergeError, "'layer'", kind.__name__):
+        pc.attach(net, AdapterSpec(method="stepper", options={"owns": True}))
+    assert not pc.adapters(net)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_of_its_own_that_is_a_product_can(dtype) -> None:
+    net = Net(Widened(24, 20), lambda layer, x: layer(x)).to(dtype)
+    adapter = randomise(attached(net))
+    x = torch.randn(5, 24, dtype=dtype)
+    net.eval()
+    y = net(x)
+    net.train()
+    adapter.merge()
+    assert net.layer.training
+    assert_near(net.eval()(x), y, 1e-6 if dtype == torch.float32 else 2e-2, "merged")
+
+
 def test_a_layer_belongs_to_one_root(refused) -> None:
     trunk = nn.Sequential(nn.Linear(24, 24))
     whole = nn.ModuleDict({"trunk": trunk, "head": nn.Linear(24, 8)})

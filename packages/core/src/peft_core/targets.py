@@ -15,6 +15,7 @@ from .bypassing import bypassed
 from .errors import TargetError, listed, suggestion
 from .sites import Site, count_types, layer_index, module_type
 from .spec import AdapterSpec, Patterns
+from .subclassing import plain_class
 
 _EXPERTS = re.compile("expert|moe", re.IGNORECASE)
 
@@ -81,6 +82,11 @@ def choose(model: nn.Module, spec: AdapterSpec) -> Choice:
         raise TargetError(
             f"targets: nothing is left to adapt after exclude, layers and train_modules; {_what_there_is(known)}"
         )
+    own = [path for path in chosen if not known[path].fused and not bases.is_quantized(model.get_submodule(path))]
+    if own:
+        kinds = Counter(plain_class(type(model.get_submodule(path))).__name__ for path in own)
+        counts = listed([f"{kind} ({count})" for kind, count in kinds.items()])
+        notes.append(f"have a forward of their own, and are merged only if it gives x Wᵀ + b: {counts}")
     if experts := _expert_tensors(model):
         notes.append(f"not adapted (3-D parameters, not Linear modules): {experts}")
     return Choice(tuple(_sites(chosen, known, spec)), tuple(notes))
