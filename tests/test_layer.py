@@ -40,6 +40,14 @@ class Scaled(nn.Linear):
         return super().forward(input) * 2
 
 
+class Widened(nn.Linear):
+    """Gives the product, but for dropout, and takes more than its input."""
+
+    def forward(self, hidden_states: Tensor, scale: float = 1.0, *, shift: float = 0.0) -> Tensor:
+        dropped = nn.functional.dropout(hidden_states, 0.5, self.training)
+        return super().forward(dropped) * scale + shift
+
+
 def halved(layer: nn.Module, x: Tensor) -> Tensor:
     y = layer(x)
     y /= 2
@@ -74,6 +82,29 @@ def test_the_input_may_be_named() -> None:
         torch.testing.assert_close(net(x), net.layer(x))
         with pytest.raises(TypeError, match="'input'"):
             net.layer()
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_layer_is_called_as_its_own_forward_takes_it(hooked: bool) -> None:
+    x = torch.randn(2, 24)
+    calls = (
+        lambda layer, x: layer(hidden_states=x),
+        lambda layer, x: layer(x, 0.5),
+        lambda layer, x: layer(shift=1.0, hidden_states=x, scale=0.5),
+    )
+    layer = Widened(24, 20).eval()
+    if hooked:
+        layer.forward = functools.partial(Widened.forward, layer)
+    nets = [Net(layer, call) for call in calls]
+    plain = [net(x) for net in nets]
+    adapter = randomise(attached(nets[0]))
+    with adapter.disabled():
+        torch.testing.assert_close([net(x) for net in nets], plain, rtol=0, atol=0)
+    added = nets[0](x) - plain[0]
+    assert added.abs().max() > 0.1
+    torch.testing.assert_close([net(x) - y for net, y in zip(nets, plain, strict=True)], [added] * 3)
+    with pytest.raises(TypeError, match="scales"):
+        layer(x, scales=2.0)
 
 
 def test_a_layer_that_returns_more_than_its_product_is_named(refused) -> None:
@@ -170,14 +201,6 @@ class Activated(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return torch.relu(super().forward(input))
-
-
-class Widened(nn.Linear):
-    """Gives the product, but for dropout, and takes more than its input."""
-
-    def forward(self, hidden_states: Tensor, scale: float = 1.0, *, shift: float = 0.0) -> Tensor:
-        dropped = nn.functional.dropout(hidden_states, 0.5, self.training)
-        return super().forward(dropped) * scale + shift
 
 
 @pytest.mark.parametrize("kind", [Scaled, Activated])
