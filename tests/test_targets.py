@@ -254,6 +254,14 @@ def test_a_module_that_is_not_called_cannot_be_trained_in_full(sound_method, ref
     assert "layer" in pc.plan(net, whole).trained
 
 
+def test_a_module_at_two_paths_is_named_by_the_first(sound_method, refused) -> None:
+    net = nn.ModuleDict({"encoder": nn.ModuleDict({"p": nn.Linear(24, 24)})})
+    net["decoder"] = nn.ModuleDict({"q": net["encoder"]["p"]})
+    for fields in ({"targets": ["decoder.q"]}, {"targets": ["p"], "exclude": ["q"]}, {"train_modules": ["q"]}):
+        with refused(pc.TargetError, "'decoder.q'", "same module as 'encoder.p'"):
+            pc.plan(net, AdapterSpec(method="sound", **fields))
+
+
 def test_a_lazy_layer_is_named(sound_method, refused) -> None:
     net = nn.Sequential(nn.Linear(24, 24), nn.LazyLinear(24))
     with refused(pc.TargetError, "'1'", "run the model once"):

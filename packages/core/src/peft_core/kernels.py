@@ -100,6 +100,6 @@ def _obstacle_to_interpreting(device: str) -> str:
 def _checked(name: str, what: str) -> str:
     if name not in CHOICES:
         raise PeftCoreError(
-            f"{what}: unknown kernels '{name}'; there are {', '.join(CHOICES)}{suggestion(name, CHOICES)}"
+            f"{what}: unknown kernels '{name}'; there are {', '.join(CHOICES)}{suggestion(str(name), CHOICES)}"
         )
     return name

@@ -103,6 +103,7 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
     for name in names:
         paths = [path for path in modules if named(name, path)]
         if not paths:
+            _refuse_second_path(name, model, "train_modules")
             types = {module_type(path) for path in modules if not module_type(path).isdigit()}
             raise TargetError(
                 f"train_modules: no module is named '{name}'{suggestion(name, types)}; there are {listed(sorted(types), 20)}"
@@ -188,8 +189,21 @@ def _unmatched(name: str, known: Mapping[str, bases.Base], model: nn.Module, wha
             f"{what}: '{name}' is a {kind}, which cannot carry an adapter (train_modules trains a module in full); "
             f"{_what_there_is(known)}"
         )
+    _refuse_second_path(name, model, what)
     types = set(map(module_type, known))
     return f"{what}: '{name}' matches no layer{suggestion(name, types)}; {_what_there_is(known)}"
+
+
+def _refuse_second_path(name: str, model: nn.Module, what: str) -> None:
+    """Refuse a name that leads to a module only where the model holds it a second time.
+
+    Raises:
+        TargetError: names the path to give.
+    """
+    first = {module: path for path, module in model.named_modules()}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if named(name, path) and first[module] != path:
+            raise TargetError(f"{what}: '{path}' is the same module as '{first[module]}'; give that path")
 
 
 def _what_there_is(known: Mapping[str, bases.Base]) -> str:
