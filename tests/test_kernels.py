@@ -47,6 +47,12 @@ def test_auto_takes_torch_on_a_cpu_and_triton_where_it_is_asked_for() -> None:
             assert use_triton(X) is expected
 
 
+@pytest.mark.parametrize("name", ["tritn", "", None, ["auto"]], ids=str)
+def test_an_unknown_choice_is_named(name, refused) -> None:
+    with refused(pc.PeftCoreError, f"'{name}'", "auto, triton, torch, naive"), pc.kernels(name):
+        pass
+
+
 def test_the_environment_chooses_when_an_adapter_is_attached_and_a_context_overrules_it(monkeypatch) -> None:
     monkeypatch.setattr(_Choice, "environment", "")
     monkeypatch.setenv("PEFT_CORE_KERNELS", "triton")

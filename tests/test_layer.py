@@ -40,6 +40,14 @@ class Scaled(nn.Linear):
         return super().forward(input) * 2
 
 
+class Widened(nn.Linear):
+    """Gives the product, but for dropout, and takes more than its input."""
+
+    def forward(self, hidden_states: Tensor, scale: float = 1.0, *, shift: float = 0.0) -> Tensor:
+        dropped = nn.functional.dropout(hidden_states, 0.5, self.training)
+        return super().forward(dropped) * scale + shift
+
+
 def halved(layer: nn.Module, x: Tensor) -> Tensor:
     y = layer(x)
     y /= 2
@@ -74,6 +82,29 @@ def test_the_input_may_be_named() -> None:
         torch.testing.assert_close(net(x), net.layer(x))
         with pytest.raises(TypeError, match="'input'"):
             net.layer()
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_layer_is_called_as_its_own_forward_takes_it(hooked: bool) -> None:
+    x = torch.randn(2, 24)
+    calls = (
+        lambda layer, x: layer(hidden_states=x),
+        lambda layer, x: layer(x, 0.5),
+        lambda layer, x: layer(shift=1.0, hidden_states=x, scale=0.5),
+    )
+    layer = Widened(24, 20).eval()
+    if hooked:
+        layer.forward = functools.partial(Widened.forward, layer)
+    nets = [Net(layer, call) for call in calls]
+    plain = [net(x) for net in nets]
+    adapter = randomise(attached(nets[0]))
+    with adapter.disabled():
+        torch.testing.assert_close([net(x) for net in nets], plain, rtol=0, atol=0)
+    added = nets[0](x) - plain[0]
+    assert added.abs().max() > 0.1
+    torch.testing.assert_close([net(x) - y for net, y in zip(nets, plain, strict=True)], [added] * 3)
+    with pytest.raises(TypeError, match="scales"):
+        layer(x, scales=2.0)
 
 
 def test_a_layer_that_returns_more_than_its_product_is_named(refused) -> None:
@@ -165,6 +196,41 @@ def test_a_computed_weight_cannot_be_merged(wrap, refused) -> None:
     torch.testing.assert_close(net(x), on)
 
 
+class Activated(nn.Linear):
+    """Gives something else than a product."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.relu(super().forward(input))
+
+
+@pytest.mark.parametrize("kind", [Scaled, Activated])
+def test_a_forward_that_is_no_product_cannot_be_merged(kind, refused, stepper) -> None:
+    net = Net(kind(24, 20), lambda layer, x: layer(x))
+    adapter = randomise(attached(net))
+    assert any("forward of their own" in note and f"{kind.__name__} (1)" in note for note in adapter.plan.notes)
+    before = Snapshot.of(net)
+    with refused(pc.MergeError, "'layer'", kind.__name__, "x Wᵀ + b", "exclude"):
+        adapter.merge()
+    before.assert_restored(net)
+    adapter.detach()
+    with refused(pc.MergeError, "'layer'", kind.__name__):
+        pc.attach(net, AdapterSpec(method="stepper", options={"owns": True}))
+    assert not pc.adapters(net)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_of_its_own_that_is_a_product_can(dtype) -> None:
+    net = Net(Widened(24, 20), lambda layer, x: layer(x)).to(dtype)
+    adapter = randomise(attached(net))
+    x = torch.randn(5, 24, dtype=dtype)
+    net.eval()
+    y = net(x)
+    net.train()
+    adapter.merge()
+    assert net.layer.training
+    assert_near(net.eval()(x), y, 1e-6 if dtype == torch.float32 else 2e-2, "merged")
+
+
 def test_a_layer_belongs_to_one_root(refused) -> None:
     trunk = nn.Sequential(nn.Linear(24, 24))
     whole = nn.ModuleDict({"trunk": trunk, "head": nn.Linear(24, 8)})
@@ -210,6 +276,36 @@ def test_names_that_hold_a_slash_are_kept_apart() -> None:
     adapter = attached(net)
     parameters = list(adapter.parameters())
     assert len(set(parameters)) == len(parameters) == sum("peft_core/" in key for key in net.state_dict())
+
+
+def replaced(net: nn.Module) -> None:
+    net.layers[2] = nn.Linear(24, 24)
+
+
+def cut_off(net: nn.Module) -> None:
+    net.layers = net.layers[:2]
+
+
+def moved(net: nn.Module) -> None:
+    net.layers = net.layers[:1] + net.layers[2:] + net.layers[1:2]
+
+
+@pytest.mark.parametrize(("change", "place"), [(replaced, "2"), (cut_off, "2"), (moved, "1")])
+@pytest.mark.parametrize("owns", [False, True])
+def test_a_model_that_lost_an_adapted_layer(change, place: str, owns: bool, refused, stepper) -> None:
+    net = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(24, 24) for _ in range(3))})
+    weights = [layer.weight.clone() for layer in net.layers]
+    adapter = pc.attach(net, AdapterSpec(method="stepper", options={"owns": owns}))
+    change(net)
+    before = [layer.weight.clone() for layer in net.layers]
+    for use in (adapter.merge, lambda: pc.activate(net, []), lambda: adapter.disabled().__enter__()):
+        with refused(pc.AdapterError, f"'layers.{place}'", "'default'", "detach"):
+            use()
+    torch.testing.assert_close([layer.weight for layer in net.layers], before, rtol=0, atol=0)
+    adapter.detach()
+    assert torch.equal(net.layers[0].weight, weights[0])
+    assert [type(layer) for layer in net.layers] == [nn.Linear] * len(net.layers)
+    assert not [key for key in net.state_dict() if "peft_core/" in key]
 
 
 def test_an_attach_that_fails_late_leaves_what_was_active(monkeypatch) -> None:

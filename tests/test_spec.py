@@ -52,6 +52,12 @@ def test_json_and_yaml_round_trip(tmp_path) -> None:
         assert AdapterSpec.from_file(tmp_path / name) == spec
 
 
+@pytest.mark.parametrize("fields", [{"options": {"r": True}}, {"overrides": {"q_proj": {"alpha": True}}}], ids=str)
+def test_a_truth_value_is_no_number(fields, refused) -> None:
+    with refused(pc.SpecError, "'sound'", *fields, "expected a number"):
+        AdapterSpec(method="sound", **fields)
+
+
 def test_spec_is_frozen(spec) -> None:
     with pytest.raises(Exception, match="frozen"):
         spec.method = "other"

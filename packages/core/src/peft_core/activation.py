@@ -11,7 +11,6 @@ from torch import nn
 from . import bases
 from .errors import AdapterError, suggestion
 from .registry import Registry, registry
-from .slots import SLOT
 
 
 def activate(model: nn.Module, names: str | Sequence[str] | Mapping[str, float]) -> None:
@@ -59,13 +58,16 @@ def set_active(model: nn.Module, scales: dict[str, float]) -> None:
     """Let forward apply these adapters, with their run-time scales, in this order.
 
     Raises:
-        AdapterError: one site cannot carry two of them, or an adapter that owns its base weights cannot be switched off.
+        AdapterError: one site cannot carry two of them, an adapter that owns its base weights cannot be switched off, or a layer
+            was replaced since. Nothing has changed then.
     """
     found = registry(model)
     assert found is not None
     refuse_together(found, scales)
     # Sites at which nothing was active and nothing will be are left alone: the cost does not grow with idle adapters.
     concerned = [found.banks[name] for name in {**found.active, **scales}]
+    places = {path: bank for bank in concerned for path in (*bank.sites, *bank.plan.trained)}
+    slots = [bank.slot(path) for path, bank in places.items()]
     owning = [bank for bank in concerned if bank.owned and not found.is_merged(bank.name)]
     for bank in owning:
         hides = bank.name in found.active and bank.name not in scales
@@ -76,8 +78,8 @@ def set_active(model: nn.Module, scales: dict[str, float]) -> None:
     for bank in owning:
         bank.show_owned(bank.name in scales)
     found.active = scales
-    for path in {path: None for bank in concerned for path in (*bank.sites, *bank.plan.trained)}:
-        model.get_submodule(path).__dict__[SLOT].activate(scales)
+    for slot in slots:
+        slot.activate(scales)
 
 
 def refuse_together(found: Registry, scales: Mapping[str, float]) -> None:

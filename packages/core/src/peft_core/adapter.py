@@ -120,8 +120,9 @@ class Adapter:
             keep: where to keep the original weights for `unmerge`: `host` (memory), a directory, or `none`.
 
         Raises:
-            AdapterError: it is merged already. MergeError: a weight is tied to another layer, or offloaded, or the originals
-                cannot be kept there. Nothing has changed then.
+            AdapterError: it is merged already, or a layer was replaced since it was attached. MergeError: a weight is tied to
+                another layer, offloaded, or divided between processes, or the originals cannot be kept there. Nothing has changed
+                then.
         """
         found = self._registry()
         if self.merged:

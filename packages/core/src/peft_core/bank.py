@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from .bases import ROOT_PREFIX
+from .errors import AdapterError
 from .owned import OwnedWeight
 from .plan import Plan
 from .progress import Progress
 from .sharing import stand_ins
 from .sites import Site
+from .slots import SLOT, Member, Slot, TrainedSlot
 
 
 class Bank:
@@ -93,7 +95,36 @@ class Bank:
     def show_owned(self, show: bool) -> None:
         """Let the base hold the weights that the method moved, or the original ones."""
         for path, owned in self.owned.items():
-            (owned.show if show else owned.hide)(self.root.get_submodule(path))
+            if self._slot(path) is not None:
+                (owned.show if show else owned.hide)(self.root.get_submodule(path))
+
+    def slot(self, path: str) -> Slot | TrainedSlot:
+        """What the module at a path knows of its adapters.
+
+        Raises:
+            AdapterError: it is not the module that this adapter was attached to.
+        """
+        found = self._slot(path)
+        if found is None:
+            raise AdapterError(
+                f"'{path}' was replaced or taken away after adapter '{self.name}' was attached; detach the adapter, and attach "
+                "or load it on the model as it is now"
+            )
+        return found
+
+    def check_in_place(self) -> None:
+        """See that the model still has all the modules that this adapter was attached to. See `slot` for the error."""
+        for path in (*self.sites, *self.plan.trained):
+            self.slot(path)
+
+    def _slot(self, path: str) -> Slot | TrainedSlot | None:
+        try:
+            slot: Slot | TrainedSlot = self.root.get_submodule(path).__dict__[SLOT]
+            member = slot.members[self.name]
+        except (AttributeError, KeyError):
+            return None
+        moved = isinstance(member, Member) and member.site.path != path
+        return None if moved else slot
 
     def site_state(self, path: str) -> dict[str, Tensor]:
         """A site's training-only tensors by name."""

@@ -1,4 +1,4 @@
-"""Which modules are never called, because their parent reads their weights itself: an adapter there would do nothing."""
+"""Which modules are not called, or not always, because their framework uses their weights itself: it would pass an adapter by."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .subclassing import plain_class
 # Those that a parent calls on one of its paths and not on another (a kernel's, a fast one in evaluation): class → children.
 _SOMETIMES = {
     "TransformerEncoderLayer": ("linear1", "linear2", "norm1", "norm2", "self_attn"),
+    "Gemma3nTextAltUp": ("correction_coefs",),
     **dict.fromkeys(("MambaMixer", "FalconMambaMixer"), ("conv1d", "dt_proj", "out_proj", "x_proj")),
     **dict.fromkeys(("JambaMambaMixer", "ZambaMambaMixer"), ("conv1d", "dt_proj")),
     **dict.fromkeys(
@@ -29,6 +30,8 @@ _SOMETIMES = {
         ("conv1d", "out_proj"),
     ),
 }
+# Those whose weights RWKV divides in evaluation, and multiplies again in training.
+_RESCALED = {"RwkvSelfAttention": ("output",), "RwkvFeedForward": ("value",)}
 # What may be asked of a module without calling it.
 _HARMLESS = frozenset({"weight", "bias", "in_features", "out_features"})
 _DESCRIBES = frozenset({"dtype", "device", "shape", "ndim", "requires_grad", "size", "is_meta"})
@@ -38,10 +41,12 @@ _LOOKS_AROUND = frozenset({"_modules", "children", "named_children", "modules", 
 
 
 def bypassed(parent: nn.Module, child: str) -> bool:
-    """Whether `parent` reads this child's weight without calling it, always or on some path."""
+    """Whether this child's weight is read or changed without its being called, always or on some path."""
     if getattr(parent, "slow_but_exact", False) and getattr(parent, "pretraining_tp", 1) > 1:  # Bloom, slice by slice
         return child in ("dense", "dense_4h_to_h")
     kind = plain_class(type(parent))
+    if getattr(getattr(parent, "config", None), "rescale_every", 0) > 0:
+        return child in _RESCALED.get(kind.__name__, ())
     return any(child in _SOMETIMES.get(cls.__name__, ()) for cls in kind.__mro__) or child in _only_read(kind)
 
 

@@ -58,9 +58,9 @@ def install(
     bank.register(tensors, fixed, trainable)
     adapt_root(model)
     try:
+        _adapt_layers(bank, _functions(found, made))
         if made.spec.capabilities.owns_base_weight:
             _take_over(bank, owned, keep)
-        _adapt_layers(bank, _functions(found, made))
         set_active(model, {bank.name: 1.0})
     except BaseException:
         bank.show_owned(False)
@@ -86,10 +86,9 @@ def remove(model: nn.Module, bank: Bank) -> None:
     del found.banks[bank.name]
     if bank.name in found.active:
         found.active = {name: scale for name, scale in found.active.items() if name != bank.name}
-    for path in [*bank.sites, *bank.plan.trained]:
-        module = model.get_submodule(path)
+    for module in model.modules():  # wherever they are now
         slot = module.__dict__.get(SLOT)
-        if slot is None:  # replaced by a dense layer, or never adapted
+        if slot is None or slot.root is not model:
             continue
         slot.members.pop(bank.name, None)
         if slot.members:

@@ -41,7 +41,7 @@ def read_environment() -> str:
     Raises:
         PeftCoreError: there is no such choice.
     """
-    _Choice.environment = _checked(os.environ.get("PEFT_CORE_KERNELS", "auto"), "PEFT_CORE_KERNELS")
+    _Choice.environment = _checked(os.environ.get("PEFT_CORE_KERNELS") or "auto", "PEFT_CORE_KERNELS")
     return _Choice.environment
 
 
@@ -115,6 +115,6 @@ def _obstacle_to_interpreting(device: str) -> str:
 def _checked(name: str, what: str) -> str:
     if name not in CHOICES:
         raise PeftCoreError(
-            f"{what}: unknown kernels '{name}'; there are {', '.join(CHOICES)}{suggestion(name, CHOICES)}"
+            f"{what}: unknown kernels '{name}'; there are {', '.join(CHOICES)}{suggestion(str(name), CHOICES)}"
         )
     return name

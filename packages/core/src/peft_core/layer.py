@@ -8,7 +8,8 @@ base's own forward runs and the adapters' naive Δ(x) is added to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ _NONE_HELD = object()
 class AdaptedLinear(Mixin):
     """In front of an adapted layer's own class."""
 
-    def forward(self, input: Tensor | None = None, *, x: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor | None = None, *args: Any, x: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if args or kwargs:
+            return _as_called(self, super().forward, input, args, x, kwargs)  # type: ignore[misc]
         x = _named(x) if input is None else input
         slot: Slot = self.__dict__[SLOT]
         if slot.dense is not None:
@@ -46,13 +49,31 @@ class AdaptedLinear(Mixin):
 class HookedLinear(AdaptedLinear):
     """For a layer whose instance has a `forward` of its own (Accelerate's hooks): that one runs, adapters are added to it."""
 
-    def __call__(self, input: Tensor | None = None, *, x: Tensor | None = None) -> Tensor:
-        x = _named(x) if input is None else input
-        y: Tensor = nn.Module.__call__(self, x)  # type: ignore[arg-type]
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = nn.Module.__call__(self, *args, **kwargs)  # type: ignore[arg-type]
         slot: Slot = self.__dict__[SLOT]
         if "forward" not in self.__dict__ or not slot.active or slot.dense is not None:
             return y
-        return add_to(self, slot, slot.uses(), x, y)
+        return add_to(self, slot, slot.uses(), _input(self, args, kwargs), y)
+
+
+def _as_called(
+    module: Any, base: Callable[..., Tensor], input: Tensor | None, args: Any, x: Tensor | None, kwargs: dict[str, Any]
+) -> Tensor:
+    """A layer whose own forward takes more than its input, or gives it another name: it is called as the caller did."""
+    args = args if input is None else (input, *args)
+    kwargs = kwargs if x is None else {"x": x, **kwargs}
+    y = base(*args, **kwargs)
+    slot: Slot = module.__dict__[SLOT]
+    return add_to(module, slot, slot.uses(), _input(module, args, kwargs), y) if slot.active else y
+
+
+def _input(module: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    """A layer's input among what it is called with: the first argument, whatever its own forward calls that."""
+    if args:
+        return args[0]  # type: ignore[no-any-return]
+    bound = inspect.signature(plain_class(type(module)).forward).bind(module, **kwargs)
+    return list(bound.arguments.values())[1]  # type: ignore[no-any-return]
 
 
 def _named(x: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ from .registry import Merged, Registry
 from .sharded import divided, whole
 from .sites import Site
 from .slots import SLOT
+from .subclassing import plain_class
 
 
 class Contribution(NamedTuple):
@@ -75,11 +76,12 @@ def merge(root: nn.Module, registry: Registry, bank: Bank, scale: float, keep: s
     """Merge one adapter into the base's weights and keep the originals as `keep` says.
 
     Raises:
-        MergeError: a weight is tied to a layer outside the adapter, offloaded, or divided between processes, or `keep` is not a
-            choice.
+        MergeError: a weight is tied to a layer outside the adapter, offloaded, or divided between processes, a layer gives
+            something else than x Wᵀ + b, or `keep` is not a choice. AdapterError: a layer was replaced since.
     Whatever is raised, by the method too: nothing has changed then.
     """
     check_choice(keep)
+    bank.check_in_place()
     _refuse_divided(root)
     sites = [(site.path, root.get_submodule(site.path)) for site in bank.plan.sites]
     for path, module in sites:
@@ -207,7 +209,6 @@ def _check_restorable(root: nn.Module, registry: Registry, bank: Bank) -> None:
     Raises:
         MergeError: names the layer.
     """
-    _refuse_divided(root)
     for path, merged in (*registry.merged_sites.items(), *registry.merged_parameters.items()):
         if bank.name in merged.beneath or (bank.name in merged.adapters and not merged.restorable):
             raise MergeError(
@@ -215,6 +216,8 @@ def _check_restorable(root: nn.Module, registry: Registry, bank: Bank) -> None:
             )
         if bank.name in merged.adapters:
             check(merged.original)
+    bank.check_in_place()
+    _refuse_divided(root)
 
 
 def _rewrite(root: nn.Module, registry: Registry, bank: Bank) -> None:
@@ -323,7 +326,32 @@ def refuse_unwritable(root: nn.Module, paths: Sequence[str]) -> None:
                 f"'{path}': its weight is recomputed at every forward (weight_norm, pruning or another parametrization), so "
                 "nothing can be merged into it; make it a plain parameter first, or exclude the layer"
             )
+        if not _is_product(module):
+            raise MergeError(
+                f"'{path}' is a {plain_class(type(module)).__name__}, whose own forward gives something else than x Wᵀ + b, so "
+                "nothing can be merged into its weight; leave the adapter unmerged, or exclude the layer"
+            )
     _refuse_ties(root, [f"{path}.weight" for path in paths], (), "exclude the tied layer")
+
+
+@torch.no_grad()
+def _is_product(module: nn.Module) -> bool:
+    """Whether a layer gives x Wᵀ + b: known of most, tried on a few inputs where it has a forward of its own."""
+    base = bases.describe(module)
+    assert base is not None
+    if base.fused:
+        return True
+    weight, bias, training = bases.dense_weight(module), getattr(module, "bias", None), module.training
+    x = torch.randn(4, base.in_features, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(weight)
+    module.training = False
+    try:
+        expected = nn.functional.linear(x, weight, bias)
+        found = plain_class(type(module)).forward(module, x)
+        return bool((found - expected).norm() <= torch.finfo(weight.dtype).eps ** 0.5 * expected.norm())
+    except Exception:  # whatever a forward raises that takes something else than x
+        return False
+    finally:
+        module.training = training
 
 
 def _refuse_ties(root: nn.Module, names: Sequence[str], within: Iterable[str], remedy: str) -> None:

@@ -173,10 +173,14 @@ def check_options(info: MethodInfo, options: Mapping[str, Any], where: str = "op
         SpecError: an option is unknown or has a value that is not allowed.
     """
     try:
-        return plugins.validate_options(info, dict(options))
+        made = plugins.validate_options(info, dict(options))
     except ValidationError as error:
         known = list(info.options.model_fields)
         raise SpecError(_explain(f"method '{info.name}': {where}", error, known)) from None
+    for name, value in options.items():
+        if isinstance(value, bool) and type(getattr(made, name, None)) in (int, float):
+            raise SpecError(f"method '{info.name}': {where}: '{name}': expected a number, got {value}")
+    return made
 
 
 def _mapping(data: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from .bypassing import bypassed
 from .errors import TargetError, listed, suggestion
 from .sites import Site, count_types, layer_index, module_type
 from .spec import AdapterSpec, Patterns
+from .subclassing import plain_class
 
 _EXPERTS = re.compile("expert|moe", re.IGNORECASE)
 
@@ -58,13 +59,15 @@ def choose(model: nn.Module, spec: AdapterSpec) -> Choice:
         heads = heads_and_ties(model, known)
         chosen = [path for path in known if path not in heads and path not in skipped]
         if passed := [path for path in known if path in skipped]:
-            notes.append(f"left out, since their framework never calls them: {listed(count_types(passed), 20)}")
+            notes.append(
+                f"left out, since their framework does not call them, or not always: {listed(count_types(passed), 20)}"
+            )
     else:
         chosen = _match(spec.targets, known, model, "targets")
         if bad := [path for path in chosen if path in skipped]:
             raise TargetError(
-                f"targets: '{bad[0]}' is never called ({skipped[bad[0]]} reads its weight directly), "
-                "so an adapter there would do nothing; leave it out with exclude=[...]"
+                f"targets: '{bad[0]}' is not called, or not always ({skipped[bad[0]]}, or what holds it, uses its weight "
+                "directly), so an adapter there would be passed by; leave it out with exclude=[...]"
             )
     if spec.exclude:
         excluded = set(_match(spec.exclude, known, model, "exclude"))
@@ -79,6 +82,11 @@ def choose(model: nn.Module, spec: AdapterSpec) -> Choice:
         raise TargetError(
             f"targets: nothing is left to adapt after exclude, layers and train_modules; {_what_there_is(known)}"
         )
+    own = [path for path in chosen if not known[path].fused and not bases.is_quantized(model.get_submodule(path))]
+    if own:
+        kinds = Counter(plain_class(type(model.get_submodule(path))).__name__ for path in own)
+        counts = listed([f"{kind} ({count})" for kind, count in kinds.items()])
+        notes.append(f"have a forward of their own, and are merged only if it gives x Wᵀ + b: {counts}")
     if experts := _expert_tensors(model):
         notes.append(f"not adapted (3-D parameters, not Linear modules): {experts}")
     return Choice(tuple(_sites(chosen, known, spec)), tuple(notes))
@@ -95,6 +103,7 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
     for name in names:
         paths = [path for path in modules if named(name, path)]
         if not paths:
+            _refuse_second_path(name, model, "train_modules")
             types = {module_type(path) for path in modules if not module_type(path).isdigit()}
             raise TargetError(
                 f"train_modules: no module is named '{name}'{suggestion(name, types)}; there are {listed(sorted(types), 20)}"
@@ -180,8 +189,21 @@ def _unmatched(name: str, known: Mapping[str, bases.Base], model: nn.Module, wha
             f"{what}: '{name}' is a {kind}, which cannot carry an adapter (train_modules trains a module in full); "
             f"{_what_there_is(known)}"
         )
+    _refuse_second_path(name, model, what)
     types = set(map(module_type, known))
     return f"{what}: '{name}' matches no layer{suggestion(name, types)}; {_what_there_is(known)}"
+
+
+def _refuse_second_path(name: str, model: nn.Module, what: str) -> None:
+    """Refuse a name that leads to a module only where the model holds it a second time.
+
+    Raises:
+        TargetError: names the path to give.
+    """
+    first = {module: path for path, module in model.named_modules()}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if named(name, path) and first[module] != path:
+            raise TargetError(f"{what}: '{path}' is the same module as '{first[module]}'; give that path")
 
 
 def _what_there_is(known: Mapping[str, bases.Base]) -> str:
