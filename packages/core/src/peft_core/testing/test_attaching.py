@@ -21,8 +21,7 @@ def test_attach_keeps_the_function(trial: Trial, family: Family) -> None:
     pc.attach(model, trial.spec(family))
     if trial.can.starts_at_zero:
         assert same_bits(run(family, model), before), "attaching changed the output"
-    else:
-        # A method that moves weight into the base rounds it once.
+    elif trial.can.owns_base_weight:  # moving weight into the base rounds it once
         assert_near(run(family, model), before, 1e-5, "output after attaching")
 
 
@@ -32,7 +31,7 @@ def test_attach_keeps_the_function_in_bfloat16(trial: Trial, family: Family) -> 
     pc.attach(model, trial.spec(family))
     if trial.can.starts_at_zero:
         assert same_bits(run(family, model), before), "attaching changed the output"
-    else:
+    elif trial.can.owns_base_weight:
         assert_near(run(family, model), before, 5e-2, "output after attaching")
 
 
@@ -246,7 +245,10 @@ def test_moving_keeps_sharing(trial: Trial, family: Family) -> None:
 
 def test_state_dict_loads_into_an_attached_model(trial: Trial, family: Family) -> None:
     model, _ = adapted(family, trial, seed=1)
-    other = family.build(seed=1)
+    other = family.build()  # of the same base and seed: what is fixed is in adapter files, and not in state dicts
     pc.attach(other, trial.spec(family), seed=1)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1.0)
     other.load_state_dict(model.state_dict())
     assert same_bits(run(family, other), run(family, model))
