@@ -104,7 +104,6 @@ class Stepper:
                         lowrank.delta(member.tensors["A"], member.tensors["B"], 1.0, member.weight.dtype)
                     )
                     member.tensors["B"].zero_()
-                    member.weight_changed = True
         try:
             yield
         finally:

@@ -5,9 +5,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from pydantic import Field
 
 import peft_core as pc
 from peft_core import AdapterSpec, plugins
+from peft_core.testing.checks import Snapshot
 from peft_core.testing.methods import Options, Sound
 
 
@@ -282,3 +284,127 @@ def test_two_distributions_with_one_plugin_name_are_named(tmp_path, monkeypatch,
     monkeypatch.syspath_prepend(tmp_path)
     with refused(pc.PluginError, "'found'", "another installed distribution", "uninstall"):
         plugins.manager.__wrapped__()
+
+
+def _described(**fields):
+    @pc.hookimpl
+    def peft_method(self):
+        return pc.MethodInfo(**{"name": "other", "options": Options, **fields})
+
+    return peft_method
+
+
+class _Refusing(Options):
+    r: int = Field(default=0, ge=1)
+
+
+@pytest.mark.parametrize("capabilities", [pc.Capabilities(), lambda options: pc.Capabilities()])
+@pytest.mark.parametrize(
+    "hook, capability", [("peft_attach", "owns_base_weight"), ("peft_optimizer_step", "optimizer_step")]
+)
+def test_hook_that_would_never_be_called_is_refused(hook, capability, capabilities, refused) -> None:
+    @pc.hookimpl
+    def implemented(self): ...
+
+    implemented.__name__ = hook
+    with refused(pc.PluginError, "'other'", hook, f"{capability}=True"):
+        plugins.register(plugin("other", peft_method=_described(capabilities=capabilities), **{hook: implemented}), "o")
+    assert "other" not in pc.methods()
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"capabilities": {"lowrank": True}}, ["capabilities", "{'lowrank': True}"]),
+        ({"capabilities": lambda options: None}, ["capabilities", "None"]),
+        ({"options": _Refusing}, ["default", "'r'"]),
+        ({"trials": ()}, ["trials", "()"]),
+        ({"trials": {"r": 4}}, ["trials", "{'r': 4}"]),
+        ({"trials": ({"rank": 4},)}, ["trial", "{'rank': 4}", "'rank'"]),
+    ],
+)
+def test_description_that_cannot_be_meant_is_refused(fields, words, refused) -> None:
+    with refused(pc.PluginError, "'other'", *words):
+        plugins.register(plugin("other", peft_method=_described(**fields)), "other")
+    assert "other" not in pc.methods()
+
+
+def test_description_that_raises_is_named(refused) -> None:
+    @pc.hookimpl
+    def peft_method(self):
+        raise ValueError("oops")
+
+    with refused(pc.PluginError, "'other'", "peft_method", "oops"):
+        plugins.register(plugin("other", peft_method=peft_method), "other")
+
+
+@pytest.mark.parametrize("hook, wanted", [("peft_forward", "Forward"), ("peft_merge", "Tensor")])
+def test_hook_that_returns_another_type_is_named_with_the_site(blocks, hook, wanted, refused) -> None:
+    @pc.hookimpl
+    def answer(self, site):
+        return lambda x: x
+
+    path = pc.plan(blocks, AdapterSpec(method="sound")).sites[0].path
+    with (
+        registered(plugin("other", **{hook: answer}), "other"),
+        refused(pc.PluginError, "'other'", f"'{path}'", hook, wanted),
+    ):
+        pc.attach(blocks, AdapterSpec(method="other")).merge()
+
+
+@pytest.mark.parametrize("delta", [None, torch.zeros(1), torch.zeros(2, 1)])
+def test_naive_of_another_shape_is_named_with_the_site(blocks, delta, refused) -> None:
+    @pc.hookimpl
+    def peft_forward(self, site):
+        return pc.Forward(lambda x, tensors, binding: delta)
+
+    with registered(plugin("other", peft_forward=peft_forward), "other"):
+        adapter = pc.attach(blocks, AdapterSpec(method="other"))
+        with refused(pc.PluginError, "'other'", f"'{adapter.plan.sites[0].path}'", "naive", "[2, "):
+            blocks(torch.randn(2, 63))
+
+
+def test_owned_weight_of_another_shape_is_refused(blocks, refused) -> None:
+    before = Snapshot.of(blocks)
+
+    @pc.hookimpl
+    def peft_attach(self, weight):
+        return weight[:1]
+
+    owning = _described(capabilities=pc.Capabilities(owns_base_weight=True))
+    with (
+        registered(plugin("other", peft_method=owning, peft_attach=peft_attach), "other"),
+        refused(pc.PluginError, "'other'", "peft_attach", "out × in"),
+    ):
+        pc.attach(blocks, AdapterSpec(method="other"))
+    before.assert_restored(blocks)
+
+
+def test_merging_into_the_weight_that_was_lent_is_refused(blocks, refused) -> None:
+    @pc.hookimpl
+    def peft_merge(self, weight):
+        return weight.add_(1.0)
+
+    with registered(plugin("other", peft_merge=peft_merge), "other"):
+        adapter = pc.attach(blocks, AdapterSpec(method="other"))
+        with refused(pc.PluginError, "'other'", "peft_merge", "in place", f"'{adapter.plan.sites[0].path}'"):
+            adapter.merge()
+        assert not adapter.merged
+
+
+def _transposed_in_place(weight: torch.Tensor) -> torch.Tensor:
+    return weight.mul_(2.0).T
+
+
+def test_first_values_are_contiguous_and_leave_the_base_alone(blocks) -> None:
+    @pc.hookimpl
+    def peft_init(self, sites):
+        start = {s: pc.FromWeight(s.path, _transposed_in_place) for s in sites}
+        tensors = {s: {"T": pc.TensorSpec((s.in_features, s.out_features), start[s])} for s in sites}
+        return pc.Layout(tuple(pc.SharingGroup.private(s, tensors[s]) for s in sites))
+
+    before = Snapshot.of(blocks)
+    with registered(plugin("other", peft_init=peft_init), "other"):
+        adapter = pc.attach(blocks, AdapterSpec(method="other"))
+        assert all(parameter.is_contiguous() for parameter in adapter.parameters())
+        before.assert_same_values(blocks)

@@ -49,3 +49,8 @@ def apply(function: type[torch.autograd.Function]) -> Any:
 def standing_in(module: nn.Module, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
     """These in place of the module's own parameters, under all names that a parameter has in it."""
     return _reparametrize_module(module, dict(tensors), tie_weights=True)
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; inference tensors do not count that."""
+    return 0 if tensor.is_inference() else tensor._version

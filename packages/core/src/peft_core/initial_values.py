@@ -70,8 +70,8 @@ def _first(root: nn.Module, spec: TensorSpec, plan: Plan, device: torch.device, 
                 f"'{spec.init.path}': the weight is offloaded, and method '{plan.spec.method}' starts from it; "
                 "load the model without offloading this layer, or exclude it"
             )
-        with torch.no_grad():
-            computed = spec.init.compute(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+        with torch.no_grad():  # a copy, which `compute` may write into
+            computed = spec.init.compute(weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True))
         return as_declared(computed, spec, dtype).clone().to(device)
     return draw(spec, dtype, seed, *key).to(device)
 

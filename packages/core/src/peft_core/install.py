@@ -13,7 +13,7 @@ from . import bases, merge, optim, plugins
 from .activation import set_active
 from .bank import Bank
 from .bases import ROOT_PREFIX
-from .errors import AdapterError
+from .errors import AdapterError, PluginError
 from .gradients import SharedGradient
 from .initial_values import device_of
 from .kernels import read_environment
@@ -226,6 +226,11 @@ def _moved(bank: Bank, site: Site, stored: Mapping[str, Tensor]) -> Tensor:
             tensors={name: tensor.detach() for name, tensor in bank.tensors(site.path).items()},
             binding=bank.binding(site.path),
         )
+        if moved.shape != weight.shape:
+            raise PluginError(
+                f"method '{bank.plan.spec.method}': peft_attach returned {list(moved.shape)} for '{site.path}', expected "
+                f"{list(weight.shape)} (out × in)"
+            )
     return moved.to(weight.device)  # type: ignore[no-any-return]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _torch, bases, fused, kernels
-from .errors import AdapterError
+from .errors import AdapterError, PluginError
 from .fused import Use
 from .method import BASE_WEIGHT
 from .slots import SLOT, Slot, TrainedSlot
@@ -160,6 +160,7 @@ def add_to(module: Any, slot: Slot, uses: list[Use], x: Tensor, y: Tensor) -> Te
 
     Raises:
         AdapterError: the base's own forward returns something else than one tensor, or one that is divided between processes.
+        PluginError: a Δ(x) of another shape.
     """
     if not isinstance(y, Tensor):
         kind, path = plain_class(type(module)).__name__, slot.active[0][0].site.path
@@ -179,8 +180,16 @@ def add_to(module: Any, slot: Slot, uses: list[Use], x: Tensor, y: Tensor) -> Te
         tensors = use.tensors if use.additive else {**use.tensors, BASE_WEIGHT: _base_weight(module, slot)}
         inner = nn.functional.dropout(x, use.dropout, module.training)
         delta = use.functions.naive(inner, tensors, use.binding)
+        if not (torch.compiler.is_compiling() or _torch.is_tracing()):  # there, sizes may be symbols and tensors
+            _check_delta(delta, y, use.where)
         y = y + (delta if use.scale == 1.0 else delta * use.scale).to(y.dtype)
     return y
+
+
+def _check_delta(delta: Any, y: Tensor, where: str) -> None:
+    if not isinstance(delta, Tensor) or delta.shape != y.shape:
+        got = list(delta.shape) if isinstance(delta, Tensor) else f"{delta!r:.80}"
+        raise PluginError(f"{where}: naive must return Δ(x) of shape {list(y.shape)}, got {got}")
 
 
 def _paired(slot: Slot) -> bool:

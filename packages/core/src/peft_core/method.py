@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from ._torch import version
 from .errors import PluginError
 from .sites import Site
 
@@ -77,7 +78,7 @@ class MethodInfo:
 
     def can(self, options: BaseModel) -> Capabilities:
         """The capabilities under these validated options."""
-        return self.capabilities if isinstance(self.capabilities, Capabilities) else self.capabilities(options)
+        return self.capabilities(options) if callable(self.capabilities) else self.capabilities
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ class StepMember:
         site: the site. tensors: its live parameters by name (`.grad` is set). binding: its fixed tensors.
         state: the training-only tensors of its groups, to be changed in place.
         weight: for a method that owns its base weight, that weight (out × in; a float32 master where there is one), to
-            be changed in place; set `weight_changed` when you did. None otherwise.
+            be changed in place. None otherwise.
+        weight_changed: set it where torch does not see that the weight was changed in place (`weight.data`, a Triton kernel).
     """
 
     site: Site
@@ -147,6 +149,15 @@ class StepMember:
     state: Mapping[str, Tensor]
     weight: Tensor | None = None
     weight_changed: bool = False
+
+    def __post_init__(self) -> None:
+        self._version = 0 if self.weight is None else version(self.weight)
+
+    def took_changes(self) -> bool:
+        """Whether the weight was changed since the last time; core asks."""
+        before, self._version = self._version, 0 if self.weight is None else version(self.weight)
+        changed, self.weight_changed = self.weight_changed or self._version != before, False
+        return changed
 
 
 @dataclass

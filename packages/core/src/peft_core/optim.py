@@ -293,9 +293,8 @@ def _refuse_half_resumed(bank: Bank, optimizer: Optimizer) -> None:
 def _write_back(bank: Bank, step: OptimizerStep) -> None:
     """Round master weights that the method changed into the base."""
     for member in step.members:
-        if member.weight_changed and member.weight is not None and bank.owned[member.site.path].master is not None:
+        if member.took_changes() and member.weight is not None and bank.owned[member.site.path].master is not None:
             bank.write_owned_weight(member.site, member.weight)
-        member.weight_changed = False
 
 
 def _skipped(optimizer: Optimizer) -> bool:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pluggy
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
+from torch import Tensor
 
 from . import hookspecs
+from ._torch import version
 from .errors import PluginError, suggestion
-from .method import MethodInfo, Tensors
+from .method import Capabilities, Forward, LowRank, MethodInfo, Tensors
 
 ENTRY_POINTS = "peft_core.plugins"
 _METHOD_HOOKS = (
@@ -32,6 +36,15 @@ _PROMISES = {
     "owns_base_weight": "peft_attach",
     "lowrank": "peft_lowrank",
     "optimizer_step": "peft_optimizer_step",
+}
+# Without these, core would never call the hook. (peft_lowrank may explain why there are no factors.)
+_UNHEARD = ("owns_base_weight", "optimizer_step")
+_RETURNS = {
+    "peft_attach": Tensor,
+    "peft_forward": Forward,
+    "peft_optimizer_step": AbstractContextManager,
+    "peft_merge": Tensor,
+    "peft_lowrank": LowRank,
 }
 
 
@@ -113,17 +126,28 @@ def call(method_name: str, hook: str, **arguments: Any) -> Any:
     weights find 16-bit tensors widened to float32.
 
     Raises:
-        PluginError: the method does not implement the hook, or returned nothing.
+        PluginError: the method does not implement the hook, returned something else than it must, or changed in place the
+            weight that it was lent.
     """
     info, plugin = _find(method_name)
     pm = manager()
     others = [other for _, other in _methods(pm).values() if other is not plugin]
     if hook in _WIDE_HOOKS:
         arguments |= {name: _widened(arguments[name]) for name in ("tensors", "binding")}
+    weight = arguments.get("weight")
+    before = None if weight is None else version(weight)
     result = pm.subset_hook_caller(hook, remove_plugins=others)(**arguments)
+    where = f"method '{method_name}' ({_named(info)})" + (
+        f", '{arguments['site'].path}'" if "site" in arguments else ""
+    )
     if result is None:
+        raise PluginError(f"{where} returned None from {hook}; it must implement the hook and return a value")
+    wanted = _RETURNS.get(hook, object)
+    if not isinstance(result, wanted):
+        raise PluginError(f"{where}: {hook} must return an instance of {wanted.__name__}, it returned {result!r:.80}")
+    if weight is not None and version(weight) != before:
         raise PluginError(
-            f"method '{method_name}' ({_named(info)}) returned None from {hook}; it must implement the hook and return a value"
+            f"{where}: {hook} changed the weight that it was given in place; compute a new tensor from it"
         )
     return result
 
@@ -169,13 +193,15 @@ def _methods(pm: pluggy.PluginManager) -> dict[str, tuple[MethodInfo, object]]:
 
 @functools.cache
 def _describe(implementation: pluggy.HookImpl) -> MethodInfo:
-    info = implementation.function()
+    distribution, installed = _provenance(implementation.plugin_name)
+    what = f"plugin '{implementation.plugin_name}' ({f'{distribution} {installed}'.strip() or 'registered by hand'}): peft_method"
+    try:
+        info = implementation.function()
+    except Exception as error:
+        raise PluginError(f"{what} failed: {error!r}; reinstall or uninstall it") from error
     if not isinstance(info, MethodInfo):
-        raise PluginError(
-            f"plugin '{implementation.plugin_name}': peft_method must return a MethodInfo, it returned {info!r}"
-        )
-    distribution, version = _provenance(implementation.plugin_name)
-    return dataclasses.replace(info, distribution=info.distribution or distribution, version=info.version or version)
+        raise PluginError(f"{what} must return a MethodInfo, it returned {info!r}")
+    return dataclasses.replace(info, distribution=info.distribution or distribution, version=info.version or installed)
 
 
 def _check(pm: pluggy.PluginManager) -> None:
@@ -189,12 +215,7 @@ def _check(pm: pluggy.PluginManager) -> None:
             )
         owners[info.name] = plugin_name
         _check_options(info)
-        implemented = {caller.name for caller in pm.get_hookcallers(plugin) or ()}
-        required = set(_REQUIRED_HOOKS)
-        if not callable(info.capabilities):
-            required |= {hook for can, hook in _PROMISES.items() if getattr(info.capabilities, can)}
-        if missing := sorted(required - implemented):
-            raise PluginError(f"method '{info.name}' ({_named(info)}) does not implement {', '.join(missing)}")
+        _check_hooks(info, {caller.name for caller in pm.get_hookcallers(plugin) or ()})
     for hook in _METHOD_HOOKS:
         for implementation in getattr(pm.hook, hook).get_hookimpls():
             observes = implementation.hookwrapper or implementation.wrapper
@@ -213,6 +234,54 @@ def _check_options(info: MethodInfo) -> None:
         raise PluginError(f"{what} would silently accept misspelt names; set model_config = ConfigDict(extra='forbid')")
     if required := [name for name, field in info.options.model_fields.items() if field.is_required()]:
         raise PluginError(f"{what} need defaults; '{required[0]}' has none")
+    try:
+        validate_options(info, info.options().model_dump(mode="json", warnings=False))
+    except Exception as error:
+        raise PluginError(f"{what} have a default that they refuse themselves: {_finding(error)}") from error
+
+
+def _check_hooks(info: MethodInfo, implemented: set[str]) -> None:
+    """What is required and what capabilities promise is implemented, and what is implemented is declared."""
+    what = f"method '{info.name}' ({_named(info)})"
+    declared = _trial_capabilities(info, what)
+    required = set(_REQUIRED_HOOKS) | {
+        hook for name, hook in _PROMISES.items() if any(getattr(can, name) for can in declared)
+    }
+    if missing := sorted(required - implemented):
+        raise PluginError(f"{what} does not implement {', '.join(missing)}")
+    for name in _UNHEARD:
+        if _PROMISES[name] in implemented and not any(getattr(can, name) for can in declared):
+            raise PluginError(
+                f"{what} implements {_PROMISES[name]}, but declares {name}=True for no trial: it would never be called; "
+                "declare it in its Capabilities, or remove the hook"
+            )
+
+
+def _trial_capabilities(info: MethodInfo, what: str) -> list[Capabilities]:
+    """The capabilities under the defaults, and under each option set of the trials."""
+    if not isinstance(info.trials, Sequence) or not info.trials:
+        raise PluginError(
+            f"{what}: trials must be a sequence of option sets, such as ({{'r': 4}},); they are {info.trials!r}"
+        )
+    declared = []
+    for trial in ({}, *info.trials):
+        try:
+            can = info.can(validate_options(info, dict(trial)))
+        except Exception as error:
+            raise PluginError(f"{what}: the trial {trial!r} is not valid: {_finding(error)}") from error
+        if not isinstance(can, Capabilities):
+            raise PluginError(
+                f"{what}: its capabilities must be a Capabilities, or a function that gives one; got {can!r}"
+            )
+        declared.append(can)
+    return declared
+
+
+def _finding(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return repr(error)
+    first = error.errors()[0]
+    return f"'{'.'.join(map(str, first['loc']))}': {first['msg']}"
 
 
 def _distribution(entry: importlib.metadata.EntryPoint) -> str:

@@ -239,7 +239,7 @@ def draw(spec: TensorSpec, dtype: torch.dtype, *key: object) -> Tensor:
 
 
 def as_declared(value: Tensor, spec: TensorSpec, dtype: torch.dtype) -> Tensor:
-    """A tensor's first values in its dtype.
+    """A tensor's first values in its dtype, contiguous as they will be when they are loaded.
 
     Raises:
         PluginError: the initialiser made another shape than the tensor is declared with.
@@ -247,7 +247,7 @@ def as_declared(value: Tensor, spec: TensorSpec, dtype: torch.dtype) -> Tensor:
     if not isinstance(value, Tensor) or tuple(value.shape) != tuple(spec.shape):
         made = list(value.shape) if isinstance(value, Tensor) else repr(value)
         raise PluginError(f"{spec.init} made {made} for a tensor that is declared as {list(spec.shape)}")
-    return value.to(spec.dtype or dtype)
+    return value.to(spec.dtype or dtype).contiguous()
 
 
 def alike(

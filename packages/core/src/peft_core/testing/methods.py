@@ -203,6 +203,13 @@ class StartsElsewhere(Sound):
         return pc.Layout(groups, right.bindings)
 
 
+class StartsAnywhere(StartsElsewhere):
+    """Says that it does not start at zero, and is sound."""
+
+    name = "starts-anywhere"
+    capabilities = pc.Capabilities(starts_at_zero=False, lowrank=True)
+
+
 class WeightsInFunctions(Sound):
     """Forward keeps the first tensors that it sees instead of taking those that it is given."""
 
@@ -293,6 +300,7 @@ class WeightMovedTwice(Sound):
                 member.weight.add_(self.delta(member.site, member.tensors, member.binding, member.weight.dtype))
 
 
+SOUND: tuple[type[Sound], ...] = (Sound, StartsAnywhere)
 FAULTS: tuple[type[Sound], ...] = (
     ScaleTwiceInMerge,
     ForgottenTranspose,
@@ -319,8 +327,8 @@ def register_sound() -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """As a pytest plugin: register all, and plant what no method can do by itself into core."""
     register_sound()
-    for fault in FAULTS:
-        plugins.register(fault(), fault.name)
+    for method in (StartsAnywhere, *FAULTS):
+        plugins.register(method(), method.name)
     pc.attach = _after(pc.attach, RegisteredTwice.name, _register_on_layer)
     pc.load = _after(pc.load, BindingRegenerated.name, _draw_again)
 

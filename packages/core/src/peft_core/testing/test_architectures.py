@@ -28,7 +28,7 @@ def test_life_of_an_adapter(trial: Trial, family: Family, tmp_path) -> None:
 
     adapter.save(tmp_path / "adapter")
     fresh = family.build()
-    pc.load(fresh, tmp_path / "adapter")
+    pc.load(fresh, tmp_path / "adapter", trainable=True)
     assert same_bits(run(family, fresh), on), "the loaded adapter computes something else"
 
     found = gradients(adapter, weighted(family.forward(model, family.inputs())))

@@ -128,7 +128,7 @@ def test_saving_while_merged_keeps_the_adapter(trial: Trial, family: Family, tmp
     adapter.merge()
     adapter.save(tmp_path / "adapter")
     fresh = family.build()
-    pc.load(fresh, tmp_path / "adapter")
+    pc.load(fresh, tmp_path / "adapter", trainable=True)
     assert same_bits(run(family, fresh), on)
 
 
@@ -151,7 +151,7 @@ def test_a_merge_is_undone_and_saved_from_wherever_it_began(
     except pc.AdapterError as error:
         assert trial.can.owns_base_weight and keep == "none" and "not kept" in str(error)
     else:
-        pc.load(fresh, tmp_path / "adapter")
+        pc.load(fresh, tmp_path / "adapter", trainable=True)
         assert same_bits(run(family, fresh), on)
     if keep == "none":
         with pytest.raises(pc.MergeError, match="not kept"):

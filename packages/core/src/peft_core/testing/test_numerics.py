@@ -96,9 +96,12 @@ def test_autocast_rounds_but_does_not_change_the_mathematics(trial: Trial, famil
         rounded = family.forward(model, family.inputs())
     found = gradients(adapter, weighted(rounded.float()))
     assert relative(rounded, exact) <= 5e-2
+    largest = max(expected.values(), key=lambda gradient: float(gradient.square().mean()))
     for key in expected:
         assert found[key].dtype == torch.float32, f"gradient of '{key}' came back as {found[key].dtype}"
-        assert relative(found[key], expected[key]) <= 1e-1, f"gradient of '{key}'"
+        # A tiny gradient is what is left of numbers as large as the others, and of their rounding.
+        distances = relative(found[key], expected[key]), 10 * relative(found[key], expected[key], largest)
+        assert min(distances) <= 1e-1, f"gradient of '{key}'"
 
 
 @pytest.mark.parametrize("adapter_dtype", ["float32", "bfloat16"])
