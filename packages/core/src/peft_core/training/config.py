@@ -200,7 +200,9 @@ class RunConfig(_Section):
     data: DataSection
     adapter: AdapterSpec | None
     training: TrainingSection = TrainingSection()
-    output_dir: Annotated[Path, AfterValidator(_absolute)]
+    output_dir: Annotated[Path, AfterValidator(_absolute)] = Field(
+        description="Directory for what the run leaves; it must not hold another run."
+    )
 
     @field_validator("adapter", mode="before")
     @classmethod
