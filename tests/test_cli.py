@@ -1,5 +1,6 @@
 """The program: what each command prints, and a user's mistakes as one line and exit status 2."""
 
+import importlib.metadata
 import io
 import json
 import os
@@ -82,6 +83,18 @@ def test_of_several_processes_the_first_speaks(program, monkeypatch) -> None:
     assert program("methods") == (0, "", "")
 
 
+def test_a_damaged_file_is_shown(program, saved, tmp_path) -> None:
+    assert json.loads(program("inspect", saved, "--json").out)["damaged"] == []
+    shutil.copytree(saved, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter.safetensors"
+    for content in (file.read_bytes()[:-10], file.read_bytes()[:-1] + b"x"):
+        file.write_bytes(content)
+        ran = program("inspect", tmp_path / "adapter")
+        assert ran.status == 2 and "LlamaForCausalLM" in ran.out and "damaged files" in ran.out
+        assert f"'{file}' is not the file that was saved" in ran.err and ran.err.count("\n") == 1
+        assert json.loads(program("inspect", tmp_path / "adapter", "--json").out)["damaged"] == ["adapter.safetensors"]
+
+
 def test_generate(program, llama_directory, saved) -> None:
     common = ["generate", "--base", llama_directory, "--adapter", saved, "--prompt", "w1 w2 w3"]
     ran = program(*common, "--max-new-tokens", 4, "--dtype", "float32")
@@ -109,6 +122,40 @@ def test_help_lists_the_commands(program) -> None:
 )
 def test_mistakes_in_typing(mistake, arguments, words) -> None:
     mistake(arguments, *words)
+
+
+def test_plan_takes_what_a_run_has(program, llama_directory, spec_file, tmp_path) -> None:
+    expected = program("plan", "--model", llama_directory, "--spec", spec_file)
+    run = tmp_path / "RUN.yaml"
+    for adapter in (spec_file.name, "{method: sound, targets: [q_proj]}"):
+        run.write_text(f"model: m\ndata: d.jsonl\nadapter: {adapter}\noutput_dir: out")
+        assert program("plan", "--model", llama_directory / "config.json", "--spec", run) == expected
+
+
+@pytest.mark.parametrize("place", ["peft_core.plugins.add_commands", "peft_core.plugins.methods"])
+def test_an_interruption_is_one_line(program, place, monkeypatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupted)
+    assert program("methods") == (130, "", "peft-core: interrupted\n")
+
+
+def test_an_interruption_while_torch_is_imported_is_one_line(tmp_path) -> None:
+    """Even where something that is imported would go on without what was interrupted."""
+    interrupt = (
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    pass\n"
+    )
+    (tmp_path / "torch.py").write_text(interrupt)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from peft_core_program import main; main()"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "peft-core: interrupted\n")
+
+
+@pytest.mark.parametrize("module", ["peft_core", "peft_core.cli"])
+def test_the_program_as_a_module(module) -> None:
+    ran = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, f"peft-core {importlib.metadata.version('peft-core')}\n"), ran
 
 
 def test_mistakes_in_plan(mistake, llama_directory, spec_file, tmp_path) -> None:
@@ -141,6 +188,9 @@ def test_mistakes_in_generate(mistake, llama_directory, saved, tmp_path) -> None
     mistake([*generate, llama_directory, "--adapter", saved, "--dtype", "float31"], "'float31'", "float32")
     mistake([*generate, llama_directory, "--adapter", saved, "--device", "nonsense"], "nonsense")
     mistake([*generate, llama_directory, "--adapter", saved, "--chat"], "chat template")
+    pc.attach(FAMILIES["bert"].build(), AdapterSpec(method="sound")).save(tmp_path / "classifier")
+    words = "BertForSequenceClassification", "writes no text"
+    mistake([*generate, llama_directory, "--adapter", tmp_path / "classifier"], *words)
     given = ["generate", "--base", llama_directory, "--adapter", saved, "--prompt"]
     mistake([*given, " ".join(["w1"] * 40)], "40 tokens", "can have 32", "shorten the prompt")
     mistake([*given, os.fsdecode(b"caf\xe9")], "--prompt", "\\udce9", "not UTF-8")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -13,10 +15,19 @@ import typer
 import peft_core as pc
 from peft_core import hookspecs
 from peft_core.cli import program
+from peft_core.training.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 HOOKS = [name for name in vars(hookspecs) if name.startswith("peft_")]
+SECTIONS = {
+    "model": "ModelSection",
+    "data": "DataSection",
+    "adapter": "AdapterSpec",
+    "training": "TrainingSection",
+    "pretrain": "PretrainSection",
+}
+KINDS = {"string": "text", "integer": "whole number", "boolean": "true or false", "object": "mapping", "array": "list"}
 METHOD_PACKAGES = sorted((ROOT / "packages").glob("method-*"))
 
 
@@ -72,6 +83,35 @@ def test_every_name_that_the_documents_use_exists() -> None:
     used = {name for path in documents for name in re.findall(r"\bpc\.([A-Za-z]\w*)", path.read_text(encoding="utf-8"))}
     assert len(used) > 10
     assert not [name for name in sorted(used) if not hasattr(pc, name)]
+
+
+def test_every_key_of_a_run_is_documented_as_it_is_described() -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    schema = RunConfig.model_json_schema()
+    sections = {name: schema["$defs"][held] for name, held in SECTIONS.items()}
+    assert schema["properties"].keys() == {*sections, "output_dir"}
+    rows = [
+        f"| `{name}.{key}` | {_kind(field)} | {_default(field, key in section.get('required', ()))} | {field['description']} |"
+        for name, section in sections.items()
+        for key, field in section["properties"].items()
+    ]
+    rows.append(f"| `output_dir` | path | required | {schema['properties']['output_dir']['description']} |")
+    assert re.findall(r"^\| `.*", page.partition("## Keys")[2].partition("\n## What")[0], re.MULTILINE) == rows
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    """`whole number ≥ 1 or null`."""
+    if "anyOf" in schema:
+        return " or ".join(map(_kind, schema["anyOf"]))
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    limits = {"minimum": "≥", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
+    given = [f"{sign} {schema[name]:g}" for name, sign in limits.items() if name in schema]
+    return " ".join([KINDS.get(schema["type"], schema["type"]), *given])
+
+
+def _default(schema: dict[str, Any], required: bool) -> str:
+    return "required" if required else f"`{json.dumps(schema.get('default', {}))}`"
 
 
 def test_every_capability_is_explained_to_authors() -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -533,6 +534,27 @@ class Trl:
 @pytest.fixture
 def trl(llama_directory: Path) -> Trl:
     return Trl(AutoTokenizer.from_pretrained(llama_directory))
+
+
+def test_the_documented_trainer_of_trl(
+    llama: nn.Module, llama_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import trl
+    from datasets import Dataset
+
+    page = (Path(__file__).resolve().parent.parent / "docs" / "coming-from-hf-peft.md").read_text(encoding="utf-8")
+    code = page.partition("## Trainers")[2].partition("```python\n")[2].partition("```")[0]
+    short = partial(trl.SFTConfig, max_steps=2, use_cpu=True, bf16=False, report_to="none")
+    monkeypatch.setattr(trl, "SFTConfig", short)
+    monkeypatch.chdir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(llama_directory)
+    given = {"model": llama, "tokenizer": tokenizer, "dataset": Dataset.from_list(FINE_TUNING)}
+    exec(code.replace('method="miss"', 'method="sound"'), given)
+    saved = pc.load(FAMILIES["llama"].build(), tmp_path / "my-adapter")
+    assert all(
+        torch.equal(mine, its) for mine, its in zip(saved.parameters(), given["adapter"].parameters(), strict=True)
+    )
+    assert (tmp_path / "out" / "checkpoint-2" / "adapter.json").is_file()
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])

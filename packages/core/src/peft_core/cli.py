@@ -5,6 +5,7 @@ What takes long to import (transformers) is imported by the command that needs i
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import os
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     import torch
 
     from .adapter_file import AdapterFile
+    from .spec import AdapterSpec
 
-_USER_ERROR = 2
+_USER_ERROR, _INTERRUPTED = 2, 130
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which some versions of typer bring along
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
@@ -34,24 +36,32 @@ Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ..."
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: what is fast on the device.")]
 
 
+class _Interrupted(Exception):
+    """Ctrl-C, where more can be said of it."""
+
+
 def main() -> None:
-    """Run the program. A user's mistake is one line on standard error and exit status 2."""
+    """Run the program. A user's mistake is one line on standard error and exit status 2; so is Ctrl-C, with 130."""
+    said = ""
     try:
         status = program()(standalone_mode=False)
     except PeftCoreError as error:
-        mistake = str(error)
+        status, said = _USER_ERROR, str(error)
     except _UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
             sys.exit(_USER_ERROR)
         command = error.ctx.command_path if error.ctx else "peft-core"
-        mistake = f"{error.format_message().rstrip('.')}; see {command} --help"
-    except typer.Abort:
-        sys.exit(1)
-    else:
-        sys.exit(status)
-    print(f"peft-core: {' '.join(mistake.split())}", file=sys.stderr)
-    sys.exit(_USER_ERROR)
+        status, said = _USER_ERROR, f"{error.format_message().rstrip('.')}; see {command} --help"
+    except (KeyboardInterrupt, _Interrupted) as stop:
+        status, said = _INTERRUPTED, str(stop)
+    except typer.Abort as stop:  # some versions of typer make it of a KeyboardInterrupt, others status 130
+        status = _INTERRUPTED if isinstance(stop.__cause__, KeyboardInterrupt) else 1
+    if status == _INTERRUPTED:
+        said = f"interrupted; {said}".rstrip("; ")
+    if said:
+        print(f"peft-core: {' '.join(said.split())}", file=sys.stderr)
+    sys.exit(status)
 
 
 def program() -> typer.Typer:
@@ -59,15 +69,29 @@ def program() -> typer.Typer:
     from . import plugins
 
     app = typer.Typer(
-        help="Parameter-efficient fine-tuning of PyTorch models.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         add_completion=False,
     )
+    app.callback()(_program)
     for command in (methods, plan, train, inspect, quickstart, generate, new_method):
         app.command()(command)
     plugins.add_commands(app)
     return app
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"peft-core {importlib.metadata.version('peft-core')}")
+        raise typer.Exit
+
+
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and end.")
+    ] = False,
+) -> None:
+    """Parameter-efficient fine-tuning of PyTorch models."""
 
 
 def methods(json_: Json = False) -> None:
@@ -105,15 +129,14 @@ def methods(json_: Json = False) -> None:
 
 def plan(
     model: Base,
-    spec: Annotated[Path, typer.Option(help="The adapter's spec, YAML or JSON.")],
+    spec: Annotated[Path, typer.Option(help="The adapter's spec, YAML or JSON, or a RUN.yaml that has one.")],
     json_: Json = False,
 ) -> None:
     """Show what a spec does to a model: sites, tensors, parameters, memory. No weights are read."""
     from .models import base_path
     from .plan import plan as make_plan
-    from .spec import AdapterSpec
 
-    made = make_plan(base_path(model), AdapterSpec.from_file(spec))
+    made = make_plan(base_path(model), _spec_in(spec))
     if json_:
         print_json(made.to_json())
     else:
@@ -133,16 +156,12 @@ def train(
     from .training.config import RunConfig
 
     config = RunConfig.from_file(run, pretrain)
-    from .training.run import train as train_run
-
     try:
+        from .training.run import train as train_run
+
         report = train_run(config, resume, Console(stderr=True, quiet=_silent()) if json_ else console())
     except KeyboardInterrupt:
-        print(
-            f"peft-core: interrupted; continue with: peft-core train {run}{' --pretrain' * pretrain} --resume",
-            file=sys.stderr,
-        )
-        raise typer.Exit(130) from None
+        raise _Interrupted(config.go_on) from None
     if not json_:
         console().print(report)
     elif not _silent():
@@ -153,7 +172,11 @@ def inspect(
     directory: Annotated[Path, typer.Argument(help="An adapter directory.")],
     json_: Json = False,
 ) -> None:
-    """Show a saved adapter: method, base model, options, tensors. Its method need not be installed."""
+    """Show a saved adapter: method, base model, options, tensors, and whether its files are those that were saved.
+
+    Its method need not be installed.
+    """
+    from . import files
     from .adapter_file import read_header
     from .checkpoint import TENSORS
 
@@ -162,10 +185,13 @@ def inspect(
     if not file.is_file():
         raise CheckpointError(f"'{directory}': {TENSORS} is missing")
     size = file.stat().st_size
+    damaged = [name for name, recorded in header.checksums.items() if not files.is_saved(directory / name, recorded)]
     if json_:
-        print_json({**header.model_dump(mode="json"), "file_bytes": size})
+        print_json({**header.model_dump(mode="json"), "file_bytes": size, "damaged": damaged})
     else:
-        _show_header(directory, header, size)
+        _show_header(directory, header, size, damaged)
+    if damaged:
+        raise CheckpointError(files.not_saved(directory / damaged[0]))
 
 
 def quickstart(
@@ -232,11 +258,16 @@ def generate(
     json_: Json = False,
 ) -> None:
     """Continue a prompt with a base model and a saved adapter, always taking the likeliest token."""
+    import transformers
+
     from .adapter_file import read_header
     from .attach import load
     from .models import complete, load_base, whole_text
 
-    read_header(adapter)  # a missing adapter is an error before the base is loaded
+    architecture = read_header(adapter).base.architecture  # what is wrong with it is said before the base is loaded
+    known = getattr(transformers, architecture, None)
+    if known is not None and not known.can_generate():
+        raise ModelError(f"'{adapter}' was trained on a {architecture}, which writes no text; use it from Python")
     text = _from_stdin() if prompt == "-" else whole_text(prompt, "--prompt")
     model, tokenizer = load_base(base, _dtype(dtype, device), device)
     load(model, adapter)
@@ -283,6 +314,20 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     return options
 
 
+def _spec_in(file: Path) -> AdapterSpec:
+    """The spec in a file of its own, or in a RUN.yaml's section `adapter`."""
+    from .spec import AdapterSpec
+
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):  # said by `from_file`
+        data = None
+    section = data.get("adapter") if isinstance(data, dict) else None
+    if isinstance(section, dict):
+        return AdapterSpec.model_validate(section)
+    return AdapterSpec.from_file(file.parent / section if isinstance(section, str) else file)
+
+
 def _from_stdin() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8")
@@ -302,7 +347,7 @@ def _dtype(name: str, device: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def _show_header(directory: Path, header: AdapterFile, size: int) -> None:
+def _show_header(directory: Path, header: AdapterFile, size: int, damaged: list[str]) -> None:
     summary = Table(title=f"Adapter: {escape(str(directory))}", title_justify="left", show_header=False)
     trainable = sum(math.prod(shape) for group in header.groups for shape in group.tensors.values())
     share = 100 * trainable / max(1, header.base.num_parameters)
@@ -315,6 +360,7 @@ def _show_header(directory: Path, header: AdapterFile, size: int) -> None:
         "trained in full": ", ".join(header.trained) or "none",
         "parameters": f"{trainable:,} ({share:.3f} % of the base)",
         "tensors": f"{len(header.tensors)} in {size / 1e6:.1f} MB",
+        "damaged files": ", ".join(damaged) or "none",
         "seed": str(header.seed),
         "optimizer steps": str(header.steps) if header.steps else "",
         "format version": str(header.format_version),
@@ -348,3 +394,7 @@ def _silent() -> bool:
 def print_json(value: Any) -> None:
     """Plain data on standard output, for programs."""
     print(json.dumps(value, indent=2))
+
+
+if __name__ == "__main__":
+    main()

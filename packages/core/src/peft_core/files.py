@@ -111,15 +111,23 @@ def read_tensors(path: Path, expected_checksum: str | None = None) -> dict[str, 
         raise CheckpointError(
             f"'{path}' is a pickle, which can run code when it is read; only safetensors files are read here"
         )
-    if expected_checksum is not None and checksum(path) != expected_checksum:
-        raise CheckpointError(
-            f"'{path}' is not the file that was saved (its SHA-256 differs): it was truncated, damaged or replaced"
-        )
+    if expected_checksum is not None and not is_saved(path, expected_checksum):
+        raise CheckpointError(not_saved(path))
     try:
         # Copies: a tensor that is mapped from a file dies with it.
         return {key: tensor.clone() for key, tensor in safetensors.torch.load_file(path).items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' cannot be read as safetensors: {error}; it is truncated or damaged") from None
+
+
+def is_saved(path: Path, recorded: str) -> bool:
+    """Whether a file is there and its checksum is the recorded one."""
+    return path.is_file() and checksum(path) == recorded
+
+
+def not_saved(path: Path) -> str:
+    """What to say where it is not."""
+    return f"'{path}' is not the file that was saved (its SHA-256 differs): it was truncated, damaged or replaced"
 
 
 def checksum(path: Path) -> str:

@@ -81,7 +81,7 @@ def load_tokenizer(source: str | Path) -> Any:
 
 
 def base_path(model: str | Path) -> str:
-    """What `from_pretrained` takes for `model`: a directory, unpacked first if need be, or a hub name.
+    """What `from_pretrained` takes for `model`: a directory (or its config.json), unpacked first if need be, or a hub name.
 
     Raises:
         ModelError: it is neither.
@@ -91,6 +91,8 @@ def base_path(model: str | Path) -> str:
         return str(_in_package(name.removeprefix("package:")))
     if name in _PACKAGED:
         return str(_unpacked(name))
+    if Path(name).name == "config.json" and Path(name).is_file():
+        return str(Path(name).parent)
     if (Path(name) / "config.json").is_file():
         return name
     if Path(name).is_dir():

@@ -31,6 +31,9 @@ from ..errors import PeftCoreError, listed
 from ..spec import AdapterSpec, finding
 from .rows import SUFFIXES
 
+CONFIG = "run.yaml"
+"""The configuration of a run in its `output_dir`."""
+
 
 class RunError(PeftCoreError):
     """The configuration of a run is not valid, or does not fit the model, the data or what `output_dir` holds."""
@@ -197,7 +200,9 @@ class RunConfig(_Section):
     data: DataSection
     adapter: AdapterSpec | None
     training: TrainingSection = TrainingSection()
-    output_dir: Annotated[Path, AfterValidator(_absolute)]
+    output_dir: Annotated[Path, AfterValidator(_absolute)] = Field(
+        description="Directory for what the run leaves; it must not hold another run."
+    )
 
     @field_validator("adapter", mode="before")
     @classmethod
@@ -246,6 +251,12 @@ class RunConfig(_Section):
         except ValidationError as error:
             found = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
             raise RunError(f"{what}: " + "; ".join(_finding(cls, detail) for detail in found)) from None
+
+    @property
+    def go_on(self) -> str:
+        """How to go on with a run that has stopped."""
+        begun = (self.output_dir / CONFIG).is_file()
+        return "what was saved is kept: continue with --resume" if begun else "nothing was trained yet: start again"
 
     def to_yaml(self) -> str:
         """The configuration with all defaults."""

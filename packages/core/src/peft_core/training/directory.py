@@ -8,18 +8,20 @@ model that it started from in `base/`; without an adapter, `output_dir` itself i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..adapter_file import HEADER
-from ..errors import listed
+from ..errors import CheckpointError, first_line, listed
 from ..files import write_text
-from .config import RunConfig, RunError, differences
+from ..reporting import TrainingError
+from .config import CONFIG, RunConfig, RunError, differences
 
-CHECKPOINTS, CONFIG, DATA, METRICS, CURVE = "checkpoints", "run.yaml", "data.json", "metrics.json", "loss.png"
+CHECKPOINTS, DATA, METRICS, CURVE = "checkpoints", "data.json", "metrics.json", "loss.png"
 
 
 def start_or_resume(config: RunConfig, resume: bool) -> str | None:
@@ -74,6 +76,21 @@ def check_data(out: Path, data: Mapping[str, Mapping[str, Any]]) -> None:
             f"{key}: '{data[key]['source']}' has changed since the run in '{out}' began ({changed}); put it back as it "
             "was, or choose another output_dir"
         )
+
+
+@contextmanager
+def writing(config: RunConfig) -> Iterator[None]:
+    """Around what is written into `output_dir`: a full disk, say, stops the run, and loses nothing of it.
+
+    Raises:
+        TrainingError: something could not be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointError) as error:  # torch.save fails with a RuntimeError
+        raise TrainingError(
+            f"'{config.output_dir}' could not be written (is there room?): {first_line(error)}; {config.go_on}"
+        ) from error
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -48,7 +48,8 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
         trainer = (FullRunTrainer if task.spec is None else AdapterRunTrainer)(config, task, progress)
         with progress:
             evaluations, result = _trained(trainer, config, checkpoint, contents)
-        trainer.save_result(config.output_dir)
+        with directory.writing(config):
+            trainer.save_result(config.output_dir)
         history = trainer.state.log_history
         report = TrainReport(
             **trainer.facts(),
@@ -72,7 +73,8 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
             output_dir=str(config.output_dir),
         )
         if trainer.is_world_process_zero():
-            _write(report, config, task)
+            with directory.writing(config):
+                _write(report, config, task)
     return report
 
 
@@ -122,7 +124,8 @@ def _trained(
     measures = trainer.task.evaluate is not None
     evaluations = [{"step": 0.0, **trainer.measure()}] if measures else []
     if trainer.is_world_process_zero():
-        directory.record(config, contents)
+        with directory.writing(config):
+            directory.record(config, contents)
     trainer.train(resume_from_checkpoint=checkpoint)
     state = trainer.state
     evaluations += [

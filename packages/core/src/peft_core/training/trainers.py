@@ -24,7 +24,7 @@ from ..targets import named
 from ..trainer import AdapterTrainer
 from .batches import LengthGroupedSampler
 from .config import RunConfig, RunError
-from .directory import CHECKPOINTS
+from .directory import CHECKPOINTS, writing
 from .examples import length_of
 from .tasks import Task
 
@@ -51,7 +51,7 @@ class _RunTrainer:
     def __init__(
         self, config: RunConfig, task: Task, progress: Progress, in_full: Mapping[str, Sequence[nn.Parameter]]
     ) -> None:
-        self.task = task
+        self.config, self.task = config, task
         self.examples: Sequence[Any] = task.training.tokens if task.packed is None else task.packed
         super().__init__(  # type: ignore[call-arg]
             model=task.model,
@@ -117,6 +117,10 @@ class _RunTrainer:
         """As the trainer's own, with the seconds that the run has taken."""
         seconds = self.seconds_before + time.perf_counter() - self.start
         super().log({**logs, "seconds": seconds}, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with writing(self.config):
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         lengths = list(map(length_of, self.examples))

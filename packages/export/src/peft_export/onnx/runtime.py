@@ -132,11 +132,14 @@ class _Session:
         options.intra_op_num_threads = torch.get_num_threads()
         # Threads that wait by spinning take the time of whatever else runs here.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what it reports as an error, it raises as well
         try:
             self._session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its own classes, which derive from nothing narrower
-            raise CheckpointError(f"'{path}' cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+            reason = str(error).rpartition(" : ")[2]  # before it: codes, and the signature of a function
+            raise CheckpointError(
+                f"'{path}' or its data cannot be loaded: {' '.join(reason.split())[:300].rstrip('.')}; export it again"
+            ) from error
         self.path = path
         self.inputs = {found.name: found.shape for found in self._session.get_inputs()}
         self._dtypes = {found.name: _DTYPES[found.type] for found in self._session.get_inputs()}
