@@ -34,6 +34,15 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], env=own, capture_output=True, text=True)
 
 
+def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """Run it within this process, whose settings of compilation are as before afterwards."""
+    config = torch._dynamo.config
+    names = ("recompile_limit", "accumulated_recompile_limit", "automatic_dynamic_shapes")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+    with config.patch({name: getattr(config, name) for name in names}):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
 def test_every_part_runs_and_is_written_down(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     parts = ("kernels", "steps", "switchlora", "adapters")
@@ -113,26 +122,27 @@ def test_what_there_is_no_time_for_is_listed(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], words: str, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        main(monkeypatch, *arguments)
     assert words in f"{stop.value} {capsys.readouterr().err}"
 
 
 def test_a_device_needs_no_number(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
-    for name in ("recompile_limit", "accumulated_recompile_limit", "automatic_dynamic_shapes"):
-        monkeypatch.setattr(
-            f"torch._dynamo.config.{name}", getattr(torch._dynamo.config, name)
-        )  # as it was, afterwards
     out = tmp_path / "figures.json"
-    monkeypatch.setattr(
-        sys, "argv", ["gpu.py", "--device", "cuda", "--parts", "adapters", "--minutes", "0", "--out", str(out)]
-    )
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    main(monkeypatch, "--device", "cuda", "--parts", "adapters", "--minutes", "0", "--out", str(out))
     assert json.loads(out.read_text())["left_out"] == ["adapters: out of time"]
+
+
+def test_time_is_left_to_what_follows(tmp_path: Path, monkeypatch: Any) -> None:
+    deadlines: list[float] = []
+    for name in ("steps", "profile"):
+        monkeypatch.setattr(f"gpu_parts.steps.{name}", lambda bench: deadlines.append(bench.deadline))
+    out = tmp_path / "figures.json"
+    main(monkeypatch, "--device", "cpu", "--tiny", "--parts", "steps,profile", "--minutes", "8", "--out", str(out))
+    assert deadlines[1] - deadlines[0] == pytest.approx(120)
 
 
 def bench_of(tmp_path: Path, **fields: Any) -> Any:
