@@ -1,17 +1,18 @@
 """Kernels, training steps, SwitchLoRA and many adapters on one GPU.
 
-    python benchmarks/gpu.py [--minutes 8] [--parts tests,kernels,steps,switchlora,adapters] [--out FILE]
+    python benchmarks/gpu.py [--minutes 8] [--parts tests,kernels,steps,switchlora,adapters,profile] [--out FILE]
     python benchmarks/gpu.py --parts steps --settings "8B.*compiled" --add      # more of an earlier run
 
 - tests: the tests of the Triton kernels, on the device instead of in the interpreter.
 - kernels: time and bytes a second of each kernel, as a fraction of a device copy measured in the same run, beside the torch
   products that it stands for.
 - steps: forward, loss and backward of Llama-3.2-3B's and Llama-3.1-8B's shapes (random weights, bf16), as a ratio to the floor:
-  the frozen base with gradients of its inputs only. Each run takes turns with the floor; the median of the ratios counts. The
-  second ratio is that of the device's time, its queue filled beforehand: where it is smaller, the host is slower than the
-  device. Memory is the peak above the weights, less the floor's.
+  the frozen base with gradients of its inputs only. Each run takes turns with the floor; the median of the ratios counts.
+  Memory is the peak above the weights, less the floor's.
 - switchlora: SwitchLoRA's whole step against full-rank AdamW's, on the paper's 1.3B shapes, weights in bf16.
 - adapters: MoS with many adapters resident: bytes of each, and a forward that switches to the next one every time.
+- profile: the device's time of the measured steps, as the sum over their kernels, and the longest of these. Where a step takes
+  longer than its kernels, and about as long as the host's part of it, the host is slower than the device.
 
 Settings are measured in the order of their importance until the minutes are spent. What was not reached, or failed, is listed;
 the file is written anew after every figure. With `--device cpu --tiny` everything runs on toy sizes, to see that it does; such
@@ -41,12 +42,14 @@ from gpu_parts.kernels import kernels
 from gpu_parts.models import METHODS
 from gpu_parts.report import report
 from gpu_parts.residents import adapters
-from gpu_parts.steps import steps
+from gpu_parts.steps import profile, steps
 
 import peft_core as pc
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("tests", "kernels", "steps", "switchlora", "adapters")
+PARTS = ("tests", "kernels", "steps", "switchlora", "adapters", "profile")
+# What part of all the time is left to those that follow; steps have by far the most to measure.
+LEFT = {"steps": 1 / 4, "switchlora": 1 / 8, "adapters": 1 / 8}
 
 
 def tests(bench: Bench) -> None:
@@ -107,8 +110,10 @@ def main() -> None:
     parser.add_argument(
         "--add", action="store_true", help="to the figures that are there, of the same device and versions"
     )
-    parser.add_argument("--settings", type=expression, default="", help="of steps: those that this expression finds")
-    parser.add_argument("--labels", type=expression, default="", help="of steps: likewise, the methods")
+    parser.add_argument(
+        "--settings", type=expression, default="", help="of steps and profile: those that this expression finds"
+    )
+    parser.add_argument("--labels", type=expression, default="", help="of both: likewise, the methods")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
     if unknown := sorted(set(parts) - set(PARTS)):
@@ -120,11 +125,12 @@ def main() -> None:
         raise SystemExit(f"on '{device}' only toy sizes are sensible: add --tiny")
     if absent := sorted(METHODS.keys() - pc.methods().keys()):
         raise SystemExit(f"{', '.join(absent)} not installed: python tools/packages.py install --editable")
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)
     warnings.filterwarnings("ignore")
-    limits = torch._dynamo.config  # many models, one code
-    limits.recompile_limit = limits.accumulated_recompile_limit = 1000
+    compiling = torch._dynamo.config  # many models, one code: each is compiled anew, and for its own shapes
+    compiling.recompile_limit = compiling.accumulated_recompile_limit = 1000
+    compiling.automatic_dynamic_shapes = False
     here = environment(device)
     name = re.sub(r"[^a-z0-9]+", "-", here["device"].lower()).strip("-")
     bench = Bench(
@@ -150,11 +156,13 @@ def main() -> None:
         "steps": lambda: steps(bench),
         "switchlora": lambda: switchlora(bench),
         "adapters": lambda: adapters(bench, arguments.adapters),
+        "profile": lambda: profile(bench),
     }
     whole = bench.deadline
-    for part in [part for part in PARTS if part in parts]:
-        # Steps have by far the most to measure; they leave a fifth of the time to what follows them.
-        bench.deadline = whole - 12 * arguments.minutes if part == "steps" else whole
+    chosen = [part for part in PARTS if part in parts]
+    for part in chosen:
+        left = 0 if part == chosen[-1] else LEFT.get(part, 0)
+        bench.deadline = whole - 60 * arguments.minutes * left
         try:
             functions[part]()
         except Exception as error:

@@ -23,7 +23,7 @@ class Bench:
     """What all parts share: where, how large, until when.
 
     Attributes:
-        out: where the figures go. settings, labels: of training steps, those wanted.
+        out: where the figures go. settings, labels: of training steps and their profiles, those wanted.
         found: part → its figures. left_out: what was not measured, and why.
     """
 
@@ -53,9 +53,10 @@ class Bench:
         """Whether this run tries again what an earlier one left out."""
         if not any(what.startswith(part.removesuffix("s")) for part in parts):
             return False
-        setting, _, rest = what.removeprefix("steps ").partition(": ")
+        part, _, of_setting = what.partition(" ")
+        setting, _, rest = of_setting.partition(": ")
         wanted = self.settings.search(setting) and self.labels.search(rest.partition(": ")[0])
-        return not what.startswith("steps ") or bool(wanted)
+        return part not in ("steps", "profile") or bool(wanted)
 
     def keep(self) -> None:
         """Write what was found so far."""
@@ -69,34 +70,65 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def seconds(self, function: Callable[[], Any]) -> float:
-        """Wall time of one call, the device's work included."""
+    def clocked(self, function: Callable[[], Any]) -> tuple[float, float]:
+        """Wall time of one call: until it returns, which is the host's part, and until the device has done its work."""
         self.synchronize()
         start = time.perf_counter()
         function()
+        returned = time.perf_counter()
         self.synchronize()
-        return time.perf_counter() - start
+        return returned - start, time.perf_counter() - start
 
-    def queued(self, function: Callable[[], Any], calls: int = 1) -> float:
-        """The device's seconds for a call: it starts late, so that launches wait in its queue and not it for the host. An upper
-        bound for what takes more launches than the queue holds (about a thousand).
-        """
-        if self.device.type != "cuda":
-            return self.seconds(lambda: [function() for _ in range(calls)]) / calls
-        self.synchronize()
-        torch.cuda._sleep(10**9)  # cycles: half a second
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()  # type: ignore[no-untyped-call]
-        for _ in range(calls):
-            function()
-        stop.record()  # type: ignore[no-untyped-call]
-        self.synchronize()
-        return start.elapsed_time(stop) / 1e3 / calls
+    def seconds(self, function: Callable[[], Any]) -> float:
+        """Wall time of one call, the device's work included."""
+        return self.clocked(function)[1]
 
     def per_call(self, function: Callable[[], Any], calls: int, rounds: int = 5) -> float:
-        """The device's seconds for a call: the median of some rounds of calls."""
+        """The device's seconds for a call: the median of some rounds of calls. The device pauses before each round for twice the
+        time that the host takes to issue it, so that launches wait in its queue and not it for the host. An upper bound for
+        rounds of more launches than the queue holds (about a thousand).
+        """
+
+        def round_of_calls() -> None:
+            for _ in range(calls):
+                function()
+
         function()
-        return statistics.median(self.queued(function, calls) for _ in range(rounds))
+        pause = 2 * self.clocked(round_of_calls)[0]
+        return statistics.median(self._after(pause, round_of_calls) for _ in range(rounds)) / calls
+
+    def _after(self, pause: float, function: Callable[[], Any]) -> float:
+        """The device's seconds for a call that it begins after a pause of so many seconds."""
+        if self.device.type != "cuda":
+            return self.seconds(function)
+        self.synchronize()
+        torch.cuda._sleep(int(2e9 * pause))  # cycles of half a nanosecond
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()  # type: ignore[no-untyped-call]
+        function()
+        stop.record()  # type: ignore[no-untyped-call]
+        self.synchronize()
+        return start.elapsed_time(stop) / 1e3
+
+    def profiled(self, function: Callable[[], Any]) -> dict[str, float]:
+        """Kernel → its seconds on the device in one call, the longest first; on a CPU, of operators.
+
+        Raises:
+            RuntimeError: the profiler saw none.
+        """
+        cuda = self.device.type == "cuda"
+        activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+        with torch.profiler.profile(activities=[activity]) as profiler:
+            function()
+            self.synchronize()
+        seconds = {
+            event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+            for event in profiler.key_averages()
+            if (event.device_type == torch.autograd.DeviceType.CPU) is not cuda
+        }
+        if not seconds:
+            raise RuntimeError("the profiler saw no kernels")
+        return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
     def held(self) -> int:
         """Bytes in use; 0 where the device does not tell."""

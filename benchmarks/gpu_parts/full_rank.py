@@ -8,10 +8,25 @@ import statistics
 import torch
 from gpu_parts.bench import Bench
 from gpu_parts.models import Run, base_model, ours, tokens
+from torch import nn
+
+NOT_LINEAR = ("embed_tokens", "input_layernorm", "post_attention_layernorm", "norm", "lm_head")
+
+
+def full(base: nn.Module) -> Run:
+    """All of it trained with AdamW."""
+    model = copy.deepcopy(base).requires_grad_(True)
+    parameters = list(model.parameters())
+    return Run(model, parameters, torch.optim.AdamW(parameters, lr=1e-4))
+
+
+def switched(base: nn.Module, r: int) -> Run:
+    """SwitchLoRA on the linear layers, all else trained in full, in the base's dtype as there."""
+    return ours(base, "switchlora", r, train_modules=NOT_LINEAR, dtype="bfloat16")
 
 
 def switchlora(bench: Bench) -> None:
-    """SwitchLoRA's whole step, optimizer included, against full-rank training with AdamW; both with weights in bf16.
+    """SwitchLoRA's whole step, optimizer included, against full-rank training with AdamW; all that is trained is in bf16.
 
     `held` is what stays between steps (weights, gradients are gone, optimizer state, candidates), `peak` what a step adds.
     """
@@ -21,15 +36,10 @@ def switchlora(bench: Bench) -> None:
     found = bench.found.setdefault("switchlora", {})
     base = base_model(name, bench.device)
     ids = tokens(base, 2 if bench.tiny else 8, length, bench)
-
-    def full() -> Run:
-        model = copy.deepcopy(base).requires_grad_(True)
-        parameters = list(model.parameters())
-        return Run(model, parameters, torch.optim.AdamW(parameters, lr=1e-4))
-
+    makers = {"full-rank AdamW": lambda: full(base), f"switchlora r {r}": lambda: switched(base, r)}
     runs: dict[str, Run] = {}
     sizes: dict[str, dict[str, int]] = {}
-    for label, make in {"full-rank AdamW": full, f"switchlora r {r}": lambda: ours(base, "switchlora", r)}.items():
+    for label, make in makers.items():
         before = bench.held()
         try:
             run = make()

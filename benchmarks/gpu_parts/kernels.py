@@ -15,7 +15,7 @@ from peft_core import lowrank
 from peft_core.kernels import use_triton
 
 LEAST_BANDWIDTH = 0.80  # of a device copy, for a kernel that moves so much that launching it is not what takes time:
-LEAST_BYTES = 2**28
+LEAST_BYTES = 2**27
 
 
 @dataclass

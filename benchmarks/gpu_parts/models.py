@@ -49,7 +49,9 @@ class Run:
 
     def backward(self, ids: Tensor) -> None:
         """Forward, loss and backward. Gradients flow to the embedded inputs, through every layer, in every run alike."""
-        embedded = self.model.get_input_embeddings()(ids).detach().requires_grad_()  # type: ignore[operator]
+        embedded = self.model.get_input_embeddings()(ids)  # type: ignore[operator]
+        if not embedded.requires_grad:
+            embedded.requires_grad_()
         called: Any = self.model if self.compiled is None else self.compiled
         with pc.kernels(self.kernels):
             called(inputs_embeds=embedded, labels=ids, use_cache=False).loss.backward()
@@ -69,12 +71,16 @@ class Run:
 
 def base_model(name: str, device: torch.device) -> nn.Module:
     """Random weights in bf16, frozen, in training mode."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 
+    # torch's attention without transformers' masks, which wait for the device in every step to see whether sequences are packed.
+    AttentionInterface.register("causal_sdpa", AttentionInterface()["sdpa"])
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPES[name], max_position_embeddings=8192)
     with device:
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation="causal_sdpa"
+        )
     return model.to(device).requires_grad_(False).train()
 
 
@@ -84,9 +90,9 @@ def copy_of(base: nn.Module) -> nn.Module:
     return copy.deepcopy(base, shared)
 
 
-def ours(base: nn.Module, method: str, r: int, kernels: str = "auto") -> Run:
-    """A run of one of our methods."""
-    spec = pc.AdapterSpec(method=method, targets=TYPES, options={"r": r, **METHODS[method].get(r, {})})
+def ours(base: nn.Module, method: str, r: int, kernels: str = "auto", **more: Any) -> Run:
+    """A run of one of our methods. `more`: of the spec."""
+    spec = pc.AdapterSpec(method=method, targets=TYPES, options={"r": r, **METHODS[method].get(r, {})}, **more)
     model = copy.deepcopy(base) if spec.capabilities.owns_base_weight else copy_of(base)
     adapter = pc.attach(model, spec, keep="none")
     adapter.total_steps = 1000

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from gpu_parts.bench import Bench
 from gpu_parts.models import METHODS, Run, base_model, copy_of, ours, theirs, tokens
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 # Attaching it to the 8B shapes draws 44 GB of candidates: measured on the 3B shapes alone, after all the others.
 LARGE_STATE = "switchlora"
@@ -39,10 +42,10 @@ class Setting:
 
 
 def settings(tiny: bool) -> list[Setting]:
-    """Those with targets first, compiled ones, which take longest to prepare, last."""
+    """In the order of importance: those with targets first, compiled ones, which take longest to prepare, last."""
     models, lengths = (("tiny",), (16,)) if tiny else (("8B", "3B"), (1024, 4096))
-    plain = [Setting(m, n, checkpointing, False) for m in models for checkpointing in (False, True) for n in lengths]
-    return [*plain, *(Setting(m, lengths[0], False, True) for m in models)]
+    extras = itertools.product((False, True), (False, True), lengths, models)
+    return [Setting(model, length, checkpointing, compile) for compile, checkpointing, length, model in extras]
 
 
 def makers(setting: Setting, tiny: bool) -> dict[str, Callable[[nn.Module], Run]]:
@@ -81,11 +84,11 @@ def prepared(run: Run, setting: Setting, bench: Bench) -> Run:
     return run
 
 
-def compared(run: Run, floor: Run, ids: Tensor, bench: Bench) -> dict[str, float]:
-    """Time and memory of a run's forward, loss and backward against the floor's; they take turns."""
-    for one in (floor, run):
-        one.step(ids)  # caches, compilation
-        one.step(ids)
+def compared(run: Run, floor: Run, ids: Tensor, bench: Bench) -> dict[str, Any]:
+    """Wall time and memory of a run's forward, loss and backward against the floor's; they take turns.
+
+    `host_seconds` is the host's part of the step, its waits for a full queue of launches included.
+    """
     memory = {}
     for name, one in (("floor", floor), ("run", run)):
         memory[name] = bench.peak(lambda one=one: one.backward(ids))
@@ -93,94 +96,102 @@ def compared(run: Run, floor: Run, ids: Tensor, bench: Bench) -> dict[str, float
     gc.collect()
     gc.disable()
     try:
-        walls = _turns(run, floor, ids, bench.seconds, bench.rounds)
-        device = _turns(run, floor, ids, bench.queued, min(bench.rounds, 3))
+        turns = _turns(run, floor, ids, bench.clocked, bench.rounds)
     finally:
         gc.enable()
     return {
-        "ratio": statistics.median(own / least for own, least in walls),
-        "device_ratio": statistics.median(own / least for own, least in device),
-        "seconds": statistics.median(own for own, _ in walls),
-        "device_seconds": statistics.median(own for own, _ in device),
+        "ratio": statistics.median(own / least for (_, own), (_, least) in turns),
+        "seconds": statistics.median(own for (_, own), _ in turns),
+        "host_seconds": statistics.median(host for (host, _), _ in turns),
         "peak_above_floor": memory["run"] - memory["floor"],
         "parameters": sum(parameter.numel() for parameter in run.parameters),
     }
 
 
+def profiled(run: Run, floor: Run, ids: Tensor, bench: Bench) -> dict[str, Any]:
+    """The device's time of a run's forward, loss and backward against the floor's: the sum over all kernels, without the gaps
+    between them. `where`: the longest of them.
+    """
+    turns = _turns(run, floor, ids, bench.profiled, min(bench.rounds, 3))
+    sums = [(sum(own.values()), sum(least.values())) for own, least in turns]
+    return {
+        "device_ratio": statistics.median(own / least for own, least in sums),
+        "device_seconds": statistics.median(own for own, _ in sums),
+        "where": dict(itertools.islice(turns[-1][0].items(), 12)),
+    }
+
+
 def _turns(
-    run: Run, floor: Run, ids: Tensor, clock: Callable[[Callable[[], Any]], float], rounds: int
-) -> list[tuple[float, float]]:
-    """(the run's seconds, the floor's) of each round."""
+    run: Run, floor: Run, ids: Tensor, measure: Callable[[Callable[[], Any]], T], rounds: int
+) -> list[tuple[T, T]]:
+    """(the run's figure, the floor's) of each round."""
     found = []
     for index in range(rounds):
-        seconds = {}
+        figures = {}
         for one in (floor, run) if index % 2 else (run, floor):
-            seconds[id(one)] = clock(lambda one=one: one.backward(ids))
+            figures[id(one)] = measure(lambda one=one: one.backward(ids))  # type: ignore[misc]
             one.forget()
-        found.append((seconds[id(run)], seconds[id(floor)]))
+        found.append((figures[id(run)], figures[id(floor)]))
     return found
 
 
-def hot_spots(run: Run, ids: Tensor, rows: int = 15) -> str:
-    """Where a step's time goes: the profiler's table."""
-    cuda = ids.is_cuda
-    activities = [torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as profiler:
-        run.backward(ids)
-    run.forget()
-    order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-    return str(profiler.key_averages().table(sort_by=order, row_limit=rows))
-
-
 def steps(bench: Bench) -> None:
-    """Setting → label → figures."""
-    found = bench.found.setdefault("steps", {})
+    """Time and memory: setting → label → figures."""
+    if not importlib.util.find_spec("peft"):
+        bench.left_out.append("steps: the PEFT library is not installed")
+    _each(bench, "steps", compared, lambda setting, label: True)
+
+
+def profile(bench: Bench) -> None:
+    """The device's time of what `steps` has measured. After all other parts, since a profiler goes on to slow the host down."""
+    measured = bench.found.get("steps", {})
+    _each(bench, "profile", profiled, lambda setting, label: label in measured.get(setting, {}))
+
+
+def _each(
+    bench: Bench,
+    part: str,
+    measure: Callable[[Run, Run, Tensor, Bench], dict[str, Any]],
+    wanted: Callable[[str, str], bool],
+) -> None:
+    """Measure every run that is wanted beside its floor: setting → label → figures. What is late, or fails, is noted."""
+    found = bench.found.setdefault(part, {})
     base: nn.Module | None = None
     floor: Run | None = None
     run: Run | None = None
     standing = ""
-    missed: list[tuple[Setting, str]] = []
-    if not importlib.util.find_spec("peft"):
-        bench.left_out.append("steps: the PEFT library is not installed")
     for setting in settings(bench.tiny):
-        if not bench.settings.search(str(setting)) or bench.late(f"steps {setting}"):
+        labels = {
+            label: make
+            for label, make in makers(setting, bench.tiny).items()
+            if bench.labels.search(label) and wanted(str(setting), label)
+        }
+        if not labels or not bench.settings.search(str(setting)) or bench.late(f"{part} {setting}"):
             continue
-        if setting.model != standing:
-            base = floor = None
-            torch._dynamo.reset()
-            bench.free()
-            base, standing = base_model(setting.model, bench.device), setting.model
-        assert base is not None
-        ids = tokens(base, 1, setting.length, bench)
-        figures = found.setdefault(str(setting), {})
         try:
+            if setting.model != standing:
+                base, floor, standing = None, None, ""
+                torch._dynamo.reset()
+                bench.free()
+                base, standing = base_model(setting.model, bench.device), setting.model
+            assert base is not None
+            ids = tokens(base, 1, setting.length, bench)
             floor = prepared(Run(copy_of(base)), setting, bench)
         except Exception as error:
-            bench.failed(f"steps {setting}", error)
+            bench.failed(f"{part} {setting}", error)
             continue
-        for label, make in makers(setting, bench.tiny).items():
-            what = f"steps {setting}: {label}"
-            if not bench.labels.search(label) or bench.late(what, COMPILING * (setting.compile and not bench.tiny)):
+        for label, make in labels.items():
+            what = f"{part} {setting}: {label}"
+            if bench.late(what, COMPILING * (setting.compile and not bench.tiny)):
                 continue
             try:
                 run = prepared(make(base), setting, bench)
-                figures[label] = compared(run, floor, ids, bench)
-                if figures[label]["ratio"] > TARGETS.get(label.removesuffix(f" r {RANKS[0]}"), float("inf")):
-                    missed.append((setting, label))
+                for one in (floor, run):
+                    one.step(ids)  # caches, compilation
+                    one.step(ids)
+                found.setdefault(str(setting), {})[label] = measure(run, floor, ids, bench)
             except Exception as error:
                 bench.failed(what, error)
             run = None
             bench.free()
             bench.keep()
-    # Last, since a profiler slows down what comes after it.
-    for setting, label in missed:
-        if (
-            base is not None
-            and setting.model == standing
-            and not bench.late(f"where the time goes, {setting}: {label}")
-        ):
-            run = prepared(makers(setting, bench.tiny)[label](base), setting, bench)
-            run.step(ids)
-            found[str(setting)][label]["where"] = hot_spots(run, tokens(base, 1, setting.length, bench))
-            run = None
-            bench.free()
