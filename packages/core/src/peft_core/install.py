@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import bases, merge, optim, plugins
+from . import bases, merge, optim, plugins, quantized
 from .activation import set_active
 from .bank import Bank
 from .bases import ROOT_PREFIX
@@ -54,6 +54,7 @@ def install(
     before = found.active
     if not found.banks:
         found.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        found.packing = quantized.make_trainable(model)
     found.banks[bank.name] = bank
     bank.register(tensors, fixed, trainable)
     adapt_root(model)
@@ -104,6 +105,7 @@ def remove(model: nn.Module, bank: Bank) -> None:
         for name, parameter in model.named_parameters():
             if name in found.requires_grad:
                 parameter.requires_grad_(found.requires_grad[name])
+        quantized.restore(model, found.packing)
         model.__dict__.pop("save_pretrained", None)
         restore_class(model)
         forget(model)

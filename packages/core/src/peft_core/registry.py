@@ -42,7 +42,7 @@ class Registry:
 
     Attributes:
         banks: by name, in the order of attaching. active: name → run-time scale, in the order of application.
-        requires_grad: the base's flags before the first adapter came.
+        requires_grad: the base's flags before the first adapter came. packing: see `quantized.make_trainable`.
         merged_sites, merged_parameters: path of a site, name of a parameter → what merging changed there.
         left_out: merged adapters that are disabled for the moment.
         gradients: name on the root → where a shared tensor's gradient is summed. forwards: what plugins gave, by kind of site.
@@ -53,6 +53,7 @@ class Registry:
         self.banks: dict[str, Bank] = {}
         self.active: dict[str, float] = {}
         self.requires_grad: dict[str, bool] = {}
+        self.packing: list[str] = []
         self.merged_sites: dict[str, Merged] = {}
         self.merged_parameters: dict[str, Merged] = {}
         self.left_out: set[str] = set()
