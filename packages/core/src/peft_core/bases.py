@@ -158,18 +158,34 @@ def dense_weight(module: Any) -> Tensor:
     if is_quantized(module):
         import bitsandbytes.functional as functional
 
-        state = getattr(module.weight, "quant_state", None)
-        if state is not None:
-            packed = module.weight.data
-            if getattr(state, "packing_format_for_cpu", False):  # repacked by a forward on the CPU
-                packed, state = functional._convert_weight_packed_for_cpu_inverse(packed, copy.deepcopy(state))
-            return functional.dequantize_4bit(packed, state)  # type: ignore[no-any-return]
+        if getattr(module.weight, "quant_state", None) is not None:
+            return functional.dequantize_4bit(*_unpacked(module))  # type: ignore[no-any-return]
         scales = module.state.SCB if module.state.SCB is not None else module.weight.SCB
         codes = module.state.CB if module.state.CB is not None else module.weight.data
         dense = codes.to(torch.float32) * (scales.to(torch.float32).unsqueeze(1) / 127)
         return dense.to(_dequantized_dtype(module))
     weight: Tensor = module.weight.detach()
     return weight.T if "Conv1D" in {cls.__name__ for cls in type(module).__mro__} else weight
+
+
+def unpack(module: Any) -> None:
+    """Bring a 4-bit weight that a forward has packed for its CPU kernel back to the form that has a backward."""
+    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+        module.weight.data, state = _unpacked(module)
+        module.weight.quant_state = module.quant_state = state
+
+
+def _unpacked(module: Any) -> tuple[Tensor, Any]:
+    """A 4-bit layer's codes and quant_state, not packed for the CPU."""
+    codes, state = module.weight.data, module.weight.quant_state
+    if not getattr(state, "packing_format_for_cpu", False):
+        return codes, state
+    import bitsandbytes.functional as functional
+
+    scales = state.absmax.T.reshape(-1).float()  # bitsandbytes would leave them transposed, or quantize them once more
+    codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, copy.copy(state))
+    state.absmax, state.nested = scales, False
+    return codes, state
 
 
 def write_weight(module: Any, weight: Tensor, transposed: bool) -> None:

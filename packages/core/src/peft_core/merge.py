@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import bases, plugins
+from . import bases, plugins, quantized
 from .bank import Bank
 from .bases import ROOT_PREFIX
 from .errors import MergeError
@@ -160,15 +160,11 @@ def settle(root: nn.Module, bank: Bank, registry: Registry) -> None:
                 merged.original, merged.packed, merged.adapters, merged.beneath = None, False, left, []
                 if not left:
                     del places[path]
-    for site in bank.plan.sites:
-        module = root.get_submodule(site.path)
-        slot = module.__dict__.get(SLOT)
-        if slot is not None and slot.dense is not None:
-            parent, _, child = site.path.rpartition(".")
-            plain = nn.Linear(site.in_features, site.out_features, bias=module.bias is not None, device="meta")
-            plain.weight = nn.Parameter(slot.dense, requires_grad=False)
-            plain.bias = module.bias  # type: ignore[assignment]
-            setattr(root.get_submodule(parent), child, plain.train(module.training))
+    slots = {path: root.get_submodule(path).__dict__.get(SLOT) for path in bank.sites}
+    dense = {path: slot.dense for path, slot in slots.items() if slot is not None and slot.dense is not None}
+    if dense:
+        quantized.make_dense(root, dense)
+        registry.packing.clear()  # bitsandbytes would save the layers that are left with wrong scales once they are packed
 
 
 def _put_on(

@@ -43,6 +43,7 @@ class Registry:
     Attributes:
         banks: by name, in the order of attaching. active: name → run-time scale, in the order of application.
         requires_grad: the base's flags before the first adapter came. save_pretrained: the instance's own, if it had one.
+        packing: see `quantized.make_trainable`.
         merged_sites, merged_parameters: path of a site, name of a parameter → what merging changed there.
         left_out: merged adapters that are disabled for the moment.
         gradients: name on the root → where a shared tensor's gradient is summed. forwards: what plugins gave, by kind of site.
@@ -54,6 +55,7 @@ class Registry:
         self.active: dict[str, float] = {}
         self.requires_grad: dict[str, bool] = {}
         self.save_pretrained: Any = None
+        self.packing: list[str] = []
         self.merged_sites: dict[str, Merged] = {}
         self.merged_parameters: dict[str, Merged] = {}
         self.left_out: set[str] = set()

@@ -78,7 +78,11 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
                     f"{type(self).__name__} with beta={beta:g} loads the base a second time as its reference, without "
                     "your other adapters; set beta=0"
                 )
+        values = [(p, p.data) for a in adapters(model).values() for p in a.parameters()] if model is not None else []
         super().__init__(*given.args, **given.kwargs)
+        for parameter, value in values:
+            if parameter.dtype != value.dtype:  # TRL rounds what is trained on a quantized base to bfloat16
+                parameter.data = value.to(parameter.device)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise AdapterError("AdapterTrainer does not support DeepSpeed and FSDP; run it on one process or under DDP")
         if self.args.n_gpu > 1:
