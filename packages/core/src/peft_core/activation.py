@@ -76,7 +76,7 @@ def set_active(model: nn.Module, scales: dict[str, float]) -> None:
     for bank in owning:
         bank.show_owned(bank.name in scales)
     found.active = scales
-    for path in {path: None for bank in concerned for path in (*bank.sites, *bank.plan.trained)}:
+    for path in {path: None for bank in concerned for path in (*bank.sites, *bank.trained)}:
         model.get_submodule(path).__dict__[SLOT].activate(scales)
 
 

@@ -71,7 +71,8 @@ def choose(model: nn.Module, spec: AdapterSpec) -> Choice:
         chosen = [path for path in chosen if path not in excluded]
     if spec.layers is not None:
         chosen = _in_layers(chosen, spec.layers)
-    trained = [path for path in chosen if any(_within(path, name) for name in spec.train_modules)]
+    in_full = _inside(model, find_modules(model, spec.train_modules))
+    trained = [path for path in chosen if id(model.get_submodule(path)) in in_full]
     if trained and spec.targets != "all-linear":
         raise TargetError(f"'{trained[0]}' is both a target and in train_modules; choose one")
     chosen = [path for path in chosen if path not in trained]
@@ -104,7 +105,7 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
                 raise TargetError(f"train_modules: '{path}' has no parameters to train")
             if reader := _reader(model, path):
                 raise TargetError(
-                    f"train_modules: {reader} reads the weights of '{path}' without calling it, so a trained copy would have no "
+                    f"train_modules: {reader} reads the weights of '{path}' without calling it, so a trained copy may have no "
                     f"effect; name '{path.rpartition('.')[0]}' instead, or leave it out"
                 )
             kind = type(modules[path])
@@ -198,8 +199,9 @@ def _in_layers(paths: list[str], layers: tuple[int, ...]) -> list[str]:
     return [path for path in paths if layer_index(path) in layers]
 
 
-def _within(path: str, name: str) -> bool:
-    return named(name, path) or f".{name}." in f".{path}"
+def _inside(model: nn.Module, paths: Iterable[str]) -> set[int]:
+    """The ids of these modules and of all within them: a module may have several paths."""
+    return {id(module) for path in paths for module in model.get_submodule(path).modules()}
 
 
 def _reader(model: nn.Module, path: str) -> str:
