@@ -220,3 +220,21 @@ def test_a_layer_with_two_paths_is_trained_or_adapted(refused) -> None:
     net.trunk = net.head[0]
     with refused(pc.TargetError, "'trunk'", "both a target and in train_modules"):
         attached(net)
+
+
+def test_an_embedding_of_several_names_is_trained_under_all(refused) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.used, self.trunk = nn.Embedding(9, 24), nn.Embedding(9, 24), nn.Linear(24, 24)
+            self.used.weight = self.shared.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.trunk(self.used(ids))
+
+    net = Tied()
+    for name, other in (("shared", "used"), ("used", "shared")):
+        with refused(pc.TargetError, f"'{name}' is one embedding with '{other}'", "name all"):
+            attached(net, name)
+    adapter = attached(net, "shared", "used")
+    assert all(gradient.any() for gradient in gradients(adapter, weighted(net(torch.arange(9)))).values())

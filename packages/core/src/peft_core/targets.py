@@ -89,7 +89,8 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Paths of the modules that `train_modules` names.
 
     Raises:
-        TargetError: a name matches no module, or the module has no parameters or is a mere container.
+        TargetError: a name matches no module, or the module has no parameters, is a mere container, or one of several names
+            of an embedding.
     """
     found: list[str] = []
     modules = {path: module for path, module in model.named_modules() if path}
@@ -118,6 +119,7 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
         raise TargetError(
             f"train_modules: '{nested[0]}' lies within another module of train_modules; name one of the two"
         )
+    _refuse_parts_of_embeddings(model, found)
     return found
 
 
@@ -202,6 +204,20 @@ def _in_layers(paths: list[str], layers: tuple[int, ...]) -> list[str]:
 def _inside(model: nn.Module, paths: Iterable[str]) -> set[int]:
     """The ids of these modules and of all within them: a module may have several paths."""
     return {id(module) for path in paths for module in model.get_submodule(path).modules()}
+
+
+def _refuse_parts_of_embeddings(model: nn.Module, found: list[str]) -> None:
+    """An embedding that a model holds under several names is called under some of them only (never under BART's `shared`)."""
+    inside = _inside(model, found)
+    embeddings = {path: module for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    for path, module in embeddings.items():
+        same = {other: there for other, there in embeddings.items() if there.weight is module.weight}
+        others = [f"'{other}'" for other, there in same.items() if id(there) not in inside]
+        if id(module) in inside and others:
+            raise TargetError(
+                f"train_modules: '{path}' is one embedding with {listed(others)}, and the model calls some of these only; name "
+                "all of them"
+            )
 
 
 def _reader(model: nn.Module, path: str) -> str:
