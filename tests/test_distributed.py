@@ -27,11 +27,11 @@ OWNING = [n for n, info in pc.methods().items() if info.can(info.options(**info.
 SHARDED = [name for name in pc.methods() if name not in OWNING]
 
 
-def attached(method: str) -> tuple[nn.Module, pc.Adapter]:
+def attached(method: str, in_full: str = "lm_head") -> tuple[nn.Module, pc.Adapter]:
     """A tiny Llama with an adapter whose tensors are not zero, the same in every process."""
     model = FAMILIES["llama"].build()
     options = dict(pc.methods()[method].trials[0])
-    adapter = pc.attach(model, pc.AdapterSpec(method=method, options=options, train_modules=["lm_head"]))
+    adapter = pc.attach(model, pc.AdapterSpec(method=method, options=options, train_modules=[in_full]))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -81,6 +81,11 @@ def worker(rank: int, port: int, out: str) -> None:
         optimizer.step()
         adapter.save(f"{out}/{method}")
         results[f"logits {method}"] = model(IDS).logits.detach()
+    model, adapter = attached(SHARDED[0], "model.layers.1")
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    results["fsdp2 in full"] = gradients(model, adapter, mine)
     if rank == 0:
         torch.save(results, f"{out}/results.pt")
     dist.barrier()
@@ -112,6 +117,11 @@ def test_ddp_reduces_every_tensor_once_per_step(method: str, run: tuple[Path, di
 def test_fsdp2_gives_the_gradients_of_one_process(method: str, run: tuple[Path, dict[str, Any]]) -> None:
     expected = gradients(*attached(method), IDS)
     assert largest_error(run[1][f"fsdp2 {method}"], expected) <= 1e-5
+
+
+def test_fsdp2_may_shard_a_module_trained_in_full_by_itself(run: tuple[Path, dict[str, Any]]) -> None:
+    expected = gradients(*attached(SHARDED[0], "model.layers.1"), IDS)
+    assert largest_error(run[1]["fsdp2 in full"], expected) <= 1e-5
 
 
 @pytest.mark.parametrize("method", SHARDED)

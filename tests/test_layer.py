@@ -3,6 +3,8 @@
 import copy
 import functools
 import itertools
+import pickle
+import threading
 
 import pytest
 import torch
@@ -372,3 +374,57 @@ def test_forward_mode_differentiation() -> None:
     with pc.kernels("naive"):
         _, expected = torch.autograd.functional.jvp(net, x, along)
     assert_near(found, expected, 1e-5, "directional derivative")
+
+
+class Locked(nn.Sequential):
+    """Says itself what of it is copied and pickled."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.lock = threading.Lock()
+
+
+class Remade(nn.Sequential):
+    """Is made anew by its own constructor."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Linear(width, width))
+        self.width = width
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.width,), self.__dict__
+
+
+class Compiled(nn.Sequential):
+    """Compiled in place."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.compile(backend="eager")
+
+
+class Recurrent(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(24, 24), nn.LSTM(24, 4))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("kind", [Locked, Remade, Compiled, Recurrent])
+def test_a_module_is_copied_as_its_class_says(kind, copied) -> None:
+    net = {Remade: lambda: Remade(24), Recurrent: Recurrent}.get(kind, lambda: kind(nn.Linear(24, 24)))()
+    adapter = randomise(attached(net, train_modules=["1"] if kind is Recurrent else []))
+    other, x = copied(net), torch.randn(3, 24)
+    assert type(other) is type(net)
+    expected = net(x)
+    torch.testing.assert_close(other(x), expected)
+    randomise(adapter, seed=1)
+    torch.testing.assert_close(other(x), expected)
+    pc.adapters(other)["default"].detach()
+    assert type(other) is kind

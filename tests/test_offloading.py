@@ -69,3 +69,19 @@ def test_dispatched_before_attaching(trial: Trial, tmp_path: Path) -> None:
             run(LLAMA, model)
         return
     check(trial, model, adapter)
+
+
+def test_a_module_trained_in_full_whose_weights_lie_on_disk(sound_method, tmp_path: Path) -> None:
+    spec = pc.AdapterSpec(
+        method="sound", options={"r": 4}, targets=["q_proj"], train_modules=["layers.0.mlp", "input_layernorm"]
+    )
+    model = LLAMA.build()
+    adapter = randomise(pc.attach(model, spec))
+    output, wanted = run(LLAMA, model), gradients(adapter, weighted(LLAMA.forward(model, LLAMA.inputs())))
+    model = dispatched(model, tmp_path)
+    assert relative(run(LLAMA, model), output) <= 1e-6
+    found = gradients(adapter, weighted(LLAMA.forward(model, LLAMA.inputs())))
+    for key in wanted:
+        assert relative(found[key], wanted[key]) <= 1e-5, key
+    adapter.detach()
+    assert relative(run(LLAMA, model), run(LLAMA, LLAMA.build())) <= 1e-6

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.stateless import _reparametrize_module
+from torch import Tensor
 
 transforms_functions = torch._C._are_functorch_transforms_active
 """Whether vmap, grad or another transform of functions is active."""
@@ -44,11 +42,6 @@ def after_backward(callback: Callable[[], None]) -> None:
 def apply(function: type[torch.autograd.Function]) -> Any:
     """What `function.apply` does where no transform of functions is active, without looking for one."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
-
-
-def standing_in(module: nn.Module, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-    """These in place of the module's own parameters, under all names that a parameter has in it."""
-    return _reparametrize_module(module, dict(tensors), tie_weights=True)
 
 
 def version(tensor: Tensor) -> int:

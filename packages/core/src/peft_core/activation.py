@@ -66,7 +66,7 @@ def set_active(model: nn.Module, scales: dict[str, float]) -> None:
     refuse_together(found, scales)
     # Sites at which nothing was active and nothing will be are left alone: the cost does not grow with idle adapters.
     concerned = [found.banks[name] for name in {**found.active, **scales}]
-    places = {path: bank for bank in concerned for path in (*bank.sites, *bank.plan.trained)}
+    places = {path: bank for bank in concerned for path in (*bank.sites, *bank.trained)}
     slots = [bank.slot(path) for path, bank in places.items()]
     owning = [bank for bank in concerned if bank.owned and not found.is_merged(bank.name)]
     for bank in owning:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from .bases import ROOT_PREFIX
+from .bases import ROOT_PREFIX, own_parameters
 from .errors import AdapterError
 from .owned import OwnedWeight
 from .plan import Plan
@@ -26,6 +26,8 @@ class Bank:
 
     Attributes:
         root, name, plan, seed: of the adapter. sites: by path. stand_ins: see `sharing.stand_ins`.
+        trained: path of a module trained in full, or of one within that owns parameters → its own parameters' names → name on
+            the root of what stands in for them, also where they are tied.
         state: key → training-only tensor (on the CPU). owned: site path → its weight, for methods that own it.
         progress: of its training.
         merged_scale: the run-time scale at which the adapter was merged, if it is.
@@ -42,12 +44,22 @@ class Bank:
         self.merged_scale = 1.0
         self.sites = {site.path: site for site in plan.sites}
         self.stand_ins = stand_ins(plan.trained)
+        self.trained = dict(self._stand_ins_by_owner())
         self._borrowed, self._bound = plan.borrowed(), plan.bound()
 
     def root_name(self, key: str) -> str:
         """The name under which the root model holds a tensor: without dots, and another for every key."""
         escaped = key.replace("%", "%25").replace("/", "%2F")
         return f"{ROOT_PREFIX}{self.name}/{escaped.replace('.', '/')}"
+
+    def _stand_ins_by_owner(self) -> Iterator[tuple[str, dict[str, str]]]:
+        for path, named in self.plan.trained.items():
+            top = self.root.get_submodule(path)
+            keys = {id(top.get_parameter(local)): key for local, key in named.items()}
+            for inner, module in top.named_modules(prefix=path):
+                own = {local: self.root_name(keys[id(p)]) for local, p in own_parameters(module)}
+                if own or inner == path:
+                    yield inner, own
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(key, parameter) of every tensor, as they are now: FSDP and others replace them."""
@@ -114,7 +126,7 @@ class Bank:
 
     def check_in_place(self) -> None:
         """See that the model still has all the modules that this adapter was attached to. See `slot` for the error."""
-        for path in (*self.sites, *self.plan.trained):
+        for path in (*self.sites, *self.trained):
             self.slot(path)
 
     def _slot(self, path: str) -> Slot | TrainedSlot | None:

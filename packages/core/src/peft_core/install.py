@@ -48,7 +48,7 @@ def install(
     model, made = bank.root, bank.plan
     read_environment()
     check_choice(keep)
-    _refuse_conflicts(model, made, bank.name)
+    _refuse_conflicts(bank)
     found = registry(model, create=True)
     assert found is not None
     before = found.active
@@ -187,12 +187,11 @@ def _adapt_layers(bank: Bank, functions: Mapping[str, Any]) -> None:
             shared={name: shared[key] for name, key in keys.items() if key in shared},
             dropout=made.spec.dropout,
         )
-    for path, named in made.trained.items():
+    for path, named in bank.trained.items():
         module = model.get_submodule(path)
         if SLOT not in module.__dict__:
             train_in_full(module, TrainedSlot(model))
-        slot = module.__dict__[SLOT]
-        slot.members[bank.name] = tuple((local, bank.root_name(key)) for local, key in named.items())
+        module.__dict__[SLOT].members[bank.name] = named
 
 
 def _take_over(bank: Bank, owned: Mapping[str, Tensor], keep: str | Path) -> None:
@@ -237,9 +236,10 @@ def _moved(bank: Bank, site: Site, stored: Mapping[str, Tensor]) -> Tensor:
     return moved.to(weight.device)  # type: ignore[no-any-return]
 
 
-def _refuse_conflicts(model: nn.Module, made: Plan, name: str) -> None:
+def _refuse_conflicts(new: Bank) -> None:
     """A site whose weight is owned by a method can carry no other adapter; and a merged site must be left alone by it."""
-    for path in (*(site.path for site in made.sites), *made.trained):
+    model, made = new.root, new.plan
+    for path in (*new.sites, *new.trained):
         slot = model.get_submodule(path).__dict__.get(SLOT)
         if slot is not None and slot.root is not model:
             raise AdapterError(
@@ -247,22 +247,21 @@ def _refuse_conflicts(model: nn.Module, made: Plan, name: str) -> None:
                 "one, or detach its adapters first"
             )
     mine = made.spec.capabilities.owns_base_weight
-    places = {site.path for site in made.sites}
     found = registry(model)
     for other, bank in found.banks.items() if found else ():
         theirs = bool(bank.owned)
         taken = bank.sites.keys()
-        both = sorted((places | made.trained.keys()) & taken) if mine or theirs else []
+        both = sorted((new.sites.keys() | new.trained.keys()) & taken) if mine or theirs else []
         if both:
             owner = made.spec.method if mine else bank.plan.spec.method
             raise AdapterError(
                 f"'{both[0]}' carries the adapter '{other}', and method '{owner}' owns its base weight: "
                 "they cannot share a layer; detach one or choose other targets"
             )
-        crossed = sorted((made.trained.keys() & taken) | (places & bank.plan.trained.keys()))
+        crossed = sorted((new.trained.keys() & taken) | (new.sites.keys() & bank.trained.keys()))
         if crossed:
             raise AdapterError(
-                f"the adapters '{other}' and '{name}' cannot share '{crossed[0]}': one trains it in full, the other adapts it"
+                f"the adapters '{other}' and '{new.name}' cannot share '{crossed[0]}': one trains it in full, the other adapts it"
             )
 
 

@@ -9,6 +9,7 @@ base's own forward runs and the adapters' naive Δ(x) is added to it.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -83,28 +84,46 @@ def _named(x: Tensor | None) -> Tensor:
     return x
 
 
-class TrainedModule(Mixin):
-    """In front of the class of a module trained in full: while its adapter is active, the bank's copies stand in for its
-    parameters.
+class _Running(threading.local):
+    """Whether this thread is within the forward of a model that carries adapters, or of a module in it trained in full."""
 
-    `__dict__[SLOT]` is a `TrainedSlot`.
-    """
+    forward = False
+
+
+_running = _Running()
+
+
+class _Called(Mixin):
+    """Notes that its forward runs."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        slot: TrainedSlot = self.__dict__[SLOT]
-        if not slot.active:
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        # A hook on the instance (Accelerate's) would put the base's parameters back; all of them stand in, so it is not needed.
-        hooked = self.__dict__.pop("forward", None)
+        outer, _running.forward = _running.forward, True
         try:
-            with _torch.standing_in(self, slot.tensors(self)):  # type: ignore[arg-type]
-                return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
         finally:
-            if hooked is not None:
-                self.__dict__["forward"] = hooked
+            _running.forward = outer
 
 
-class AdaptedRoot(Mixin):
+class TrainedModule(_Called):
+    """In front of the class of a module trained in full, and of every module in it that owns parameters: whoever reads one in a
+    forward, or in a backward that computes a forward again, gets the bank's copy, in the base's dtype.
+
+    Nothing is put in the parameters' place: other threads, FSDP2 and Accelerate read and write there, and everything else sees
+    the base's: `state_dict`, optimizers, `tie_weights`. `__dict__[SLOT]` is a `TrainedSlot`.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        slot: TrainedSlot | None = self.__dict__.get(SLOT)
+        if slot is None or name not in slot.active or not (_running.forward or _in_backward()):
+            return super().__getattr__(name)  # type: ignore[misc]
+        return slot.stand_in(name).to(self.__dict__["_parameters"][name].dtype)
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and _torch.backward_number() >= 0
+
+
+class AdaptedRoot(_Called):
     """In front of the root model's class: its own parameters come before those of its adapters, since the first parameter is
     what `model.dtype` and much user code take for the model's.
     """
@@ -144,7 +163,7 @@ def adapt(module: nn.Module, slot: Slot) -> None:
 
 
 def train_in_full(module: nn.Module, slot: TrainedSlot) -> None:
-    """Let the bank's copies stand in for this module's parameters."""
+    """Let the bank's copies stand in for this module's own parameters."""
     specialize(module, TrainedModule)
     module.__dict__[SLOT] = slot
 

@@ -128,21 +128,29 @@ class Slot:
 
 
 class TrainedSlot:
-    """The stand-ins of a module that is trained in full: adapter → ((parameter name, name on the root), …)."""
+    """What a module whose own parameters are trained in full knows of its adapters.
+
+    Attributes:
+        parameters: the root's own dictionary. members: adapter → parameter name → name on the root of what stands in for it.
+        active: of the adapter that counts. tensors: parameter name → what stood in for it last.
+    """
 
     def __init__(self, root: nn.Module) -> None:
         self.root, self.parameters = root, root._parameters
-        self.members: dict[str, tuple[tuple[str, str], ...]] = {}
-        self.active = ""
+        self.members: dict[str, Mapping[str, str]] = {}
+        self.active: Mapping[str, str] = {}
+        self.tensors: dict[str, Any] = {}
 
     def activate(self, scales: dict[str, float]) -> None:
         """The last active adapter that brings this module counts."""
-        self.active = next((name for name in reversed(scales) if name in self.members), "")
+        self.active = next((self.members[name] for name in reversed(scales) if name in self.members), {})
+        self.tensors = {name: self.parameters[there] for name, there in self.active.items()}
 
-    def tensors(self, module: Any) -> dict[str, Tensor]:
-        """Parameter name → the bank's tensor, in the base's dtype."""
-        held = self.parameters
-        return {
-            name: held[there].to(module.get_parameter(name).dtype)  # type: ignore[union-attr]
-            for name, there in self.members[self.active]
-        }
+    def stand_in(self, name: str) -> Tensor:
+        """The bank's tensor for an active parameter. Compiled code reads it from this object, see `Slot.uses`."""
+        if name not in self.tensors or not torch.compiler.is_compiling() or hasattr(self.root, "unshard"):
+            self.tensors[name] = self.parameters[self.active[name]]
+        return self.tensors[name]  # type: ignore[no-any-return]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "tensors": {}}

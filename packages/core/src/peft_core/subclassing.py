@@ -16,8 +16,13 @@ class Mixin:
 
     _peft_mixin: type[Mixin]
 
-    def __reduce__(self) -> Any:
-        return _rebuild, (plain_class(type(self)), self._peft_mixin), self.__dict__
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As the module's own class says, `__getstate__` and all, with our class put in front again."""
+        cls = type(self)
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, args, *state = reduced
+        make, *args = (plain_class(cls) if part is cls else part for part in (make, *args))
+        return _rebuild, (self._peft_mixin, make, args), *state
 
 
 def specialize(module: nn.Module, mixin: type[Mixin]) -> None:
@@ -60,6 +65,7 @@ def plain_class(cls: type) -> Any:
     return cls if parents == cls.__bases__ else type(cls.__name__, parents, dict(cls.__dict__))
 
 
-def _rebuild(base: Any, mixin: Any) -> Any:
-    cls = specialized_class(base, mixin)
-    return cls.__new__(cls)
+def _rebuild(mixin: Any, make: Any, args: Any) -> Any:
+    module = make(*args)
+    specialize(module, mixin)
+    return module

@@ -74,7 +74,8 @@ def choose(model: nn.Module, spec: AdapterSpec) -> Choice:
         chosen = [path for path in chosen if path not in excluded]
     if spec.layers is not None:
         chosen = _in_layers(chosen, spec.layers)
-    trained = [path for path in chosen if any(_within(path, name) for name in spec.train_modules)]
+    in_full = _inside(model, find_modules(model, spec.train_modules))
+    trained = [path for path in chosen if id(model.get_submodule(path)) in in_full]
     if trained and spec.targets != "all-linear":
         raise TargetError(f"'{trained[0]}' is both a target and in train_modules; choose one")
     chosen = [path for path in chosen if path not in trained]
@@ -96,7 +97,8 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Paths of the modules that `train_modules` names.
 
     Raises:
-        TargetError: a name matches no module, or the module has no parameters or is a mere container.
+        TargetError: a name matches no module, or the module has no parameters, is a mere container, or one of several names
+            of an embedding.
     """
     found: list[str] = []
     modules = {path: module for path, module in model.named_modules() if path}
@@ -113,7 +115,7 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
                 raise TargetError(f"train_modules: '{path}' has no parameters to train")
             if reader := _reader(model, path):
                 raise TargetError(
-                    f"train_modules: {reader} reads the weights of '{path}' without calling it, so a trained copy would have no "
+                    f"train_modules: {reader} reads the weights of '{path}' without calling it, so a trained copy may have no "
                     f"effect; name '{path.rpartition('.')[0]}' instead, or leave it out"
                 )
             kind = type(modules[path])
@@ -126,6 +128,7 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
         raise TargetError(
             f"train_modules: '{nested[0]}' lies within another module of train_modules; name one of the two"
         )
+    _refuse_parts_of_embeddings(model, found)
     return found
 
 
@@ -220,8 +223,23 @@ def _in_layers(paths: list[str], layers: tuple[int, ...]) -> list[str]:
     return [path for path in paths if layer_index(path) in layers]
 
 
-def _within(path: str, name: str) -> bool:
-    return named(name, path) or f".{name}." in f".{path}"
+def _inside(model: nn.Module, paths: Iterable[str]) -> set[int]:
+    """The ids of these modules and of all within them: a module may have several paths."""
+    return {id(module) for path in paths for module in model.get_submodule(path).modules()}
+
+
+def _refuse_parts_of_embeddings(model: nn.Module, found: list[str]) -> None:
+    """An embedding that a model holds under several names is called under some of them only (never under BART's `shared`)."""
+    inside = _inside(model, found)
+    embeddings = {path: module for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    for path, module in embeddings.items():
+        same = {other: there for other, there in embeddings.items() if there.weight is module.weight}
+        others = [f"'{other}'" for other, there in same.items() if id(there) not in inside]
+        if id(module) in inside and others:
+            raise TargetError(
+                f"train_modules: '{path}' is one embedding with {listed(others)}, and the model calls some of these only; name "
+                "all of them"
+            )
 
 
 def _reader(model: nn.Module, path: str) -> str:
