@@ -11,6 +11,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import peft_core as pc
+from peft_core.testing.checks import assert_near, randomise
 
 IDS = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(0))
 CONFIGS = {
@@ -83,6 +84,23 @@ def test_a_quantized_base_trains_merges_and_comes_back(method: str, quantized: n
     assert type(twin.model.layers[0].self_attn.q_proj) is nn.Linear
     adapter.detach()
     assert torch.equal(logits(quantized), base)
+
+
+def test_another_adapter_stays_on_a_layer_that_one_is_merged_into_for_good(quantized: nn.Module) -> None:
+    method = next(iter(OPTIONS))
+    spec = pc.AdapterSpec(method=method, options=dict(OPTIONS[method]), targets=["q_proj"])
+    first, second = (
+        randomise(pc.attach(quantized, spec, name=name), seed) for seed, name in enumerate(("first", "second"))
+    )
+    first.merge()
+    both = logits(quantized)
+    with second.disabled():
+        merged = logits(quantized)
+    first.merge_and_detach()
+    assert_near(logits(quantized), both, 1e-6, "both")
+    second.detach()
+    assert torch.equal(logits(quantized), merged)
+    assert {type(quantized.get_submodule(site.path)) for site in second.plan.sites} == {nn.Linear}
 
 
 def test_one_of_two_merged_adapters_is_settled_for_good(quantized: nn.Module) -> None:

@@ -18,12 +18,13 @@ from . import bases, plugins
 from .bank import Bank
 from .bases import ROOT_PREFIX
 from .errors import MergeError
+from .layer import adapt
 from .method import Tensors
 from .originals import check, check_choice, drop, look_up, put_aside
 from .registry import Merged, Registry
 from .sharded import divided, whole
 from .sites import Site
-from .slots import SLOT
+from .slots import SLOT, Slot
 from .subclassing import plain_class
 
 
@@ -151,7 +152,9 @@ def left_out(root: nn.Module, registry: Registry, bank: Bank) -> Iterator[None]:
 
 
 def settle(root: nn.Module, bank: Bank, registry: Registry) -> None:
-    """After the last merge: forget the originals, and replace quantized layers by dense ones that hold the merged weight."""
+    """After the last merge: forget the originals, and replace quantized layers by dense ones that hold the merged weight, and
+    carry what adapters they had.
+    """
     for places, _ in _kinds(registry):
         for path, merged in list(places.items()):
             if bank.name in (*merged.adapters, *merged.beneath):
@@ -169,6 +172,9 @@ def settle(root: nn.Module, bank: Bank, registry: Registry) -> None:
             plain.weight = nn.Parameter(slot.dense, requires_grad=False)
             plain.bias = module.bias  # type: ignore[assignment]
             setattr(root.get_submodule(parent), child, plain.train(module.training))
+            carried = Slot(root, transposed=False, fused=True)
+            carried.members = slot.members
+            adapt(plain, carried)
 
 
 def _put_on(
