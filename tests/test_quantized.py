@@ -26,6 +26,7 @@ from transformers import (
 
 import peft_core as pc
 from peft_core.bases import dense_weight
+from peft_core.testing.checks import assert_near, randomise
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -118,6 +119,20 @@ def test_a_quantized_base_trains_merges_and_comes_back(method: str, quantized: n
     assert type(twin.model.layers[0].self_attn.q_proj) is nn.Linear
     adapter.detach()
     assert torch.equal(logits(quantized), base)
+
+
+def test_another_adapter_stays_on_a_layer_that_one_is_merged_into_for_good(quantized: nn.Module) -> None:
+    names = enumerate(("first", "second"))
+    first, second = (randomise(pc.attach(quantized, spec(targets=["q_proj"]), name=name), seed) for seed, name in names)
+    first.merge()
+    both = logits(quantized)
+    with second.disabled():
+        merged = logits(quantized)
+    first.merge_and_detach()
+    assert_near(logits(quantized), both, 1e-6, "both")
+    second.detach()
+    assert torch.equal(logits(quantized), merged)
+    assert {type(quantized.get_submodule(site.path)) for site in second.plan.sites} == {nn.Linear}
 
 
 def test_one_of_two_merged_adapters_is_settled_for_good(quantized: nn.Module) -> None:

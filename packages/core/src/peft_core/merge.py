@@ -18,12 +18,13 @@ from . import bases, plugins, quantized
 from .bank import Bank
 from .bases import ROOT_PREFIX
 from .errors import MergeError
+from .layer import adapt
 from .method import Tensors
 from .originals import check, check_choice, drop, look_up, put_aside
 from .registry import Merged, Registry
 from .sharded import divided, whole
 from .sites import Site
-from .slots import SLOT
+from .slots import SLOT, Slot
 from .subclassing import plain_class
 
 
@@ -151,7 +152,9 @@ def left_out(root: nn.Module, registry: Registry, bank: Bank) -> Iterator[None]:
 
 
 def settle(root: nn.Module, bank: Bank, registry: Registry) -> None:
-    """After the last merge: forget the originals, and replace quantized layers by dense ones that hold the merged weight."""
+    """After the last merge: forget the originals, and replace quantized layers by dense ones that hold the merged weight, and
+    carry what adapters they had.
+    """
     for places, _ in _kinds(registry):
         for path, merged in list(places.items()):
             if bank.name in (*merged.adapters, *merged.beneath):
@@ -161,10 +164,18 @@ def settle(root: nn.Module, bank: Bank, registry: Registry) -> None:
                 if not left:
                     del places[path]
     slots = {path: root.get_submodule(path).__dict__.get(SLOT) for path in bank.sites}
-    dense = {path: slot.dense for path, slot in slots.items() if slot is not None and slot.dense is not None}
-    if dense:
-        quantized.make_dense(root, dense)
-        registry.packing.clear()  # bitsandbytes would save the layers that are left with wrong scales once they are packed
+    merged_into = {path: slot for path, slot in slots.items() if slot is not None and slot.dense is not None}
+    if not merged_into:
+        return
+    quantized.make_dense(root, {path: slot.dense for path, slot in merged_into.items()})
+    registry.packing.clear()  # bitsandbytes would save the layers that are left with wrong scales once they are packed
+    for path, slot in merged_into.items():
+        plain = root.get_submodule(path)
+        base = bases.describe(plain)
+        assert base is not None
+        carried = Slot(root, base.transposed, base.fused)
+        carried.members = slot.members
+        adapt(plain, carried)
 
 
 def _put_on(
