@@ -327,8 +327,7 @@ def register_sound() -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """As a pytest plugin: register all, and plant what no method can do by itself into core."""
     register_sound()
-    planted: tuple[type[Sound], ...] = (StartsAnywhere, *FAULTS)
-    for method in planted:
+    for method in (*SOUND[1:], *FAULTS):
         plugins.register(method(), method.name)
     pc.attach = _after(pc.attach, RegisteredTwice.name, _register_on_layer)
     pc.load = _after(pc.load, BindingRegenerated.name, _draw_again)
