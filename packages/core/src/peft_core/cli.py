@@ -185,13 +185,18 @@ def inspect(
     if not file.is_file():
         raise CheckpointError(f"'{directory}': {TENSORS} is missing")
     size = file.stat().st_size
-    damaged = [name for name, recorded in header.checksums.items() if not files.is_saved(directory / name, recorded)]
+    damaged: dict[str, CheckpointError] = {}
+    for name, recorded in header.checksums.items():
+        try:
+            files.check_saved(directory / name, recorded)
+        except CheckpointError as error:
+            damaged[name] = error
     if json_:
-        print_json({**header.model_dump(mode="json"), "file_bytes": size, "damaged": damaged})
+        print_json({**header.model_dump(mode="json"), "file_bytes": size, "damaged": list(damaged)})
     else:
-        _show_header(directory, header, size, damaged)
-    if damaged:
-        raise CheckpointError(files.not_saved(directory / damaged[0]))
+        _show_header(directory, header, size, list(damaged))
+    for found in damaged.values():
+        raise found
 
 
 def quickstart(
@@ -258,16 +263,18 @@ def generate(
     json_: Json = False,
 ) -> None:
     """Continue a prompt with a base model and a saved adapter, always taking the likeliest token."""
-    import transformers
-
     from .adapter_file import read_header
     from .attach import load
     from .models import complete, load_base, whole_text
 
     architecture = read_header(adapter).base.architecture  # what is wrong with it is said before the base is loaded
-    known = getattr(transformers, architecture, None)
-    if known is not None and not known.can_generate():
-        raise ModelError(f"'{adapter}' was trained on a {architecture}, which writes no text; use it from Python")
+    import transformers
+
+    can_generate = getattr(getattr(transformers, architecture, None), "can_generate", None)
+    if can_generate is not None and not can_generate():
+        raise ModelError(
+            f"'{adapter}' was trained on a {architecture}, which writes no text; in Python, peft_core.load puts it on its base"
+        )
     text = _from_stdin() if prompt == "-" else whole_text(prompt, "--prompt")
     model, tokenizer = load_base(base, _dtype(dtype, device), device)
     load(model, adapter)

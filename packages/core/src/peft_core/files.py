@@ -33,7 +33,6 @@ _REASONS = {
 def whole_directory(target: str | Path, ours: Collection[str]) -> Iterator[Path]:
     """A temporary directory that takes the place of `target` in one step when the block ends well.
 
-    Its files can be read by whom the process's umask allows, whoever wrote them (safetensors lets nobody else read its own).
     What stands in `target` under other names than `ours` is carried over. If the block fails, or the process dies in it,
     `target` is as it was. A mount point cannot be renamed: there the files are moved in one by one, the first of `ours` last.
 
@@ -52,8 +51,6 @@ def whole_directory(target: str | Path, ours: Collection[str]) -> Iterator[Path]
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.{_writer()}-", suffix=".tmp", dir=beside))
         os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
-        for path in temporary.rglob("*"):
-            os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_umask())
         if target.exists() and not mounted:
             _carry_over(target, temporary, ours)
         for path in sorted(temporary.rglob("*")):
@@ -90,6 +87,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     except SafetensorError as error:  # its I/O errors carry no errno
         code = errno.ENOSPC if "os error 28" in str(error) or "No space" in str(error) else errno.EIO
         raise OSError(errno.EFBIG if "os error 27" in str(error) else code, str(error)) from error
+    os.chmod(path, 0o666 & ~_umask())  # safetensors lets nobody else read it
     return checksum(path)
 
 
@@ -111,8 +109,8 @@ def read_tensors(path: Path, expected_checksum: str | None = None) -> dict[str, 
         raise CheckpointError(
             f"'{path}' is a pickle, which can run code when it is read; only safetensors files are read here"
         )
-    if expected_checksum is not None and not is_saved(path, expected_checksum):
-        raise CheckpointError(not_saved(path))
+    if expected_checksum is not None:
+        check_saved(path, expected_checksum)
     try:
         # Copies: a tensor that is mapped from a file dies with it.
         return {key: tensor.clone() for key, tensor in safetensors.torch.load_file(path).items()}
@@ -120,14 +118,18 @@ def read_tensors(path: Path, expected_checksum: str | None = None) -> dict[str, 
         raise CheckpointError(f"'{path}' cannot be read as safetensors: {error}; it is truncated or damaged") from None
 
 
-def is_saved(path: Path, recorded: str) -> bool:
-    """Whether a file is there and its checksum is the recorded one."""
-    return path.is_file() and checksum(path) == recorded
+def check_saved(path: Path, recorded: str) -> None:
+    """Make sure that a file is the one with the recorded checksum.
 
-
-def not_saved(path: Path) -> str:
-    """What to say where it is not."""
-    return f"'{path}' is not the file that was saved (its SHA-256 differs): it was truncated, damaged or replaced"
+    Raises:
+        CheckpointError: it is missing, or another one.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"'{path}' is missing")
+    if checksum(path) != recorded:
+        raise CheckpointError(
+            f"'{path}' is not the file that was saved (its SHA-256 differs): it was truncated, damaged or replaced"
+        )
 
 
 def checksum(path: Path) -> str:

@@ -264,7 +264,7 @@ class RunConfig(_Section):
 
 
 def differences(one: RunConfig, other: RunConfig) -> list[str]:
-    """`data.max_length was 512, now 64` for every key in which two configurations differ; what only says what is kept may."""
+    """`data.max_length was 512, now 64`, for every key that differs and says what is trained (`training.keep` does not)."""
     return list(_differences(one.model_dump(mode="json"), other.model_dump(mode="json")))
 
 

@@ -97,7 +97,9 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if before["rows"] != now["rows"]:
         return f"it had {before['rows']} rows, and has {now['rows']}"
     if before.get("labels") != now.get("labels"):
-        return f"its labels were {listed(before.get('labels', ()))}, and are {listed(now.get('labels', ()))}"
+        return (
+            f"its labels were {listed(before.get('labels', ['none']))}, and are {listed(now.get('labels', ['none']))}"
+        )
     return f"it has {now['rows']} rows as before, with other values"
 
 
