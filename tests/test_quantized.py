@@ -135,6 +135,14 @@ def test_another_adapter_stays_on_a_layer_that_one_is_merged_into_for_good(quant
     assert {type(quantized.get_submodule(site.path)) for site in second.plan.sites} == {nn.Linear}
 
 
+def test_an_adapter_goes_from_a_model_that_has_lost_layers(quantized: nn.Module) -> None:
+    adapter = pc.attach(quantized, spec())
+    layers: Any = quantized.model.layers  # type: ignore[union-attr]
+    del layers[-1]
+    adapter.detach()
+    assert not pc.adapters(quantized)
+
+
 def test_one_of_two_merged_adapters_is_settled_for_good(quantized: nn.Module) -> None:
     first, second = (pc.attach(quantized, spec(targets=["q_proj"]), name=name) for name in ("first", "second"))
     for adapter in (first, second):

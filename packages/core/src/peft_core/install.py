@@ -54,6 +54,7 @@ def install(
     before = found.active
     if not found.banks:
         _remember(model, found)
+        found.packing = quantized.make_trainable(model)
     found.banks[bank.name] = bank
     bank.register(tensors, fixed, trainable)
     adapt_root(model)
@@ -101,13 +102,13 @@ def remove(model: nn.Module, bank: Bank) -> None:
     bank.unregister()
     if not found.banks:
         _give_back(model, found)
+        quantized.restore(model, found.packing)
         restore_class(model)
         forget(model)
 
 
 def _remember(model: nn.Module, found: Registry) -> None:
-    """Note what the first adapter changes of the base beside its layers: the parameters' flags, how the model is
-    saved, and whether quantized layers can be trained through.
+    """Note what the first adapter changes of the base beside its layers: the parameters' flags, and how the model is saved.
 
     Models within this one may carry adapters too. What they remember of their flags is taken from them, and given back when this
     one's last adapter goes: then adapters can go in any order.
@@ -119,7 +120,6 @@ def _remember(model: nn.Module, found: Registry) -> None:
                 flags[parameter], theirs.requires_grad[name] = theirs.requires_grad[name], False
     found.requires_grad = {name: flags[p] for name, p in model.named_parameters() if p in flags}
     found.save_pretrained = model.__dict__.get("save_pretrained")
-    found.packing = quantized.make_trainable(model)
 
 
 def _give_back(model: nn.Module, found: Registry) -> None:
@@ -132,7 +132,6 @@ def _give_back(model: nn.Module, found: Registry) -> None:
                 theirs.requires_grad[name] = flags.pop(parameter)
     for parameter, flag in flags.items():
         parameter.requires_grad_(flag)
-    quantized.restore(model, found.packing)
     model.__dict__.pop("save_pretrained", None)
     if found.save_pretrained is not None:
         model.__dict__["save_pretrained"] = found.save_pretrained

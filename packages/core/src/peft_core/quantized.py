@@ -37,12 +37,12 @@ def make_trainable(model: nn.Module) -> list[str]:
 
 
 def restore(model: nn.Module, packing: Iterable[str]) -> None:
-    """Undo `make_trainable`, where layers have not been replaced by dense ones."""
+    """Undo `make_trainable`, where layers have not been replaced by dense ones, or taken away."""
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         quantizer.__class__ = type(quantizer).__bases__[0]
-    for path in packing:
-        module = model.get_submodule(path)
-        if hasattr(module, _PACKS):
+    packed = set(packing)
+    for path, module in model.named_modules():
+        if path in packed and hasattr(module, _PACKS):
             setattr(module, _PACKS, True)
 
 
