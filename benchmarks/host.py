@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from figures import Figure, show
 from torch import nn
-from train_step import OURS
+from train_step import OURS, THEIRS, R
 
 import peft_core as pc
 
@@ -48,9 +48,10 @@ def models(layers: int) -> dict[str, nn.Module]:
         if method in pc.methods():
             made[label] = stack()
             pc.attach(made[label], pc.AdapterSpec(method=method, options=options))
-    for label, kind in (("peft MiSS", "MissConfig"), ("peft LoRA", "LoraConfig")):
-        config: Any = getattr(peft, kind)(r=16, target_modules=["proj"])
-        made[label] = peft.get_peft_model(stack(), config)  # type: ignore[arg-type]
+    for label, (kind, wide) in THEIRS.items():
+        config: Any = getattr(peft, kind)(r=R, target_modules=["proj"])
+        if wide:  # all is float32 here
+            made[label] = peft.get_peft_model(stack(), config)  # type: ignore[arg-type]
     return made
 
 

@@ -42,10 +42,12 @@ class Setting:
 
 
 def settings(tiny: bool) -> list[Setting]:
-    """In the order of importance: those with targets first, compiled ones, which take longest to prepare, last."""
+    """In the order of importance: those with targets first, compiled ones, which take longest to prepare, last; those of one
+    model side by side, so that it is built once for them.
+    """
     models, lengths = (("tiny",), (16,)) if tiny else (("8B", "3B"), (1024, 4096))
-    extras = itertools.product((False, True), (False, True), lengths, models)
-    return [Setting(model, length, checkpointing, compile) for compile, checkpointing, length, model in extras]
+    extras = itertools.product((False, True), (False, True), models, lengths)
+    return [Setting(model, length, checkpointing, compile) for compile, checkpointing, model, length in extras]
 
 
 def makers(setting: Setting, tiny: bool) -> dict[str, Callable[[nn.Module], Run]]:

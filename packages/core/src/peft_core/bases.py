@@ -109,12 +109,17 @@ def _dequantized_dtype(module: Any) -> torch.dtype:
     return getattr(module, "compute_dtype", None) or torch.float16
 
 
+def inside(model: nn.Module, paths: Iterable[str]) -> set[int]:
+    """The ids of these modules and of all within them: a module may have several paths."""
+    return {id(module) for path in paths for module in model.get_submodule(path).modules()}
+
+
 def tied(model: nn.Module, names: Iterable[str], within: Iterable[str] = ()) -> dict[str, str]:
     """Name of a parameter → that of the same tensor in another module, beside those that lie `within` one of these."""
     names = list(names)
     if not names:
         return {}
-    inside = {id(module) for path in within for module in model.get_submodule(path).modules()}
+    trained = inside(model, within)
     holders: dict[int, dict[int, str]] = {}  # parameter → module → name; a module may have several names itself
     for path, module in model.named_modules():
         for local, parameter in own_parameters(module):
@@ -124,7 +129,7 @@ def tied(model: nn.Module, names: Iterable[str], within: Iterable[str] = ()) -> 
         path, _, local = name.rpartition(".")
         mine = model.get_submodule(path)
         there = holders[id(mine.get_parameter(local))]
-        if others := [other for module, other in there.items() if module != id(mine) and module not in inside]:
+        if others := [other for module, other in there.items() if module != id(mine) and module not in trained]:
             found[name] = others[0]
     return found
 

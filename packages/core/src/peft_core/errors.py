@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
 class PeftCoreError(Exception):
@@ -87,3 +91,16 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def finding(detail: ErrorDetails, known: Sequence[str] = (), noun: str = "field") -> str:
+    """One of pydantic's findings, with the nearest of the known names for one that is not known."""
+    place = ".".join(map(str, detail["loc"]))
+    if detail["type"] == "extra_forbidden":
+        return f"'{place}' is not a {noun}{suggestion(str(detail['loc'][-1]), known)}"
+    if detail["type"] == "missing":
+        return f"'{place}' is required"
+    message, given = detail["msg"].removeprefix("Value error, "), repr(detail["input"])
+    shown = given if len(given) <= 60 else given[:57] + "..."
+    got = "" if isinstance(detail["input"], dict) else f" (got {shown})"
+    return f"'{place}': {message}{got}" if place else message

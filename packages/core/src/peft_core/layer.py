@@ -24,7 +24,6 @@ from .slots import SLOT, Slot, TrainedSlot
 from .subclassing import Mixin, plain_class, specialize
 
 _DENSE = (nn.Parameter, Tensor)
-_NONE_HELD = object()
 
 
 class AdaptedLinear(Mixin):
@@ -257,11 +256,12 @@ def _fused(module: Any, slot: Slot, uses: list[Use], x: Tensor) -> Tensor | None
     asked for here costs nothing there.
     """
     held = module._parameters  # a weight or bias that is none of these is computed by somebody (a parametrization)
-    weight, bias, device = held.get("weight"), held.get("bias", _NONE_HELD), x.device
+    weight, bias, device = held.get("weight"), held.get("bias"), x.device
     if (
         type(weight) not in _DENSE
+        or "bias" not in held
         or weight.requires_grad
-        or (bias is not None and (bias is _NONE_HELD or bias.requires_grad))
+        or (bias is not None and bias.requires_grad)
         or weight.device != device
         or weight.is_meta
     ):

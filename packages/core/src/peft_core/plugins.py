@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import hookspecs
 from ._torch import version
-from .errors import PluginError, suggestion
+from .errors import PluginError, finding, suggestion
 from .method import Capabilities, Forward, LowRank, MethodInfo, Tensors
 
 ENTRY_POINTS = "peft_core.plugins"
@@ -278,10 +278,7 @@ def _trial_capabilities(info: MethodInfo, what: str) -> list[Capabilities]:
 
 
 def _finding(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return repr(error)
-    first = error.errors()[0]
-    return f"'{'.'.join(map(str, first['loc']))}': {first['msg']}"
+    return finding(error.errors()[0]) if isinstance(error, ValidationError) else repr(error)
 
 
 def _distribution(entry: importlib.metadata.EntryPoint) -> str:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
 
 from . import plugins
-from .errors import SpecError, listed, suggestion
+from .errors import SpecError, finding, listed
 from .method import Capabilities, MethodInfo
 
 DTYPES = {
@@ -195,16 +194,3 @@ def _explain(what: str, error: ValidationError, known: list[str]) -> str:
     found = "; ".join(finding(detail, known) for detail in details)
     unknown = any(detail["type"] == "extra_forbidden" for detail in details)
     return f"{what}: {found}" + (f"; the fields are {listed(known, 20)}" if unknown else "")
-
-
-def finding(detail: ErrorDetails, known: Sequence[str] = (), noun: str = "field") -> str:
-    """One of pydantic's findings, with the nearest of the known names for one that is not known."""
-    place = ".".join(map(str, detail["loc"]))
-    if detail["type"] == "extra_forbidden":
-        return f"'{place}' is not a {noun}{suggestion(str(detail['loc'][-1]), known)}"
-    if detail["type"] == "missing":
-        return f"'{place}' is required"
-    message, given = detail["msg"].removeprefix("Value error, "), repr(detail["input"])
-    shown = given if len(given) <= 60 else given[:57] + "..."
-    got = "" if isinstance(detail["input"], dict) else f" (got {shown})"
-    return f"'{place}': {message}{got}" if place else message

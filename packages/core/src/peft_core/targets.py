@@ -74,7 +74,7 @@ def choose(model: nn.Module, spec: AdapterSpec) -> Choice:
         chosen = [path for path in chosen if path not in excluded]
     if spec.layers is not None:
         chosen = _in_layers(chosen, spec.layers)
-    in_full = _inside(model, find_modules(model, spec.train_modules))
+    in_full = bases.inside(model, find_modules(model, spec.train_modules))
     trained = [path for path in chosen if id(model.get_submodule(path)) in in_full]
     if trained and spec.targets != "all-linear":
         raise TargetError(f"'{trained[0]}' is both a target and in train_modules; choose one")
@@ -223,14 +223,9 @@ def _in_layers(paths: list[str], layers: tuple[int, ...]) -> list[str]:
     return [path for path in paths if layer_index(path) in layers]
 
 
-def _inside(model: nn.Module, paths: Iterable[str]) -> set[int]:
-    """The ids of these modules and of all within them: a module may have several paths."""
-    return {id(module) for path in paths for module in model.get_submodule(path).modules()}
-
-
 def _refuse_parts_of_embeddings(model: nn.Module, found: list[str]) -> None:
     """An embedding that a model holds under several names is called under some of them only (never under BART's `shared`)."""
-    inside = _inside(model, found)
+    inside = bases.inside(model, found)
     embeddings = {path: module for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
     for path, module in embeddings.items():
         same = {other: there for other, there in embeddings.items() if there.weight is module.weight}

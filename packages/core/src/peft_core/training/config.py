@@ -27,8 +27,8 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from ..errors import PeftCoreError, listed
-from ..spec import AdapterSpec, finding
+from ..errors import PeftCoreError, finding, listed
+from ..spec import AdapterSpec
 from .rows import SUFFIXES
 
 CONFIG = "run.yaml"

@@ -71,7 +71,8 @@ def check_data(out: Path, data: Mapping[str, Mapping[str, Any]]) -> None:
         raise RunError(
             f"'{out / DATA}', which says what data the run began with, is missing or damaged; choose another output_dir"
         ) from None
-    for key, changed in changes.items():
+    if changes:
+        key, changed = next(iter(changes.items()))
         raise RunError(
             f"{key}: '{data[key]['source']}' has changed since the run in '{out}' began ({changed}); put it back as it "
             "was, or choose another output_dir"
