@@ -434,6 +434,21 @@ def test_loaded_adapter_does_not_hang_on_its_file(saved) -> None:
     assert in_child(work) == (0, "")
 
 
+def test_an_adapter_without_its_training_state_is_told_from_a_damaged_one(blocks, stepper, tmp_path, refused) -> None:
+    pc.attach(blocks, AdapterSpec(method="stepper")).save(tmp_path / "trained")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "trained").iterdir()}
+    used = pc.load(ODD.build(), tmp_path / "trained")
+    used.save(tmp_path / "used")
+    with refused(pc.CheckpointError, "no training state", "loaded for inference"):
+        pc.load(ODD.build(), tmp_path / "used", trainable=True)
+    with refused(pc.CheckpointError, str(tmp_path / "trained"), "another directory", "trainable=True"):
+        used.save(tmp_path / "trained")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "trained").iterdir()} == before
+    (tmp_path / "trained" / "state.safetensors").unlink()
+    with refused(pc.CheckpointError, "state.safetensors"):
+        pc.load(ODD.build(), tmp_path / "trained", trainable=True)
+
+
 def test_card_names_what_there_is(saved) -> None:
     text = (saved / "README.md").read_text()
     assert text.startswith("---\n")

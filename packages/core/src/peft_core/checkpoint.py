@@ -33,13 +33,14 @@ def save(bank: Bank, directory: str | Path) -> None:
     """Write an attached adapter. Other files in the directory stay; an adapter that stood there is replaced in one step.
 
     Raises:
-        CheckpointError: the directory cannot be written, a module trained in full was resized since, or a tensor is on the meta
-            device; what was there is unchanged.
+        CheckpointError: the directory cannot be written, a module trained in full was resized since, a tensor is on the meta
+            device, or the adapter was loaded without its training state, which is there; what was there is unchanged.
         OptimizerStepError: the method needs optimizer steps, gradients came, and no step was seen.
         AdapterError: it owns base weights, and was merged without keeping them.
     """
     check_stepped(bank)
     _refuse_resized(bank)
+    _refuse_to_lose_state(bank, Path(directory))
     tensors = _values(bank)
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return  # sharded tensors have been gathered with the others; one process writes
@@ -109,6 +110,14 @@ def _refuse_resized(bank: Bank) -> None:
             )
 
 
+def _refuse_to_lose_state(bank: Bank, directory: Path) -> None:
+    if bank.plan.state_bytes and not bank.state and (directory / STATE).exists():
+        raise CheckpointError(
+            f"'{directory}' holds the training state that resuming needs, and adapter '{bank.name}' was loaded without its own; "
+            "save it to another directory, or load it with trainable=True"
+        )
+
+
 def _values(bank: Bank) -> dict[str, Tensor]:
     """Everything that inference needs, by key.
 
@@ -155,6 +164,11 @@ def read_state(directory: str | Path, header: AdapterFile, plan: Plan) -> dict[s
     if not expected:
         return {}
     path = Path(directory) / STATE
+    if STATE not in header.checksums and not path.exists():
+        raise CheckpointError(
+            f"'{directory}' holds no training state: its adapter had been loaded for inference when it was saved, so training "
+            "cannot go on from there; resume from the directory that training saved, or load it without trainable=True"
+        )
     tensors = files.read_tensors(path, _checksum(directory, header, STATE))
     _compare(str(path), expected, tensors)
     return tensors
