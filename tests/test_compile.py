@@ -1,7 +1,10 @@
 """torch.compile with the backend that users get. (The conformance suite uses a quicker one.)"""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import peft_core as pc
 from peft_core.testing.checks import assert_near, gradients, randomise, run, weighted
@@ -20,6 +23,23 @@ def test_inductor_agrees_in_forward_and_gradients(blocks, spec) -> None:
     for key, gradient in gradients(adapter, weighted(found)).items():
         assert_near(gradient, reference[key], 1e-5, f"gradient of '{key}'")
     torch._dynamo.reset()
+
+
+def test_what_is_compiled_first_in_a_thread_is_not_compiled_again(blocks, spec) -> None:
+    family, counter = FAMILIES["odd"], CompileCounter()
+    randomise(pc.attach(blocks, spec))
+    torch._dynamo.reset()
+    compiled = torch.compile(blocks, fullgraph=True, backend=counter)
+
+    def work() -> None:
+        with torch.no_grad():
+            for _ in range(2):
+                assert_near(family.forward(compiled, family.inputs()), run(family, blocks), 1e-5, "output")
+
+    with ThreadPoolExecutor(1) as fresh:
+        fresh.submit(work).result()
+    torch._dynamo.reset()
+    assert counter.frame_count == 1
 
 
 def test_attaching_to_a_compiled_model_attaches_to_the_model_inside(blocks, spec) -> None:

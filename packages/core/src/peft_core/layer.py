@@ -86,7 +86,8 @@ def _named(x: Tensor | None) -> Tensor:
 class _Running(threading.local):
     """Whether this thread is within the forward of a model that carries adapters, or of a module in it trained in full."""
 
-    forward = False
+    def __init__(self) -> None:
+        self.forward = False  # of every thread from the start: compiled code notices when it appears
 
 
 _running = _Running()
