@@ -1,6 +1,6 @@
 """A training step of every installed method and of the field's PEFT library, against the floor, on SmolLM2-135M.
 
-    tox run -e bench -- train_step.py [--rounds 14] [--json FILE] [--short] [--only miss,lora] [--cpu-time]
+    tox run -e bench -- train_step.py [--rounds 14] [--json FILE] [--short] [--only miss,lora] [--dropout 0.1] [--cpu-time]
 
 The floor is the frozen base with gradients of its inputs only: what no adapter can go below. All runs share one
 process and one copy of the base's weights (bf16). The runs take turns, each once a round, in an order that rotates.
@@ -107,9 +107,9 @@ def copy_of(base: nn.Module) -> nn.Module:
     return copy.deepcopy(base, shared)
 
 
-def ours(base: nn.Module, method: str, options: dict[str, Any]) -> Run:
+def ours(base: nn.Module, method: str, options: dict[str, Any], dropout: float = 0.0) -> Run:
     """A run of one of our methods."""
-    spec = pc.AdapterSpec(method=method, options=options)
+    spec = pc.AdapterSpec(method=method, options=options, dropout=dropout)
     model = copy.deepcopy(base) if spec.capabilities.owns_base_weight else copy_of(base)
     adapter = pc.attach(model, spec)
     adapter.total_steps = 1000
@@ -119,11 +119,12 @@ def ours(base: nn.Module, method: str, options: dict[str, Any]) -> Run:
     return Run(model, parameters, optimizer)
 
 
-def theirs(base: nn.Module, kind: str, wide: bool) -> Run:
+def theirs(base: nn.Module, kind: str, wide: bool, dropout: float = 0.0) -> Run:
     """A run of the PEFT library."""
     import peft
 
-    settings = {"lora_alpha": R} if kind == "LoraConfig" else {}
+    lora = kind == "LoraConfig"
+    settings = {"lora_alpha": R, "lora_dropout": dropout} if lora else {"miss_dropout": dropout}
     config = getattr(peft, kind)(r=R, target_modules=TYPES, **settings)
     model = peft.get_peft_model(copy_of(base), config, autocast_adapter_dtype=wide).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -165,19 +166,20 @@ def peak_bytes(run: Run, ids: torch.Tensor) -> int:
 def resident_bytes(label: str, arguments: argparse.Namespace, times: int = 3) -> int:
     """Peak resident memory of a process that takes this run's forward and backward three times."""
     command = [sys.executable, __file__, "--rss-of", label]
-    command += ["--batch", str(arguments.batch), "--length", str(arguments.length)]
+    command += ["--batch", str(arguments.batch), "--length", str(arguments.length), "--dropout", str(arguments.dropout)]
     found = [subprocess.run(command, capture_output=True, check=True, text=True) for _ in range(times)]
     return sorted(int(done.stdout.split()[-1]) for done in found)[times // 2]
 
 
-def makers(base: nn.Module) -> dict[str, Callable[[], Run]]:
+def makers(base: nn.Module, dropout: float = 0.0) -> dict[str, Callable[[], Run]]:
     """Label → what builds the run, the floor first."""
     made: dict[str, Callable[[], Run]] = {FLOOR: lambda: Run(copy_of(base))}
     for label, method, options in OURS:
-        if method in pc.methods():
-            made[label] = functools.partial(ours, base, method, options)
+        info = pc.methods().get(method)
+        if info and (not dropout or info.can(info.options(**options)).dropout):
+            made[label] = functools.partial(ours, base, method, options, dropout)
     for label, (kind, wide) in THEIRS.items():
-        made[label] = functools.partial(theirs, base, kind, wide)
+        made[label] = functools.partial(theirs, base, kind, wide, dropout)
     return made
 
 
@@ -246,6 +248,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="2 rounds of 1 × 64 tokens: does it run?")
     parser.add_argument("--batch", type=int, default=4, help="sequences (4)")
     parser.add_argument("--length", type=int, default=256, help="tokens in each (256)")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters' inputs (0)")
     parser.add_argument("--only", default="", help="labels of the runs beside the floor, separated by commas")
     parser.add_argument("--rss", action="store_true", help="measure RSS, too, of the runs that have a target")
     parser.add_argument("--rss-of", help=argparse.SUPPRESS)
@@ -268,13 +271,14 @@ def main() -> None:
     if arguments.rss_of:
         import peft  # noqa: F401  so that every run has loaded it
 
-        run = makers(base)[arguments.rss_of]()
+        run = makers(base, arguments.dropout)[arguments.rss_of]()
         for _ in range(3):
             run.backward(ids)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
     wanted = [label for label in arguments.only.split(",") if label]
-    runs = {label: make() for label, make in makers(base).items() if not wanted or label in [FLOOR, *wanted]}
+    makes = makers(base, arguments.dropout)
+    runs = {label: make() for label, make in makes.items() if not wanted or label in [FLOOR, *wanted]}
     labels = list(runs)
     figures = measure(runs, ids, arguments.rounds, clock)
     if arguments.rss:
@@ -289,7 +293,8 @@ def main() -> None:
                 found[f"{what} above floor"] = found[what] - figures[FLOOR][what]
     how = "processor time of one thread" if arguments.cpu_time else f"{torch.get_num_threads()} threads"
     print(
-        f"SmolLM2-135M bf16, {arguments.batch} × {arguments.length} tokens, {arguments.rounds} rounds, {how}; "
+        f"SmolLM2-135M bf16, {arguments.batch} × {arguments.length} tokens, dropout {arguments.dropout}, "
+        f"{arguments.rounds} rounds, {how}; "
         f"floor: median {statistics.median(floor):.3f} s, shortest {min(floor):.3f} s, "
         f"peak {figures[FLOOR]['peak'] / 1e6:.0f} MB"
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _torch, kernels
+from .dropout import add_kept_, drop
 from .errors import AdapterError, PluginError
 from .gradients import SharedGradient
 from .method import Forward, GradInPlace, Rows
@@ -161,8 +162,7 @@ def _add_all(uses: list[Use], x: Tensor, y: Tensor, dropout: bool) -> tuple[list
             # The seed comes from the CPU's generator: no wait for the device, and checkpointing restores it.
             add_, grad_ = use.functions.dropped(use.dropout, int(torch.randint(2**32, 2**62, (), device="cpu")))
         elif dropout and use.dropout:
-            mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - use.dropout)
-            inner = x * mask / (1 - use.dropout)
+            inner, mask = drop(x, use.dropout)
         if use.scale == 1.0:
             kept = add_(inner, y, use.tensors, use.binding)
         else:
@@ -227,7 +227,7 @@ def _grad_scaled(
         return grad_(dy, dx, kept, tensors, use.binding)
     inner = torch.zeros_like(dx)
     found = grad_(dy, inner, kept, tensors, use.binding)
-    dx.add_(inner.mul_(mask), alpha=1 / (1 - use.dropout))
+    add_kept_(dx, inner, mask, use.dropout)
     return found
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _torch, bases, fused, kernels
+from .dropout import dropped
 from .errors import AdapterError, PluginError
 from .fused import Use
 from .method import BASE_WEIGHT
@@ -197,7 +198,7 @@ def add_to(module: Any, slot: Slot, uses: list[Use], x: Tensor, y: Tensor) -> Te
             return fused.delta(x.to(y.dtype), y, uses, module.training)
     for use in uses:
         tensors = use.tensors if use.additive else {**use.tensors, BASE_WEIGHT: _base_weight(module, slot)}
-        inner = nn.functional.dropout(x, use.dropout, module.training)
+        inner = dropped(x, use.dropout) if use.dropout and module.training else x
         delta = use.functions.naive(inner, tensors, use.binding)
         if not (torch.compiler.is_compiling() or _torch.is_tracing()):  # there, sizes may be symbols and tensors
             _check_delta(delta, y, use.where)
