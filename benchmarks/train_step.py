@@ -307,7 +307,7 @@ def main() -> None:
             f"{found['with AdamW']:7.3f} {' '.join(memory)}"
         )
     for label, (limit, memory, against) in TARGETS.items():
-        if label in runs:
+        if label in runs and not arguments.dropout:
             line = f"{label}: time {figures[label]['median ratio']:.3f} (target ≤ {limit})"
             if against in runs:
                 above = [f"{what} above floor" for what in MEMORY if what in figures[label]]
