@@ -85,3 +85,16 @@ def test_a_module_trained_in_full_whose_weights_lie_on_disk(sound_method, tmp_pa
         assert relative(found[key], wanted[key]) <= 1e-5, key
     adapter.detach()
     assert relative(run(LLAMA, model), run(LLAMA, LLAMA.build())) <= 1e-6
+
+
+def test_a_module_whose_weights_lie_on_disk_cannot_start_to_be_trained_in_full(sound_method, tmp_path, refused) -> None:
+    spec = pc.AdapterSpec(method="sound", options={"r": 4}, targets=["q_proj"], train_modules=["input_layernorm"])
+    built = LLAMA.build()
+    randomise(pc.attach(built, spec)).save(tmp_path / "adapter")
+    output = run(LLAMA, built)
+    model = dispatched(LLAMA.build(), tmp_path / "disk")
+    with refused(pc.AdapterError, "layers.0.input_layernorm.weight", "offloaded", "train_modules"):
+        pc.attach(model, spec)
+    assert not pc.adapters(model)
+    pc.load(model, tmp_path / "adapter")  # has its values from the files
+    assert relative(run(LLAMA, model), output) <= 1e-6

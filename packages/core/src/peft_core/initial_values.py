@@ -62,18 +62,21 @@ def _first(root: nn.Module, spec: TensorSpec, plan: Plan, device: torch.device, 
     if device.type == "meta":
         return torch.empty(spec.shape, dtype=dtype, device=device)
     if isinstance(spec.init, FromBase):
-        return root.get_parameter(spec.init.path).detach().clone().to(dtype)
+        parameter = root.get_parameter(spec.init.path).detach()
+        _refuse_offloaded(parameter, spec.init.path, "train_modules starts from it")
+        return parameter.clone().to(dtype)
     if isinstance(spec.init, FromWeight):
         weight = seen_weight(root.get_submodule(spec.init.path))
-        if weight.device.type == "meta":
-            raise AdapterError(
-                f"'{spec.init.path}': the weight is offloaded, and method '{plan.spec.method}' starts from it; "
-                "load the model without offloading this layer, or exclude it"
-            )
+        _refuse_offloaded(weight, f"{spec.init.path}.weight", f"method '{plan.spec.method}' starts from it")
         with torch.no_grad():  # a copy, which `compute` may write into
             computed = spec.init.compute(weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True))
         return as_declared(computed, spec, dtype).clone().to(device)
     return draw(spec, dtype, seed, *key).to(device)
+
+
+def _refuse_offloaded(parameter: Tensor, name: str, why: str) -> None:
+    if parameter.is_meta:
+        raise AdapterError(f"'{name}' is offloaded, and {why}; load the model without offloading it, or leave it out")
 
 
 def device_of(root: nn.Module, path: str) -> torch.device:
