@@ -87,6 +87,18 @@ def test_a_reset_vector_is_as_one_that_came_later(which, dim, kind, dtype, toler
     assert ours.state[other]["step"].dim() == 0
 
 
+def test_steps_are_counted_in_float32_whatever_the_default_dtype():
+    """bfloat16 counts no further than 256."""
+    parameters = make()
+    gradients(parameters, 0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        (optimizer := RowAdamW(parameters)).step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.state[parameters[0]]["step"].dtype == torch.float32
+
+
 def test_a_learning_rate_of_zero_moves_nothing():
     parameters = make()
     optimizer = RowAdamW(parameters, lr=0.0)

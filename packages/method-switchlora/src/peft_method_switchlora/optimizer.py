@@ -96,7 +96,7 @@ class RowAdamW(torch.optim.AdamW):
     def _state(self, parameter: Tensor, fused: bool | None) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0, device=parameter.device if fused else None)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else None)
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state
