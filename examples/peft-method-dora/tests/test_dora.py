@@ -17,6 +17,13 @@ def test_magnitudes_start_as_the_norms_of_the_base() -> None:
     assert torch.equal(dict(adapter.named_parameters())["0.m"], base[0].weight.norm(dim=1))
 
 
+def test_attaching_changes_no_bit_in_float64() -> None:
+    base, x = model().double(), torch.randn(5, 63, dtype=torch.float64)
+    before = base(x)
+    pc.attach(base, pc.AdapterSpec(method="dora"))
+    assert torch.equal(base(x), before)
+
+
 def test_output_is_the_papers_formula() -> None:
     base, x = model(), torch.randn(5, 63)
     adapter = pc.attach(base, pc.AdapterSpec(method="dora", targets=["0"], options={"r": 4, "alpha": 8}), seed=0)

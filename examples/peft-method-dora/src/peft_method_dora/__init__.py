@@ -52,10 +52,11 @@ def peft_init(sites: Sequence[pc.Site]) -> pc.Layout:
 
 def _group(site: pc.Site) -> pc.SharingGroup:
     r, ins, outs = site.options.r, site.in_features, site.out_features
+    wide = torch.promote_types(site.dtype, torch.float32)  # as `norms` computes; rounded, m would change the output
     tensors = {
         "A": pc.TensorSpec((r, ins), pc.kaiming_uniform(ins)),
         "B": pc.TensorSpec((outs, r), pc.Zeros()),
-        "m": pc.TensorSpec((outs,), pc.FromWeight(site.path, norms), torch.float32),
+        "m": pc.TensorSpec((outs,), pc.FromWeight(site.path, norms), wide),
     }
     return pc.SharingGroup.private(site, tensors)
 
