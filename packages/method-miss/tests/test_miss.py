@@ -313,6 +313,20 @@ def test_bat_reaches_its_weight_through_a_model() -> None:
         torch.testing.assert_close(parameter.grad.double(), values[key].grad, rtol=1e-4, atol=1e-5, msg=key)
 
 
+def test_bat_gives_a_weight_that_is_trained_as_well_its_whole_gradient() -> None:
+    options = {"variant": "bat", "r": 2, "alpha": 3.0}
+    model, x = nn.Sequential(nn.Linear(6, 4, bias=False)).double(), torch.randn(5, 6, dtype=torch.float64)
+    adapter = pc.attach(model, pc.AdapterSpec(method="miss", options=options, dtype="float64"))
+    D = adapter.bank.parameter("0.D")
+    with torch.no_grad():
+        D.normal_()
+    weight = model[0].weight.detach().clone().requires_grad_()
+    (x @ (weight + delta_weight(site_for(options, 6, 4), D.detach(), weight)).T).square().sum().backward()
+    model[0].weight.requires_grad_()
+    model(x).square().sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, weight.grad)
+
+
 # Counts: METHODS.md and the paper's table.
 
 
