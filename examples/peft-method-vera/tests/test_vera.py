@@ -40,6 +40,16 @@ def test_output_is_the_papers_formula() -> None:
         torch.testing.assert_close(layer(x), plain + (x @ A.T * d) @ B.T * b)
 
 
+def test_a_16_bit_adapter_of_a_wider_base_computes_what_it_merges_to() -> None:
+    model, x = nn.Sequential(nn.Linear(63, 60)), torch.randn(5, 63)
+    adapter = pc.attach(model, SPEC.model_copy(update={"dtype": "bfloat16"}))
+    with torch.no_grad():
+        adapter.bank.parameter("0.b").normal_()
+        y = model(x)
+        adapter.merge()
+        torch.testing.assert_close(model(x), y)
+
+
 def test_the_pair_is_held_and_saved_once(tmp_path: Path) -> None:
     adapter = pc.attach(Blocks(), SPEC, seed=0)
     assert adapter.num_trainable == 3 * (8 + 60 + 8 + 63)

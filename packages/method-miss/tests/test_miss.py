@@ -233,14 +233,14 @@ def kept_sums(model: nn.Module, x: Tensor) -> int:
 
 
 def test_layers_that_read_one_input_keep_one_sum() -> None:
-    model, x = Readers(), torch.randn(2, 9, 12)
+    model, x = Readers(), torch.randn(2, 9, 12, requires_grad=True)
     pc.attach(model, pc.AdapterSpec(method="miss", options={"r": 3}))
     assert kept_sums(model, x) == 1
     assert kept_sums(model, x) == 1, "a second pass needs a sum of its own"
 
 
 def test_layers_that_shard_one_input_differently_keep_a_sum_each() -> None:
-    model, x = Readers(), torch.randn(2, 9, 12)
+    model, x = Readers(), torch.randn(2, 9, 12, requires_grad=True)
     layouts = {"v": {"layout": "contiguous"}}
     pc.attach(model, pc.AdapterSpec(method="miss", options={"r": 3}, overrides=layouts))
     assert kept_sums(model, x) == 2
@@ -270,6 +270,26 @@ def test_an_input_that_is_changed_in_place_is_another() -> None:
         torch.testing.assert_close(got, expected)
 
 
+def new_data(x: Tensor) -> None:
+    x.data = torch.ones(18, 12)
+
+
+@pytest.mark.parametrize(
+    "recorded, change", [(False, lambda x: x.numpy().fill(1.0)), (False, new_data), (True, new_data)]
+)
+def test_an_input_that_is_changed_behind_autograds_back_is_another(recorded: bool, change: Any) -> None:
+    layer = nn.Sequential(nn.Linear(12, 4))
+    adapter = pc.attach(layer, pc.AdapterSpec(method="miss", options={"r": 3}))
+    with torch.no_grad():
+        adapter.bank.parameter("0.D").normal_()
+    x = torch.randn(18, 12, requires_grad=recorded)
+    x = x * 1.0 if recorded else x
+    kept = layer(x)  # for its backward there is a sum
+    change(x)
+    torch.testing.assert_close(layer(x), layer(torch.ones(18, 12)))
+    kept.sum().backward()
+
+
 def test_bat_reaches_its_weight_through_a_model() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 18), nn.Tanh(), nn.Linear(18, 6))
@@ -291,6 +311,20 @@ def test_bat_reaches_its_weight_through_a_model() -> None:
     y.square().sum().backward()
     for key, parameter in adapter.named_parameters():
         torch.testing.assert_close(parameter.grad.double(), values[key].grad, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_bat_gives_a_weight_that_is_trained_as_well_its_whole_gradient() -> None:
+    options = {"variant": "bat", "r": 2, "alpha": 3.0}
+    model, x = nn.Sequential(nn.Linear(6, 4, bias=False)).double(), torch.randn(5, 6, dtype=torch.float64)
+    adapter = pc.attach(model, pc.AdapterSpec(method="miss", options=options, dtype="float64"))
+    D = adapter.bank.parameter("0.D")
+    with torch.no_grad():
+        D.normal_()
+    weight = model[0].weight.detach().clone().requires_grad_()
+    (x @ (weight + delta_weight(site_for(options, 6, 4), D.detach(), weight)).T).square().sum().backward()
+    model[0].weight.requires_grad_()
+    model(x).square().sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, weight.grad)
 
 
 # Counts: METHODS.md and the paper's table.

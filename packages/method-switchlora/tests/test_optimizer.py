@@ -87,6 +87,31 @@ def test_a_reset_vector_is_as_one_that_came_later(which, dim, kind, dtype, toler
     assert ours.state[other]["step"].dim() == 0
 
 
+def test_steps_are_counted_in_float32_whatever_the_default_dtype():
+    """bfloat16 counts no further than 256."""
+    parameters = make()
+    gradients(parameters, 0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        (optimizer := RowAdamW(parameters)).step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.state[parameters[0]]["step"].dtype == torch.float32
+
+
+def test_a_learning_rate_in_a_tensor_is_that_number():
+    trained = []
+    for lr in (0.25, torch.tensor(0.25)):
+        parameters = make()
+        optimizer = RowAdamW(parameters, lr=lr)
+        for index in range(2):
+            gradients(parameters, index)
+            optimizer.step()
+            restart(optimizer, parameters[0], 0, torch.tensor([1]))
+        trained.append(parameters)
+    assert same(*trained)
+
+
 def test_a_learning_rate_of_zero_moves_nothing():
     parameters = make()
     optimizer = RowAdamW(parameters, lr=0.0)

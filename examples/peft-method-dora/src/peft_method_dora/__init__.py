@@ -52,10 +52,11 @@ def peft_init(sites: Sequence[pc.Site]) -> pc.Layout:
 
 def _group(site: pc.Site) -> pc.SharingGroup:
     r, ins, outs = site.options.r, site.in_features, site.out_features
+    wide = torch.promote_types(site.dtype, torch.float32)  # as `norms` computes; rounded, m would change the output
     tensors = {
         "A": pc.TensorSpec((r, ins), pc.kaiming_uniform(ins)),
         "B": pc.TensorSpec((outs, r), pc.Zeros()),
-        "m": pc.TensorSpec((outs,), pc.FromWeight(site.path, norms), torch.float32),
+        "m": pc.TensorSpec((outs,), pc.FromWeight(site.path, norms), wide),
     }
     return pc.SharingGroup.private(site, tensors)
 
@@ -74,10 +75,10 @@ def peft_forward(site: pc.Site) -> pc.Forward:
 @functools.cache
 def _forward(scale: float, detach: bool) -> pc.Forward:
     def naive(x: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:
-        A, B, weight = tensors["A"], tensors["B"], tensors["base_weight"].detach()
+        A, B, weight = tensors["A"], tensors["B"], tensors["base_weight"]
         wide = torch.promote_types(x.dtype, torch.float32)  # g − 1 is small: 16 bits would leave nothing of it
-        direction = (A.detach(), B.detach()) if detach else (A, B)
-        gain = _gain(weight.to(wide), *direction, tensors["m"], scale)
+        normed = [part.detach() if detach else part for part in (weight.to(wide), A, B)]
+        gain = _gain(*normed, tensors["m"], scale)
         return ((gain - 1) * (x @ weight.to(x.dtype).T) + gain * pc.lowrank.naive(x, A, B, scale)).to(x.dtype)
 
     return pc.Forward(naive)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -64,8 +65,8 @@ def _vectors(site: pc.Site) -> pc.SharingGroup:
 
 
 def _factors(tensors: pc.Tensors, binding: pc.Tensors) -> pc.LowRank:
-    """diag(d)·A and diag(b)·B: what LoRA would call A and B."""
-    d, b = tensors["d"], tensors["b"]
+    """diag(d)·A and diag(b)·B: what LoRA would call A and B; not rounded to 16 bits, as they are not when they merge."""
+    d, b = (tensors[name].to(torch.promote_types(tensors[name].dtype, torch.float32)) for name in "db")
     return pc.LowRank(A=d[:, None] * binding["A"].to(d.dtype), B=b[:, None] * binding["B"].to(b.dtype))
 
 

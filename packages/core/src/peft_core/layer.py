@@ -233,6 +233,9 @@ def seen_weight(module: Any) -> Tensor:
 
 
 def _base_weight(module: Any, slot: Slot) -> Tensor:
+    held = module._parameters.get("weight")
+    if held is not None and held.requires_grad and slot.dense is None:  # trained as well: part of its gradient is Δ's
+        return held.T if slot.transposed else held  # type: ignore[no-any-return]
     weight = seen_weight(module)
     if weight.device.type == "meta":
         member = slot.active[0][0]

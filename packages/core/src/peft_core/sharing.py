@@ -24,8 +24,8 @@ from .sites import Site
 class Initializer(ABC):
     """How a tensor gets its first values: a frozen dataclass, so that it can be printed and compared.
 
-    A plugin may define its own. `draw` must depend on nothing but the dataclass's fields and the generator; what depends on the
-    base's weight is computed by `FromWeight`.
+    A plugin may define its own. `draw` must depend on nothing but the dataclass's fields and the generator (not on torch's
+    default dtype); what depends on the base's weight is computed by `FromWeight`.
     """
 
     @abstractmethod
@@ -38,7 +38,7 @@ class Zeros(Initializer):
     """All zeros."""
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.zeros(shape)
+        return torch.zeros(shape, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Constant(Initializer):
     value: float
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.full(shape, self.value)
+        return torch.full(shape, self.value, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Uniform(Initializer):
     bound: float
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.empty(shape).uniform_(-self.bound, self.bound, generator=generator)
+        return torch.empty(shape, dtype=torch.float32).uniform_(-self.bound, self.bound, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Normal(Initializer):
     mean: float = 0.0
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.empty(shape).normal_(self.mean, self.std, generator=generator)
+        return torch.empty(shape, dtype=torch.float32).normal_(self.mean, self.std, generator=generator)
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,9 @@ _indicator, _starts = functools.cache(indicator), functools.cache(starts)
 class _LastSum(threading.local):
     """This thread's last sum over shards, which layers that read one input share: q, k and v; gate and up.
 
-    Both are held weakly. A sum is there as long as a backward pass needs it, and until then nobody may change the input but by
-    raising its version.
+    Both are held weakly. A sum is there as long as a backward pass needs it, and until then nobody changes an input that autograd
+    has recorded but by raising its version. Others, a leaf's values above all, may change unseen: from NumPy, another process,
+    or a fused optimizer.
     """
 
     key: tuple[Any, ...] = ()
@@ -103,11 +104,11 @@ class _LastSum(threading.local):
 
     def of(self, x: Tensor, shards: Shards) -> Tensor:
         """`shards.sum(x)`, x [tokens, count] → [tokens, r], not to be changed in place."""
-        if type(x) is not Tensor or x.is_inference() or len(x) <= FEW:
-            return shards.sum(x)
         source = x if x._base is None else x._base  # every layer makes a view of its own of the input
+        if type(x) is not Tensor or source.grad_fn is None or len(x) <= FEW:
+            return shards.sum(x)
         stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
-        key = shards, stream, x.dtype, x.storage_offset(), x.shape, x.stride(), x._version
+        key = shards, stream, x.dtype, x.data_ptr(), x.shape, x.stride(), x._version
         S = self.found() if self.found and self.source and self.source() is source and self.key == key else None
         if S is None:
             S = shards.sum(x)

@@ -29,7 +29,7 @@ class RowAdamW(torch.optim.AdamW):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
@@ -96,7 +96,7 @@ class RowAdamW(torch.optim.AdamW):
     def _state(self, parameter: Tensor, fused: bool | None) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0, device=parameter.device if fused else None)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else None)
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state
@@ -115,7 +115,7 @@ def update_vectors(
     exp_avg_sqs: list[Tensor],
     counts: list[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -126,6 +126,7 @@ def update_vectors(
     p −= lr/c₁·m / (√v/√c₂ + ε), c = 1 − βᵏ, is computed as lr·m / (√v·c₁/√c₂ + ε·c₁): what differs between vectors is
     then in the denominator alone, and one call updates all parameters.
     """
+    lr = float(lr)
     torch._foreach_add_(counts, 1)
     flat = torch.cat([count.flatten() for count in counts]).double()
     c1, c2 = 1 - beta1**flat, 1 - beta2**flat

@@ -181,6 +181,22 @@ def test_the_default_device_does_not_matter(trial: Trial, family: Family, tmp_pa
         assert same_bits(found[key], gradient), f"gradient of '{key}'"
 
 
+@pytest.mark.families("odd", "llama")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_does_not_matter(trial: Trial, family: Family, dtype: torch.dtype) -> None:
+    """An adapter starts from the same values, whatever dtype torch gives new tensors."""
+    expected = pc.attach(family.build(), trial.spec(family), seed=0).bank
+    model, before = family.build(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = pc.attach(model, trial.spec(family), seed=0).bank
+    finally:
+        torch.set_default_dtype(before)
+    named = dict(found.named_parameters()) | dict(found.named_fixed()) | found.state
+    for key, value in (dict(expected.named_parameters()) | dict(expected.named_fixed()) | expected.state).items():
+        assert same_bits(named[key], value), f"'{key}' starts from other values"
+
+
 def test_training_lowers_a_loss(trial: Trial, family: Family) -> None:
     for lr in (3e-3, 3e-2):  # some methods start slowly
         model = family.build()
