@@ -23,6 +23,7 @@ from transformers import (
 
 import peft_core as pc
 from peft_core import models, reporting
+from peft_core.errors import ModelError
 from peft_core.testing.families import FAMILIES
 from peft_core.trainer import AdapterTrainer
 from peft_core.training.batches import CausalCollator, LengthGroupedSampler, PackedCollator
@@ -415,6 +416,55 @@ def test_a_classifier_of_any_length(llama_directory: Path, tmp_path: Path) -> No
     AutoTokenizer.from_pretrained(llama_directory).save_pretrained(tmp_path / "base")
     write(tmp_path / "data.jsonl", LABELLED)
     assert started(run_file(tmp_path, tmp_path / "base", training={"steps": 1})).steps == 1
+
+
+def test_a_classifier_reads_a_text_alike_in_every_batch(llama_directory: Path, tmp_path: Path) -> None:
+    """Though its configuration names another padding token than its tokenizer pads with."""
+    model: Any = FAMILIES["llama"].build()
+    model.config.pad_token_id = 5
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(llama_directory).save_pretrained(tmp_path / "base")
+    rows = [{"text": words(*range(n, n + 1 + n % 5)), "label": "ab"[n % 2]} for n in range(20)]
+
+    def before(size: int) -> float:
+        write(tmp_path / str(size) / "data.jsonl", rows)
+        data = {"train": "data.jsonl", "hold_out": 0.5}
+        path = run_file(tmp_path / str(size), tmp_path / "base", data, training={"steps": 1, "batch_size": size})
+        return started(path).evaluations[0]["loss"]
+
+    assert before(8) == pytest.approx(before(1), rel=1e-5)
+
+
+def test_a_text_that_an_encoder_decoder_would_not_read_once(
+    tmp_path: Path, llama_directory: Path, refused: Any
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama_directory)
+    row = Row({"text": "w1 </s> w2 </s>", "label": "a"}, "data.jsonl, line 7")
+    with refused(pc.DataError, "data.jsonl, line 7", "gives 2 of them"):
+        prepare_labelled([row], ["a", "b"], tokenizer, 20, end=tokenizer.eos_token_id)
+    model: Any = FAMILIES["t5"].build()
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    write(tmp_path / "data.jsonl", LABELLED)
+    with refused(pc.DataError, "data.jsonl, line", "gives 0 of them"):  # this tokenizer adds none
+        started(run_file(tmp_path, tmp_path / "base"))
+
+
+@pytest.mark.parametrize("rows", [PAIRS, LABELLED], ids=["pairs", "labels"])
+def test_a_tokenizer_without_special_tokens(
+    rows: list[dict[str, Any]], llama_directory: Path, tmp_path: Path, refused: Any
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    shutil.copytree(llama_directory, tmp_path / "base")
+    bare = PreTrainedTokenizerFast(tokenizer_object=AutoTokenizer.from_pretrained(llama_directory).backend_tokenizer)
+    bare.save_pretrained(tmp_path / "base")
+    write(tmp_path / "data.jsonl", rows)
+    with refused(ModelError, "neither a padding token nor an end of sequence", "pad_token"):
+        started(run_file(tmp_path, tmp_path / "base"))
+    with refused(pc.DataError, "a prompt is empty"):
+        models.prompt_ids("", bare)
 
 
 # Packing
@@ -904,6 +954,10 @@ def test_columns_and_templates_that_do_not_do(chat_directory: Path, llama_direct
     with refused(pc.DataError, "data.csv, line 2", "txt", "did you mean 'text'?"):
         format_of(rows)
     assert format_of(rows, "text") == "text"
+    with refused(pc.DataError, "the columns label are not known; expected"):
+        format_of([Row({"label": "a"}, "data.csv, line 2")])
+    unlabelled_first = [Row({"text": "w1", "label": label}, "x") for label in (None, "a")]
+    assert format_of(unlabelled_first) == "label"
     with refused(pc.DataError, "chat template"):
         prepare_causal([Row(CHATS[0], "x")], "messages", AutoTokenizer.from_pretrained(llama_directory), 20)
     tokenizer = AutoTokenizer.from_pretrained(chat_directory)
