@@ -602,6 +602,23 @@ def test_an_interrupted_run_is_resumed(
         assert files[0] == files[1], f"{name} differs"
 
 
+def test_an_epochs_evaluation_is_in_its_last_checkpoint(llama_directory: Path, tmp_path: Path) -> None:
+    write(tmp_path / "data.jsonl", PAIRS[:10])
+    each = {"steps": None, "epochs": 3, "batch_size": 2, "accumulate": 2, "save_every": 3, "keep": 3}
+    data = {"train": "data.jsonl", "hold_out": 0.2}
+    path = run_file(tmp_path, llama_directory, data, training=each)
+    whole = started(path)
+    assert [entry["step"] for entry in whole.evaluations] == [0, 2, 4, 6]
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "checkpoint-6")
+    assert started(path, resume=True).evaluations == whole.evaluations
+    each["save_every"] = 2  # a checkpoint at every epoch's end
+    path = run_file(tmp_path, llama_directory, data, training=each, output_dir="ends")
+    assert started(path).evaluations == whole.evaluations
+    for last in (6, 4):
+        shutil.rmtree(tmp_path / "ends" / "checkpoints" / f"checkpoint-{last}")
+        assert started(path, resume=True).evaluations == whole.evaluations
+
+
 def test_resuming_what_was_killed_while_it_saved(llama_directory: Path, tmp_path: Path) -> None:
     write(tmp_path / "data.jsonl", PAIRS)
     path = run_file(tmp_path, llama_directory, training={"steps": 4, "save_every": 2})
