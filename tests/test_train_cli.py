@@ -193,6 +193,13 @@ def test_a_run_learns_and_its_adapter_is_loaded(llama_directory: Path, tmp_path:
     assert again == pytest.approx(report.result["loss"], rel=1e-4)
 
 
+def test_a_run_of_one_step_trains(llama_directory: Path, tmp_path: Path) -> None:
+    write(tmp_path / "data.jsonl", PAIRS[:6])
+    report = started(run_file(tmp_path, llama_directory, training={"steps": None, "batch_size": 8}))
+    assert report.steps == 1 and report.result is not None
+    assert report.result["loss"] < report.evaluations[0]["loss"]
+
+
 def test_a_classifier_trains_its_new_head(bert_directory: Path, tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", LABELLED)
     write(tmp_path / "test.csv", LABELLED[:7])

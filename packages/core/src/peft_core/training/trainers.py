@@ -78,6 +78,12 @@ class _RunTrainer:
                 optimizer.add_param_group({**group, "params": parameters, "lr": rate})
         return optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As the trainer's own, but the warm-up, whose first learning rate is zero, never takes the whole run."""
+        if self.args.get_warmup_steps(num_training_steps) >= num_training_steps:
+            self.args.warmup_steps = num_training_steps - 1
+        return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+
     def train(self, resume_from_checkpoint: str | None = None) -> None:
         """As the trainer's own, which would add a step to a run that had made its last one."""
         if resume_from_checkpoint is not None:
