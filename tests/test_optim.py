@@ -628,6 +628,45 @@ def test_a_step_while_inactive_does_not_touch_the_base(stepper: Any, dtype: torc
     assert not torch.equal(net[0].weight, original)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_dict_loaded_while_training_is_what_is_saved(stepper: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    """As by who keeps the best weights in memory. A word says that the method's own state is not in there."""
+    net = model().to(dtype)
+    adapter = pc.attach(net, pc.AdapterSpec(method="stepper", targets=["0", "2"], options={"owns": True}))
+    optimizer = adamw(adapter.parameters())
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            net(X.to(dtype)).square().mean().backward()
+            optimizer.step()
+
+    train(4)
+    best, output = copy.deepcopy(net.state_dict()), net(X.to(dtype))
+    train(4)
+    with pytest.warns(UserWarning, match="neither the training state of method 'stepper' nor its count of steps"):
+        net.load_state_dict(best)
+    assert torch.equal(net(X.to(dtype)), output)
+    adapter.save(tmp_path)
+    other = model().to(dtype)
+    pc.load(other, tmp_path)
+    assert torch.equal(other(X.to(dtype)), output)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loading_its_own_state_dict_changes_no_owned_weight(stepper: Any, dtype: torch.dtype) -> None:
+    net = model().to(dtype)
+    adapter = pc.attach(net, pc.AdapterSpec(method="stepper", targets=["0", "2"], options={"owns": True}))
+    optimizer = adamw(adapter.parameters())
+    for _ in range(4):
+        net(X.to(dtype)).square().mean().backward()
+        optimizer.step()
+    kept = {site.path: adapter.bank.owned_weight(site).clone() for site in adapter.plan.sites}
+    with pytest.warns(UserWarning, match="is in training"):
+        net.load_state_dict(net.state_dict())
+    assert all(torch.equal(adapter.bank.owned_weight(site), kept[site.path]) for site in adapter.plan.sites)
+
+
 # Accelerate
 
 

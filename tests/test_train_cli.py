@@ -23,6 +23,7 @@ from transformers import (
 
 import peft_core as pc
 from peft_core import models, reporting
+from peft_core.errors import ModelError
 from peft_core.testing.families import FAMILIES
 from peft_core.trainer import AdapterTrainer
 from peft_core.training.batches import CausalCollator, LengthGroupedSampler, PackedCollator
@@ -190,6 +191,13 @@ def test_a_run_learns_and_its_adapter_is_loaded(llama_directory: Path, tmp_path:
     _, held = hold_out(rows, 0.1, 0)
     again = evaluate(model, prepare_causal(held, "prompt", tokenizer, 512).tokens, 0)
     assert again == pytest.approx(report.result["loss"], rel=1e-4)
+
+
+def test_a_run_of_one_step_trains(llama_directory: Path, tmp_path: Path) -> None:
+    write(tmp_path / "data.jsonl", PAIRS[:6])
+    report = started(run_file(tmp_path, llama_directory, training={"steps": None, "batch_size": 8}))
+    assert report.steps == 1 and report.result is not None
+    assert report.result["loss"] < report.evaluations[0]["loss"]
 
 
 def test_a_classifier_trains_its_new_head(bert_directory: Path, tmp_path: Path) -> None:
@@ -417,6 +425,55 @@ def test_a_classifier_of_any_length(llama_directory: Path, tmp_path: Path) -> No
     assert started(run_file(tmp_path, tmp_path / "base", training={"steps": 1})).steps == 1
 
 
+def test_a_classifier_reads_a_text_alike_in_every_batch(llama_directory: Path, tmp_path: Path) -> None:
+    """Though its configuration names another padding token than its tokenizer pads with."""
+    model: Any = FAMILIES["llama"].build()
+    model.config.pad_token_id = 5
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(llama_directory).save_pretrained(tmp_path / "base")
+    rows = [{"text": words(*range(n, n + 1 + n % 5)), "label": "ab"[n % 2]} for n in range(20)]
+
+    def before(size: int) -> float:
+        write(tmp_path / str(size) / "data.jsonl", rows)
+        data = {"train": "data.jsonl", "hold_out": 0.5}
+        path = run_file(tmp_path / str(size), tmp_path / "base", data, training={"steps": 1, "batch_size": size})
+        return started(path).evaluations[0]["loss"]
+
+    assert before(8) == pytest.approx(before(1), rel=1e-5)
+
+
+def test_a_text_that_an_encoder_decoder_would_not_read_once(
+    tmp_path: Path, llama_directory: Path, refused: Any
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama_directory)
+    row = Row({"text": "w1 </s> w2 </s>", "label": "a"}, "data.jsonl, line 7")
+    with refused(pc.DataError, "data.jsonl, line 7", "gives 2 of them"):
+        prepare_labelled([row], ["a", "b"], tokenizer, 20, end=tokenizer.eos_token_id)
+    model: Any = FAMILIES["t5"].build()
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    write(tmp_path / "data.jsonl", LABELLED)
+    with refused(pc.DataError, "data.jsonl, line", "gives 0 of them"):  # this tokenizer adds none
+        started(run_file(tmp_path, tmp_path / "base"))
+
+
+@pytest.mark.parametrize("rows", [PAIRS, LABELLED], ids=["pairs", "labels"])
+def test_a_tokenizer_without_special_tokens(
+    rows: list[dict[str, Any]], llama_directory: Path, tmp_path: Path, refused: Any
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    shutil.copytree(llama_directory, tmp_path / "base")
+    bare = PreTrainedTokenizerFast(tokenizer_object=AutoTokenizer.from_pretrained(llama_directory).backend_tokenizer)
+    bare.save_pretrained(tmp_path / "base")
+    write(tmp_path / "data.jsonl", rows)
+    with refused(ModelError, "neither a padding token nor an end of sequence", "pad_token"):
+        started(run_file(tmp_path, tmp_path / "base"))
+    with refused(pc.DataError, "a prompt is empty"):
+        models.prompt_ids("", bare)
+
+
 # Packing
 
 
@@ -550,6 +607,23 @@ def test_an_interrupted_run_is_resumed(
     for name in ("adapter.safetensors", *(["state.safetensors"] if method == "stepper" else [])):
         files = [(tmp_path / run / "out" / name).read_bytes() for run in ("whole", "broken")]
         assert files[0] == files[1], f"{name} differs"
+
+
+def test_an_epochs_evaluation_is_in_its_last_checkpoint(llama_directory: Path, tmp_path: Path) -> None:
+    write(tmp_path / "data.jsonl", PAIRS[:10])
+    each = {"steps": None, "epochs": 3, "batch_size": 2, "accumulate": 2, "save_every": 3, "keep": 3}
+    data = {"train": "data.jsonl", "hold_out": 0.2}
+    path = run_file(tmp_path, llama_directory, data, training=each)
+    whole = started(path)
+    assert [entry["step"] for entry in whole.evaluations] == [0, 2, 4, 6]
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "checkpoint-6")
+    assert started(path, resume=True).evaluations == whole.evaluations
+    each["save_every"] = 2  # a checkpoint at every epoch's end
+    path = run_file(tmp_path, llama_directory, data, training=each, output_dir="ends")
+    assert started(path).evaluations == whole.evaluations
+    for last in (6, 4):
+        shutil.rmtree(tmp_path / "ends" / "checkpoints" / f"checkpoint-{last}")
+        assert started(path, resume=True).evaluations == whole.evaluations
 
 
 def test_resuming_what_was_killed_while_it_saved(llama_directory: Path, tmp_path: Path) -> None:
@@ -904,6 +978,10 @@ def test_columns_and_templates_that_do_not_do(chat_directory: Path, llama_direct
     with refused(pc.DataError, "data.csv, line 2", "txt", "did you mean 'text'?"):
         format_of(rows)
     assert format_of(rows, "text") == "text"
+    with refused(pc.DataError, "the columns label are not known; expected"):
+        format_of([Row({"label": "a"}, "data.csv, line 2")])
+    unlabelled_first = [Row({"text": "w1", "label": label}, "x") for label in (None, "a")]
+    assert format_of(unlabelled_first) == "label"
     with refused(pc.DataError, "chat template"):
         prepare_causal([Row(CHATS[0], "x")], "messages", AutoTokenizer.from_pretrained(llama_directory), 20)
     tokenizer = AutoTokenizer.from_pretrained(chat_directory)

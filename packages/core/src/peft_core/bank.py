@@ -7,6 +7,7 @@ parameters (optimizers, `.to()`, DDP, FSDP2, state_dict) then finds each exactly
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
@@ -103,6 +104,18 @@ class Bank:
     def write_owned_weight(self, site: Site, weight: Tensor) -> None:
         """Give a site that the method owns another weight (out × in)."""
         self.owned[site.path].write(self.root.get_submodule(site.path), weight, site)
+
+    def loaded_into(self, module: nn.Module, site: Site) -> None:
+        """`load_state_dict` has given a site's module another weight."""
+        if site.path in self.owned:
+            self.owned[site.path].follow(module)
+        if self.progress.steps and self.state:
+            warnings.warn(
+                f"adapter '{self.name}' is in training, and a state_dict was loaded that holds neither the training state of "
+                f"method '{self.plan.spec.method}' nor its count of steps; to go back to an earlier step, use Adapter.save and "
+                "Adapter.restore",
+                stacklevel=2,
+            )
 
     def show_owned(self, show: bool) -> None:
         """Let the base hold the weights that the method moved, or the original ones."""

@@ -21,6 +21,7 @@ from .dropout import dropped
 from .errors import AdapterError, PluginError
 from .fused import Use
 from .method import BASE_WEIGHT
+from .registry import registry
 from .slots import SLOT, Slot, TrainedSlot
 from .subclassing import Mixin, plain_class, specialize
 
@@ -45,6 +46,15 @@ class AdaptedLinear(Mixin):
             if y is not None:
                 return y
         return add_to(self, slot, uses, x, super().forward(x))  # type: ignore[misc]
+
+    def _load_from_state_dict(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As the layer's own; its adapters hear of it."""
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+        slot: Slot = self.__dict__[SLOT]
+        found = registry(slot.root)
+        assert found is not None
+        for member in slot.members.values():
+            found.banks[member.adapter].loaded_into(self, member.site)
 
 
 class HookedLinear(AdaptedLinear):

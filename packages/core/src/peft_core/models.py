@@ -132,11 +132,22 @@ def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 32) 
 
 
 def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
-    """Tokens of a prompt, with what the tokenizer puts at the start of a text; never empty."""
+    """Tokens of a prompt, with what the tokenizer puts at the start of a text; never empty.
+
+    Raises:
+        DataError: the prompt is empty, and the tokenizer has no token to begin with.
+    """
     ids = list(tokenizer(prompt)["input_ids"])
     while ids and ids[-1] == tokenizer.eos_token_id:  # an end of sequence would end it before its completion
         ids.pop()
-    return ids or [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+    if ids:
+        return ids
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return [token]
+    raise DataError(
+        "a prompt is empty, and the tokenizer has no token that begins or ends a text to stand for it; give a prompt"
+    )
 
 
 def whole_text(text: str, place: str) -> str:

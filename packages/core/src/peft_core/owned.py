@@ -59,6 +59,16 @@ class OwnedWeight:
                 assert isinstance(self.parked, Tensor)  # nothing writes while merged
                 self.parked.copy_(weight.T if site.transposed else weight)
 
+    def follow(self, module: nn.Module) -> None:
+        """Something was loaded into the base: where that is not just the master's rounding, it is the moved weight now."""
+        if self.master is None or not self.shown:
+            return
+        loaded = bases.dense_weight(module)
+        if loaded.is_meta:
+            return
+        if self.master.is_meta or not torch.equal(self.master.to(loaded.device, loaded.dtype), loaded):
+            self.master = loaded.to(self.master.dtype)
+
     def show(self, module: nn.Module) -> None:
         """Let the base hold the moved weight."""
         if not self.shown:

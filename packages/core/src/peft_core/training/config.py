@@ -122,7 +122,7 @@ class DataSection(_Section):
     )
     format: Literal["auto", "text", "prompt", "messages", "label"] = Field(
         default="auto",
-        description="Columns: text; prompt and completion; messages; text and label. auto: by the columns of the first row.",
+        description="Columns: text; prompt and completion; messages; text and label. auto: by the columns.",
     )
     subset: str | None = Field(default=None, description="Configuration of a `datasets` name.")
     split: str = Field(default="train", description="Split of a `datasets` name.")

@@ -89,11 +89,16 @@ def prepare_stream(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Prep
     return Prepared(tuple(Tokens(part, [IGNORED, *part[1:]]) for part in cut))  # nothing predicts the first
 
 
-def prepare_labelled(rows: Sequence[Row], classes: Sequence[str], tokenizer: Any, max_length: int) -> Prepared:
+def prepare_labelled(
+    rows: Sequence[Row], classes: Sequence[str], tokenizer: Any, max_length: int, end: int | None = None
+) -> Prepared:
     """Texts with the numbers of their labels, for a sequence classifier.
 
+    Args:
+        end: the token that a text is read at, where the model looks for it: once in each text.
+
     Raises:
-        DataError: a row is not a text with one of these labels.
+        DataError: a row is not a text with one of these labels, or is not read once.
     """
     index = {name: number for number, name in enumerate(classes)}
     made = []
@@ -101,11 +106,17 @@ def prepare_labelled(rows: Sequence[Row], classes: Sequence[str], tokenizer: Any
         name = label_of(row)
         if name not in index:
             raise DataError(
-                f"{row.place}: the label '{name}' does not occur in the training data, which has {listed(classes, 20)}"
+                f"{row.place}: the label '{name}' does not occur in the training data, which has {listed(classes, 20)}; add "
+                "rows with it, set data.evaluation, or change training.seed, which draws the rows that are held out"
             )
         text = text_of(row)
         whole = len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
         ids = list(tokenizer(text, truncation=True, max_length=max_length)["input_ids"])
+        if end is not None and ids.count(end) != 1:
+            raise DataError(
+                f"{row.place}: the model reads a text at its end token {end}, which must be there once, and the tokenizer "
+                f"gives {ids.count(end)} of them; take it out of the text, or use a tokenizer that ends texts with it"
+            )
         made.append(Tokens(ids, [index[name]], truncated=whole > len(ids)))
     return Prepared(tuple(made), truncated=sum(tokens.truncated for tokens in made))
 

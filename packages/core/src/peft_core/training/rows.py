@@ -19,7 +19,7 @@ from ..errors import DataError, first_line, listed, suggestion
 from ..models import whole_text
 
 COLUMNS = {"messages": ("messages",), "prompt": ("prompt", "completion"), "label": ("text", "label"), "text": ("text",)}
-"""Format → the columns that it needs. The first whose columns a row has is its format."""
+"""Format → the columns that it needs. The first whose columns the rows have is theirs."""
 
 
 class Row(NamedTuple):
@@ -58,19 +58,19 @@ def read_file(path: Path, suffix: str) -> list[Row]:
 
 
 def format_of(rows: Sequence[Row], wanted: str = "auto") -> str:
-    """The format of the rows: `wanted`, or the first one whose columns the first row has.
+    """The format of the rows: `wanted`, or the first one whose columns the rows have between them.
 
     Raises:
         DataError: the columns fit no format.
     """
     if wanted != "auto":
         return wanted
-    columns = [name for name, value in rows[0].values.items() if value is not None]
+    columns = list(dict.fromkeys(name for row in rows for name, value in row.values.items() if value is not None))
     for name, needed in COLUMNS.items():
         if set(needed) <= set(columns):
             return name
     known = sorted({column for needed in COLUMNS.values() for column in needed})
-    near = "".join(suggestion(column, known) for column in columns[:1])
+    near = "".join(suggestion(column, known) for column in columns[:1] if column not in known)
     raise DataError(
         f"{rows[0].place}: the columns {listed(columns)} are not known{near}; expected text, or prompt and completion, "
         "or messages, or text and label"
@@ -109,7 +109,7 @@ def classes_of(rows: Iterable[Row]) -> list[str]:
     """
     found = list(dict.fromkeys(map(label_of, rows)))
     if len(found) < 2:
-        raise DataError(f"all rows have the label '{found[0]}', so there is nothing to tell apart")
+        raise DataError(f"all rows to train on have the label '{found[0]}', so there is nothing to tell apart")
     try:
         return sorted(found, key=float)
     except ValueError:

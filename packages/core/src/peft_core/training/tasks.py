@@ -69,7 +69,7 @@ def causal_task(config: RunConfig, kind: str, rows: list[Row], held_out_rows: li
         return prepare_causal(some, kind, tokenizer, length)
 
     training, held_out = prepare(rows), prepare(held_out_rows) if held_out_rows else Prepared()
-    pad = int(tokenizer.pad_token_id)
+    pad = _pad_id(config, tokenizer)
     convention = batch_convention(model, training.tokens, pad)
     collator: Callable[[Sequence[Any]], Batch] = CausalCollator(model, pad, convention.pads_left)
     packed = None
@@ -124,11 +124,12 @@ def classification_task(config: RunConfig, rows: list[Row], held_out_rows: list[
         raise ModelError(
             f"cannot load {config.model.path} as a sequence classifier: {models.why(error, path)}"
         ) from error
-    if model.config.get_text_config().pad_token_id is None:
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    # By it, a decoder finds a text's last token: any other id would make it read the padding of the batch.
+    model.config.get_text_config().pad_token_id = _pad_id(config, tokenizer)
     length = _max_length(config, model, tokenizer)
-    training = prepare_labelled(rows, classes, tokenizer, length)
-    held_out = prepare_labelled(held_out_rows, classes, tokenizer, length)
+    end = model.config.eos_token_id if model.config.is_encoder_decoder else None
+    training = prepare_labelled(rows, classes, tokenizer, length, end)
+    held_out = prepare_labelled(held_out_rows, classes, tokenizer, length, end)
     without_weights = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
     collator = ClassificationCollator(tokenizer)
     evaluate = partial(losses.evaluate_classifier, model, held_out.tokens, collator, 2 * config.training.batch_size)
@@ -144,6 +145,15 @@ def classification_task(config: RunConfig, rows: list[Row], held_out_rows: list[
         loss=losses.class_loss,
         classes=classes,
     )
+
+
+def _pad_id(config: RunConfig, tokenizer: Any) -> int:
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {config.model.path} has neither a padding token nor an end of sequence to pad with; set its "
+            "pad_token and save it there"
+        )
+    return int(tokenizer.pad_token_id)
 
 
 def _spec(config: RunConfig, fresh: Sequence[str] = ()) -> AdapterSpec | None:

@@ -78,6 +78,12 @@ class _RunTrainer:
                 optimizer.add_param_group({**group, "params": parameters, "lr": rate})
         return optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As the trainer's own, but the warm-up, whose first learning rate is zero, never takes the whole run."""
+        if self.args.get_warmup_steps(num_training_steps) >= num_training_steps:
+            self.args.warmup_steps = num_training_steps - 1
+        return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+
     def train(self, resume_from_checkpoint: str | None = None) -> None:
         """As the trainer's own, which would add a step to a run that had made its last one."""
         if resume_from_checkpoint is not None:
@@ -94,9 +100,6 @@ class _RunTrainer:
         self._load_from_checkpoint(best or checkpoint)
         self.create_optimizer()
         self.callback_handler.on_train_begin(self.args, state, self.control)
-        evaluated = [entry["step"] for entry in state.log_history if "eval_loss" in entry]
-        if self.args.eval_strategy == "epoch" and state.global_step not in evaluated:
-            self.evaluate()  # at an epoch's end, it comes after a step's checkpoint
 
     def measure(self) -> dict[str, float]:
         """The figures of the model as it is."""
@@ -180,7 +183,7 @@ class FullRunTrainer(_RunTrainer, Trainer):  # type: ignore[misc]
 
 
 class _ProgressCallback(TrainerCallback):  # type: ignore[misc]
-    """Moves the progress bar, and stops a run that has diverged."""
+    """Moves the progress bar, evaluates an epoch before a step's checkpoint, and stops a run that has diverged."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -191,6 +194,13 @@ class _ProgressCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.update(self.task, completed=state.global_step)
+        # The trainer would evaluate after the checkpoint, from which a run would go on without the evaluation.
+        if args.eval_strategy == "epoch" and (state.epoch.is_integer() or state.global_step >= state.max_steps):
+            control.should_evaluate = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history):
+            control.should_evaluate = False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         for name, shown in (("loss", "loss"), ("eval_loss", "held-out loss")):
