@@ -58,6 +58,20 @@ def test_exports_pass_and_spoilt_ones_fail(
     assert program("verify", out, *more, "--max-kl", "1e9")[0] == 0
 
 
+def test_a_tensor_that_is_not_there(
+    any_method: Trial, make: Callable[..., Any], fails: Callable[..., str], tmp_path: Path
+) -> None:
+    """A norm that the files lack gets ones, which is what a norm often has: no comparison of logits would see it."""
+    made, out = make(any_method), tmp_path / "out"
+    peft_export.merge(made.base, made.adapter, out)
+    peft_export.verify(out, made.base, made.adapter)
+    stored = load_file(out / "model.safetensors")
+    del stored["model.norm.weight"]
+    save_file(stored, out / "model.safetensors", {"format": "pt"})
+    for more in ((), ("--base", made.base, "--adapter", made.adapter)):
+        assert "lacks 'model.norm.weight' of a LlamaForCausalLM" in fails("verify", out, *more)
+
+
 def test_weighted_adapters(additive: Trial, make: Callable[..., Any], program: Any, tmp_path: Path) -> None:
     one = make(additive, name="one")
     two = make(additive, name="two", model=one.model, base=one.base, seed=1)

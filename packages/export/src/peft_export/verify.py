@@ -180,7 +180,7 @@ def _load(kind: str, directory: Path, source: Path | None, architecture: str, dt
     from . import running
 
     if kind == "merged":
-        return running.load_model(directory, architecture, dtype)
+        return running.load_merged(directory, architecture, dtype)
     assert source is not None
     fields = output.read_marker(directory)["config"] if (directory / output.MARKER).is_file() else {}
     return running.with_lora(running.load_model(source, architecture, dtype, fields), directory)
