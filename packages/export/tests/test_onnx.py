@@ -212,6 +212,15 @@ def test_what_has_no_onnx_form_is_named(capfd: pytest.CaptureFixture[str]) -> No
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_reason_that_begins_with_a_heading() -> None:
+    """What torch says of MPT: the first line alone gives no reason."""
+    graph = cast(Any, SimpleNamespace(module=nn.Linear(1, 1)))
+    said = tracing._explained(graph, ValueError("The following inconsistencies were found:\nEq(a, 1)\nEq(b, 1)"))
+    assert said == "Linear cannot be traced for ONNX: The following inconsistencies were found: Eq(a, 1)"
+    assert tracing._explained(graph, ValueError("no:\n")).endswith("ONNX: no:")
+    assert tracing._explained(graph, ValueError()).endswith("ONNX: ValueError")
+
+
 def test_a_clamp_of_what_is_not_finite_is_in_the_graph() -> None:
     """BART and others clamp, in float16, where a value has overflowed: the graph must always do so, and changes nothing else."""
 
