@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peft_export
+from peft_core import MergeError
 from peft_core.testing.checks import Trial
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -297,6 +298,23 @@ def test_output(
     assert (out / MODEL).is_file() and not list(out.glob("model-*")) and not (out / INDEX).exists()
     assert not (out / "verification").exists(), "that was of the export before"
     assert (out / "notes.txt").is_file()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_that_appears_meanwhile(
+    overwrite: bool, any_method: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Of two merges into one directory, and before somebody's own files, the later one must not win unasked."""
+    made, out = make(any_method), tmp_path / "out"
+
+    def appears(done: int, total: int) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "thesis.txt").write_text("years of work")
+
+    with pytest.raises(MergeError, match="is not an export" if overwrite else "exists"):
+        peft_export.merge(made.base, made.adapter, out, progress=appears, overwrite=overwrite)
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(

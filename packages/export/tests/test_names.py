@@ -156,6 +156,29 @@ def test_a_projection_that_the_files_hold_fused(method: Trial, make: Callable[..
     assert equal(tmp_path / "out", tmp_path / "expected")
 
 
+@pytest.mark.parametrize("kind", ["Dinov2ForImageClassification", "GteForSequenceClassification", "GteModel"])
+def test_fused_projections_of_a_base_without_its_head(
+    kind: str, any_method: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Their keys have no prefix, whatever the adapter's model or transformers' conversion would put before them."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind.startswith("Dinov2"):
+        config = transformers.Dinov2Config(**sizes, image_size=16, patch_size=8, use_swiglu_ffn=True, mlp_ratio=6)
+    else:
+        config = transformers.GteConfig(**sizes, vocab_size=60, intermediate_size=72, pad_token_id=0)
+    model = getattr(transformers, kind)(config).eval()
+    model.base_model.save_pretrained(tmp_path / "trunk")
+    heads = ["classifier"] if hasattr(model, "classifier") else []
+    made = make(any_method, model=model, base=tmp_path / "trunk", spec={"train_modules": heads})
+    peft_export.merge(made.base, made.adapter, tmp_path / "out")
+    before, after = load_file(made.base / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert after.keys() == before.keys() | {f"{head}.{name}" for head in heads for name in ("weight", "bias")}
+    made.handle.merge_and_detach()
+    loaded = type(model).from_pretrained(tmp_path / "out").state_dict()
+    assert all(same_bits(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+
+
 def test_experts_trained_in_full(method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
     """Each expert has tensors of its own in the files; the model stacks them."""
     torch.manual_seed(0)

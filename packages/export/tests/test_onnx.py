@@ -9,7 +9,8 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -27,6 +28,7 @@ import peft_export
 from peft_core.testing.checks import Trial, randomise, trials
 from peft_core.testing.families import FAMILIES
 from peft_export.onnx import exporting, graphs, installed, quantizing, tracing
+from peft_export.onnx.genai import genai_config
 from peft_export.onnx.runtime import ONE_BY_ONE, PADDED, WHOLE
 from peft_export.verify import MAX_KL
 
@@ -210,6 +212,15 @@ def test_what_has_no_onnx_form_is_named(capfd: pytest.CaptureFixture[str]) -> No
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_reason_that_begins_with_a_heading() -> None:
+    """What torch says of MPT: the first line alone gives no reason."""
+    graph = cast(Any, SimpleNamespace(module=nn.Linear(1, 1)))
+    said = tracing._explained(graph, ValueError("The following inconsistencies were found:\nEq(a, 1)\nEq(b, 1)"))
+    assert said == "Linear cannot be traced for ONNX: The following inconsistencies were found: Eq(a, 1)"
+    assert tracing._explained(graph, ValueError("no:\n")).endswith("ONNX: no:")
+    assert tracing._explained(graph, ValueError()).endswith("ONNX: ValueError")
+
+
 def test_a_clamp_of_what_is_not_finite_is_in_the_graph() -> None:
     """BART and others clamp, in float16, where a value has overflowed: the graph must always do so, and changes nothing else."""
 
@@ -268,6 +279,15 @@ def test_genai_generates_the_adapted_models_tokens(family: str, exported: Any) -
     # It stops at the end of text (2), which the greedy tokens go beyond.
     assert found == written[: len(found)] and (len(found) == len(written) or found[-1] == 2)
     assert len(found) > 3
+
+
+def test_a_configuration_without_a_padding_token() -> None:
+    """CodeGen's has no such field at all."""
+    config = transformers.CodeGenConfig(n_layer=1, n_embd=32, n_head=4, eos_token_id=2)
+    assert not hasattr(config, "pad_token_id")
+    past = {f"past_key_values.0.{name}": torch.empty(1, 4, 0, 8) for name in ("key", "value")}
+    found, why_not = genai_config(cast(Any, SimpleNamespace(inputs=past)), config, {})
+    assert not why_not and found["model"]["pad_token_id"] == found["model"]["eos_token_id"] == 2
 
 
 def test_every_method(method: Trial, exported: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import peft_core as pc
 import peft_export
 from peft_core.testing.checks import Trial
-from peft_export.verify import MAX_KL, MAX_KL_ROUGH, compare
+from peft_export.verify import MAX_KL, MAX_KL_ROUGH, compare, remarks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -58,6 +59,20 @@ def test_exports_pass_and_spoilt_ones_fail(
     assert program("verify", out, *more, "--max-kl", "1e9")[0] == 0
 
 
+def test_a_tensor_that_is_not_there(
+    any_method: Trial, make: Callable[..., Any], fails: Callable[..., str], tmp_path: Path
+) -> None:
+    """A norm that the files lack gets ones, which is what a norm often has: no comparison of logits would see it."""
+    made, out = make(any_method), tmp_path / "out"
+    peft_export.merge(made.base, made.adapter, out)
+    peft_export.verify(out, made.base, made.adapter)
+    stored = load_file(out / "model.safetensors")
+    del stored["model.norm.weight"]
+    save_file(stored, out / "model.safetensors", {"format": "pt"})
+    for more in ((), ("--base", made.base, "--adapter", made.adapter)):
+        assert "lacks 'model.norm.weight' of a LlamaForCausalLM" in fails("verify", out, *more)
+
+
 def test_weighted_adapters(additive: Trial, make: Callable[..., Any], program: Any, tmp_path: Path) -> None:
     one = make(additive, name="one")
     two = make(additive, name="two", model=one.model, base=one.base, seed=1)
@@ -90,6 +105,24 @@ def test_limits_tell_rounding_from_a_wrong_weight(
     assert found.ok and found.dtype == dtype and found.max_kl == MAX_KL[dtype]
     spoil(tmp_path / "lora", "adapter_model.safetensors", 0.05)
     assert not peft_export.verify(tmp_path / "lora", made.base).ok
+
+
+def test_a_limit_that_the_adapter_itself_keeps_to(
+    lone: Trial, make: Callable[..., Any], program: Any, tmp_path: Path
+) -> None:
+    """An adapter whose effect is smaller than what rounding is allowed: that it was left out cannot be seen, and is said."""
+    made = make(lone, dtype=torch.bfloat16)
+    shutil.copytree(made.base, tmp_path / "bare")
+    report = peft_export.verify(tmp_path / "bare", made.base, made.adapter)
+    assert not report.ok and report.effect == pytest.approx(report.mean_kl, rel=1e-3)
+    assert "an export without it" not in " ".join(remarks(report))
+    for parameter in made.handle.parameters():
+        parameter.data.mul_(1e-3)
+    made.handle.save(tmp_path / "faint")
+    arguments = ("verify", tmp_path / "bare", "--base", made.base, "--adapter", tmp_path / "faint")
+    code, text, _ = program(*arguments)
+    assert code == 0 and "an export without it would pass" in " ".join(text.split())
+    assert "an export without it" not in program(*arguments, "--max-kl", "1e-12")[1]
 
 
 def test_rough_limits(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:

@@ -183,8 +183,16 @@ def _conversion(
 ) -> Conversion:
     """A group of source tensors, tried on the meta device to learn the names that come out.
 
-    The way back is transformers' own, as its `save_pretrained` goes it.
+    The way back is transformers' own, as its `save_pretrained` goes it: only of what was renamed, a name is given back.
     """
+    renamed, used = sources[0][0], []
+    for renaming in renamings:
+        before, (renamed, _) = renamed, renaming.rename_source_key(renamed)
+        if renamed != before:
+            used.append(renaming)
+    plain, _ = converter.rename_source_key(renamed)
+    # A model with a head differs from its base by a prefix, which no renaming states.
+    ours, theirs = (name.removesuffix(plain), "") if name.endswith(plain) else ("", plain.removesuffix(name))
 
     def forward(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         step = copy.deepcopy(converter)
@@ -201,9 +209,10 @@ def _conversion(
             first = first or renamed
             step.add_tensor(renamed, parameter, pattern, tensor)
         made = step.convert(first, model=model, config=model.config)
-        back = [renaming.reverse_transform() for renaming in reversed(renamings)]
+        back = [renaming.reverse_transform() for renaming in reversed(used)]
         out = {}
         for key, value in made.items():
+            key = theirs + key.removeprefix(ours)
             for renaming in back:
                 key, _ = renaming.rename_source_key(key)
             out[key] = value[0] if isinstance(value, list) else value

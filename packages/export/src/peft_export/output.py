@@ -54,18 +54,25 @@ def export_directory(out: str | Path, inputs: Iterable[str | Path], overwrite: b
             raise MergeError(
                 f"the input '{source}' lies inside the output '{out}', which would be replaced: choose another directory"
             )
-    if target.is_dir() and any(target.iterdir()):
-        if not overwrite:
-            raise MergeError(f"the output '{out}' exists; choose another directory, or replace it with --overwrite")
-        if not (target / MARKER).is_file():
-            raise MergeError(
-                f"the output '{out}' is not an export (it has no {MARKER}) and will not be replaced: "
-                "choose another directory"
-            )
+    _check_replaceable(target, overwrite, "")
     with whole_directory(target, [MARKER, *_replaced(target)]) as temporary:
         yield temporary
+        _check_replaceable(target, overwrite, temporary.name)  # somebody else may have written there meanwhile
         written = sorted(entry.name for entry in temporary.iterdir())
         write_json(temporary / MARKER, {**read_marker(temporary), "written": written})
+
+
+def _check_replaceable(target: Path, overwrite: bool, ours: str) -> None:
+    """Raises MergeError where anything but `ours` is in the way that was not to be replaced, or is no export."""
+    if not target.is_dir() or all(entry.name == ours for entry in target.iterdir()):
+        return
+    if not overwrite:
+        raise MergeError(f"the output '{target}' exists; choose another directory, or replace it with --overwrite")
+    if not (target / MARKER).is_file():
+        raise MergeError(
+            f"the output '{target}' is not an export (it has no {MARKER}) and will not be replaced: "
+            "choose another directory"
+        )
 
 
 def _replaced(target: Path) -> list[str]:

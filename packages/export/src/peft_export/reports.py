@@ -144,6 +144,8 @@ class VerifyReport:
         dtype: of the export's weights. computed_in: what both models were run in.
         max_difference: see `MAX_DIFFERENCE`; None where a limit was given. generated: how many tokens were written greedily
             after the first prompt. generated_equal: how many of them, from the first on, the adapted model writes, too.
+        effect: what the adapters themselves do: the mean KL divergence of the bare base, for the prompt that they change most.
+            Where it is within `max_kl`, an export without them would pass, too. None: nothing is known of it.
         ok: all limits are kept.
     """
 
@@ -159,6 +161,7 @@ class VerifyReport:
     max_difference: float | None = None
     generated: int = 0
     generated_equal: int = 0
+    effect: float | None = None
 
     @property
     def mean_kl(self) -> float:

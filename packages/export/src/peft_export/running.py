@@ -160,29 +160,51 @@ def _resize(model: Any, header: AdapterFile) -> None:
         model.resize_token_embeddings(shape[0], mean_resizing=False)
 
 
+def load_merged(directory: Path, architecture: str, dtype: str) -> nn.Module:
+    """A transformers model of this class from files that must hold all of it: what they lack would be drawn at random.
+
+    Raises:
+        CheckpointError: they lack a tensor. ModelError: see `load_model`.
+    """
+    model, lost = _loaded(directory, architecture, dtype, {})
+    if lost:
+        raise CheckpointError(
+            f"'{directory}' lacks '{lost[0]}'{f' and {len(lost) - 1} more tensors' if lost[1:] else ''} of a {architecture}: "
+            "it is not as it was exported; export it again"
+        )
+    return model
+
+
 def load_model(directory: Path, architecture: str, dtype: str, fields: Mapping[str, Any] | None = None) -> nn.Module:
     """A transformers model of this class, in this dtype or (`auto`) that of its files. `fields` replace its configuration's.
 
     Raises:
         ModelError: transformers has no such class, or cannot load the directory.
     """
+    return _loaded(directory, architecture, dtype, fields or {})[0]
+
+
+def _loaded(
+    directory: Path, architecture: str, dtype: str, fields: Mapping[str, Any]
+) -> tuple[nn.Module, Sequence[str]]:
+    """The model, in evaluation mode, and what of it is not in the files."""
     import transformers
 
     cls = getattr(transformers, architecture, None)
     if cls is None:
         raise ModelError(f"the model is a {architecture or 'model of unknown class'}, which transformers does not have")
-    names = (fields or {}).get("id2label", {})
+    names = fields.get("id2label", {})
     labels = (
         {"id2label": {int(number): name for number, name in names.items()}, "label2id": fields["label2id"]}
-        if names and fields
+        if names
         else {}
     )
     try:
         with quiet_transformers():
-            model: nn.Module = cls.from_pretrained(directory, dtype=dtype, **labels)
+            model, found = cls.from_pretrained(directory, dtype=dtype, output_loading_info=True, **labels)
     except UNREADABLE as error:
         raise ModelError(f"cannot load '{directory}' as {architecture}: {why(error, directory)[:300]}") from error
-    return model.eval()
+    return model.eval(), sorted(found["missing_keys"])
 
 
 def with_lora(model: nn.Module, directory: Path) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
-from peft_core import CheckpointError, MergeError
+from peft_core import CheckpointError, MergeError, activate
 from peft_core.adapter_file import read_header
 from peft_core.dtypes import name_of
 from peft_core.files import whole_directory, write_text
@@ -117,6 +117,7 @@ def verify(
         max_difference=nearness,
         generated=generated,
         generated_equal=equal,
+        effect=reference.effect,
     )
     if weights and record:
         _record(directory, reference, report)
@@ -125,7 +126,7 @@ def verify(
 
 class _Reference(NamedTuple):
     """What the export is compared with: for each prompt logits [positions, vocabulary], and what follows the first one when
-    it is generated greedily, if anything.
+    it is generated greedily, if anything. `effect`: see `VerifyReport`.
     """
 
     architecture: str
@@ -133,6 +134,7 @@ class _Reference(NamedTuple):
     inputs: list[Prompt]
     logits: list[Tensor]
     written: Tensor | None
+    effect: float | None
 
 
 def _from_adapted_model(
@@ -147,7 +149,10 @@ def _from_adapted_model(
     inputs = running.make_prompts(prompts, [directory, source], vocabulary)
     logits = running.logits(model, inputs)
     written = _greedy(model, inputs[0].ids) if generates else None
-    return _Reference(header.base.architecture, name_of(config.dtype), inputs, logits, written)
+    activate(model, [])
+    bare = zip(logits, running.logits(model, inputs), strict=True)
+    effect = max(compare("", adapted, found).mean_kl for adapted, found in bare)
+    return _Reference(header.base.architecture, name_of(config.dtype), inputs, logits, written, effect)
 
 
 def _answers(
@@ -180,7 +185,7 @@ def _load(kind: str, directory: Path, source: Path | None, architecture: str, dt
     from . import running
 
     if kind == "merged":
-        return running.load_model(directory, architecture, dtype)
+        return running.load_merged(directory, architecture, dtype)
     assert source is not None
     fields = output.read_marker(directory)["config"] if (directory / output.MARKER).is_file() else {}
     return running.with_lora(running.load_model(source, architecture, dtype, fields), directory)
@@ -285,7 +290,8 @@ def _from_golden(directory: Path) -> _Reference:
     prompts = [Prompt(text, ids) for text, (ids, _) in zip(texts, found, strict=True)]
     architecture = output.read_marker(directory)["architecture"]
     computed_in = str(results.get("computed_in", ""))
-    return _Reference(architecture, computed_in, prompts, [logits for _, logits in found], written)
+    logits = [logits for _, logits in found]
+    return _Reference(architecture, computed_in, prompts, logits, written, results.get("effect"))
 
 
 def _record(directory: Path, reference: _Reference, report: VerifyReport) -> None:
@@ -336,8 +342,13 @@ def limits(report: VerifyReport) -> str:
 
 
 def remarks(report: VerifyReport) -> list[str]:
-    """How long the greedy continuation of the first prompt is the adapted model's; a warning where the limit is a wide one."""
+    """How long the greedy continuation of the first prompt is the adapted model's; warnings where the limit shows little."""
     found = []
+    if report.effect is not None and report.effect <= report.max_kl:
+        found.append(
+            f"The adapter itself changes these prompts by no more than {report.effect:.1e} nats, so that an export without it "
+            "would pass, too: give prompts of its task (--prompt), or a smaller --max-kl."
+        )
     if report.generated:
         found.append(f"Greedy tokens after the first prompt: {report.generated_equal} of {report.generated} equal.")
     if MAX_KL.get(report.dtype, 0.0) > _WIDE:

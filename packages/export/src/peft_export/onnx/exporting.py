@@ -78,7 +78,7 @@ def export_onnx(
                 raise error.__cause__ from None
             raise
         architecture = headers[0].base.architecture
-        model = running.load_model(merged, architecture, "float16" if precision == "fp16" else "float32")
+        model = running.load_merged(merged, architecture, "float16" if precision == "fp16" else "float32")
         _choose_kernels(model)
         found = graphs(model)
         models = {}

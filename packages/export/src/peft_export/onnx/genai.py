@@ -21,14 +21,15 @@ def genai_config(graph: Graph, config: Any, generation: Mapping[str, Any]) -> tu
     if len({(shape[1], shape[3]) for shape in states}) != 1:
         return {}, f"no {CONFIG}: ONNX Runtime GenAI wants keys and values of one size in all layers"
     text = config.get_text_config()
-    end = generation.get("eos_token_id", text.eos_token_id)
+    # Some configurations lack what they do not use, instead of saying None.
+    begin, end, pad = (
+        generation.get(name, getattr(text, name, None)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    )
     length = getattr(text, "max_position_embeddings", None)
     if end is None or length is None:
         lacking = "eos_token_id" if end is None else "max_position_embeddings"
         return {}, f"no {CONFIG}: the model's configuration has no {lacking}"
     first = end if isinstance(end, int) else end[0]
-    pad = generation.get("pad_token_id", text.pad_token_id)
-    begin = generation.get("bos_token_id", text.bos_token_id)
     names = {name: name for name in graph.inputs if not name.startswith("past_key_values.")}
     return {
         "model": {

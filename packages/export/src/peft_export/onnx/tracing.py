@@ -131,7 +131,8 @@ def _explained(graph: Graph, error: BaseException) -> str:
             f"{what} cannot be traced for ONNX: it decides by values that are known only when it runs, in "
             f"{Path(place['file']).name}, line {place['line']}" + (f": {line[:200]}" if line else "")
         )
-    last = next((line.strip() for line in reasons[-1].splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in reasons[-1].splitlines() if line.strip()] or [type(error).__name__]
+    last = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
     return f"{what} cannot be traced for ONNX: {last[:300]}"
 
 
