@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call, grad
+from torch.utils.checkpoint import checkpoint
 
 import peft_core as pc
 from peft_core.slots import SLOT
-from peft_core.testing.checks import assert_near, gradients, randomise, run, weighted
+from peft_core.testing.checks import assert_near, gradients, randomise, run, trials, weighted
 from peft_core.testing.families import FAMILIES
 
 
@@ -108,6 +109,24 @@ def test_an_exported_program_computes_with_the_adapter_s_parameters(blocks, trai
 
 def _weight_of(layer: nn.Linear) -> Tensor:
     return layer.weight
+
+
+@pytest.mark.parametrize("trial", {trial.method: trial for trial in trials([])}.values(), ids=str)
+def test_checkpointed_layers_compile_with_sizes_and_numbers_that_change(trial) -> None:
+    """Within a checkpoint, torch cannot make a symbol of a number that another checkpoint has made one of."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
+    randomise(pc.attach(model, pc.AdapterSpec(method=trial.method, options=dict(trial.options), targets=["0", "1"])))
+
+    def forward(x: Tensor) -> Tensor:
+        for layer in model:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
+
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    found = torch.compile(forward, fullgraph=True, dynamic=True, backend="aot_eager")(x)
+    assert_near(found, forward(x), 1e-5, "output")
+    torch._dynamo.reset()
 
 
 class _Reader(nn.Module):
