@@ -6,7 +6,6 @@ The change depends on the base weight, so the method is not additive: it has a l
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -72,7 +71,6 @@ def peft_forward(site: pc.Site) -> pc.Forward:
     return _forward(site.options.scale, site.options.detach_norm)
 
 
-@functools.cache
 def _forward(scale: float, detach: bool) -> pc.Forward:
     def naive(x: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:
         A, B, weight = tensors["A"], tensors["B"], tensors["base_weight"]

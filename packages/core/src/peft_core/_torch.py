@@ -34,6 +34,17 @@ def forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0  # type: ignore[no-any-return]
 
 
+def compiles_functional_call() -> bool:
+    """Whether torch.compile is within a `functional_call`, which gives a module other tensors. Called while it compiles."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    effects = InstructionTranslator.current_tx().output.side_effects
+    return bool(getattr(effects, "ignore_mutation_on_these_variables", ()))
+
+
+compiles_functional_call._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def after_backward(callback: Callable[[], None]) -> None:
     """Call this when the backward pass that runs has ended."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)

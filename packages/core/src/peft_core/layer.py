@@ -22,7 +22,7 @@ from .errors import AdapterError, PluginError
 from .fused import Use
 from .method import BASE_WEIGHT
 from .registry import registry
-from .slots import SLOT, Slot, TrainedSlot
+from .slots import SLOT, Slot, TrainedSlot, renew
 from .subclassing import Mixin, plain_class, specialize
 
 _DENSE = (nn.Parameter, Tensor)
@@ -105,12 +105,27 @@ _running = _Running()
 
 
 class _Called(Mixin):
-    """Notes that its forward runs."""
+    """Notes that its forward runs.
+
+    Compiled code keeps the first of these methods (torch.compile) or the second (nn.Module.compile) for good: a plain module's
+    reaches the other of ours once the module is adapted, and ours are called with a plain one once its adapters have gone.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, _Called):
+            return self(*args, **kwargs)
         outer, _running.forward = _running.forward, True
         try:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _running.forward = outer
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, _Called):
+            return self._call_impl(*args, **kwargs)
+        outer, _running.forward = _running.forward, True
+        try:
+            return super()._call_impl(*args, **kwargs)  # type: ignore[misc]
         finally:
             _running.forward = outer
 
@@ -138,6 +153,17 @@ class AdaptedRoot(_Called):
     """In front of the root model's class: its own parameters come before those of its adapters, since the first parameter is
     what `model.dtype` and much user code take for the model's.
     """
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Behind `to`, `to_empty` and the like, which give the root other buffers, sometimes other parameters."""
+        applied = super()._apply(*args, **kwargs)  # type: ignore[misc]
+        renew(self)  # type: ignore[arg-type]
+        return applied
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Behind `load_state_dict`, which gives the root other parameters with `assign`."""
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+        renew(self)  # type: ignore[arg-type]
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """See `nn.Module.named_parameters`."""

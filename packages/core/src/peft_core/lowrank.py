@@ -9,20 +9,16 @@ vendor does, and that is more than a hundred times the arithmetic.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from .method import Forward, Tensors
 
 
-@functools.cache
 def forward(scale: float) -> Forward:
     """Δ(x) = s·B·A·x for sites that borrow an `A` [r, in] and a `B` [out, r].
 
-    One object for each scale, so that compiled code is shared. Between forward and backward it keeps x, h [tokens, r], and A and
-    B in the compute dtype.
+    Between forward and backward it keeps x, h [tokens, r], and A and B in the compute dtype.
     """
 
     def reference(x: Tensor, tensors: Tensors, binding: Tensors) -> Tensor:

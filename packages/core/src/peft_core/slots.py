@@ -9,13 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import plugins
+from . import _torch, plugins
 from .fused import Use
 from .gradients import SharedGradient
 from .method import Capabilities, Forward
 from .sites import Site
 
 SLOT = "_peft_site"
+
+
+def swapped(root: nn.Module) -> bool:
+    """Whether compiled code must look this root's tensors up by name: FSDP2 replaces them at every step, `functional_call` for
+    this one.
+    """
+    return hasattr(root, "unshard") or _torch.compiles_functional_call()
+
+
+def renew(root: nn.Module) -> None:
+    """Tell every adapted module that this root holds other tensors from now on."""
+    for module in root.modules():
+        slot = module.__dict__.get(SLOT)
+        if slot is not None and slot.root is root:
+            slot.renew()
 
 
 @dataclass(eq=False)
@@ -78,26 +93,25 @@ class Slot:
     def activate(self, scales: dict[str, float]) -> None:
         """Make these adapters the active ones, in their order."""
         self.active = [(self.members[name], scale) for name, scale in scales.items() if name in self.members]
-        self._refresh()
+        self.renew()
 
     def uses(self) -> list[Use]:
         """The active adapters with their tensors as they are now.
 
         Compiled code reads the tensors from this object: names would be guarded, and every other adapter of the same layout
-        would compile anew. FSDP2 replaces parameters at every step, so there they are looked up by name all the same.
+        would compile anew. So what the root holds only for a while (`functional_call`, torch.export) is not kept here.
         """
         if self._uses is None:
-            self._refresh()
-        if torch.compiler.is_compiling():
-            return self._look_up() if hasattr(self.root, "unshard") else self._uses  # type: ignore[return-value]
+            self.renew()
+        if torch.compiler.is_dynamo_compiling():
+            return self._look_up() if swapped(self.root) else self._uses  # type: ignore[return-value]
         for held, name, tensor in self._sources:
             if held.get(name) is not tensor:
-                self._refresh()
-                break
+                return self._look_up()
         return self._uses  # type: ignore[return-value]
 
-    def _refresh(self) -> None:
-        """Look everything up anew: something was activated, or the root holds other tensors than before."""
+    def renew(self) -> None:
+        """Look everything up anew: something was activated, or the root holds other tensors from now on."""
         self._uses = self._look_up()
         self._sources = [
             (held, there, held[there])
@@ -132,7 +146,7 @@ class TrainedSlot:
 
     Attributes:
         parameters: the root's own dictionary. members: adapter → parameter name → name on the root of what stands in for it.
-        active: of the adapter that counts. tensors: parameter name → what stood in for it last.
+        active: of the adapter that counts. tensors: parameter name → what stands in for it.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -144,13 +158,19 @@ class TrainedSlot:
     def activate(self, scales: dict[str, float]) -> None:
         """The last active adapter that brings this module counts."""
         self.active = next((self.members[name] for name in reversed(scales) if name in self.members), {})
-        self.tensors = {name: self.parameters[there] for name, there in self.active.items()}
+        self.renew()
 
     def stand_in(self, name: str) -> Tensor:
         """The bank's tensor for an active parameter. Compiled code reads it from this object, see `Slot.uses`."""
-        if name not in self.tensors or not torch.compiler.is_compiling() or hasattr(self.root, "unshard"):
-            self.tensors[name] = self.parameters[self.active[name]]
+        if name not in self.tensors:
+            self.renew()
+        if not torch.compiler.is_dynamo_compiling() or swapped(self.root):
+            return self.parameters[self.active[name]]  # type: ignore[return-value]
         return self.tensors[name]  # type: ignore[no-any-return]
+
+    def renew(self) -> None:
+        """Look the active tensors up anew, see `Slot.renew`."""
+        self.tensors = {name: self.parameters[there] for name, there in self.active.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "tensors": {}}

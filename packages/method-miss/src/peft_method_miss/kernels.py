@@ -87,7 +87,7 @@ class Shards:
         return make(self.sizes, like.device), max(self.sizes)
 
 
-_indicator, _starts = functools.cache(indicator), functools.cache(starts)
+_indicator, _starts, _shard_of = functools.cache(indicator), functools.cache(starts), functools.cache(naive.shard_of)
 
 
 class _LastSum(threading.local):
@@ -119,10 +119,9 @@ class _LastSum(threading.local):
 _last = _LastSum()
 
 
-@functools.cache
 def efficient(k: int, d: int, r: int, interleaved: bool, scale: float) -> pc.Forward:
     """ΔW = s·Dᵀ·E with D [r, d] and the indicator of the input's shards; `mini`: D [r, m] tiled d/m times."""
-    shard_of = naive.shard_of(k, r, interleaved)
+    shard_of = _shard_of(k, r, interleaved)
     shards = Shards(k, r, interleaved)
 
     def reference(x: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:
@@ -158,10 +157,9 @@ def efficient(k: int, d: int, r: int, interleaved: bool, scale: float) -> pc.For
     return pc.Forward(reference, *pair(KEEP_ALL), dropped=lambda p, seed: pair((p, seed)))
 
 
-@functools.cache
 def expand(d: int, r: int, sizes: tuple[int, ...] | None, scale: float) -> pc.Forward:
     """ΔW = s·Eᵀ·D with D [r, in] and the indicator of the output's shards."""
-    shard_of = naive.shard_of(d, r, False, sizes)
+    shard_of = _shard_of(d, r, False, sizes)
     shards = Shards(d, r, False, sizes)
 
     def reference(x: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:
@@ -186,7 +184,6 @@ def expand(d: int, r: int, sizes: tuple[int, ...] | None, scale: float) -> pc.Fo
     return pc.Forward(reference, add_, grad_)
 
 
-@functools.cache
 def bat(scale: float) -> pc.Forward:
     """Wᵢⱼ + s·(Wᵢⱼ·Dᵢ + Dᵢ), from the base weight: the reference alone, since it is not an added Δ."""
 

@@ -7,7 +7,6 @@ one launch, for one site or for a whole group.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -45,7 +44,6 @@ def gather_group(tensors: pc.Tensors, bindings: Sequence[pc.Tensors], dtype: tor
     return A, Bt.transpose(1, 2)
 
 
-@cache
 def forward(alpha: float) -> pc.Forward:
     """Δ(x) with scale alpha/r. r and l are read from the index, so that all sites run the same code."""
 
