@@ -107,7 +107,10 @@ class Slot:
             return self._look_up() if swapped(self.root) else self._uses  # type: ignore[return-value]
         for held, name, tensor in self._sources:
             if held.get(name) is not tensor:
-                return self._look_up()
+                if not hasattr(self.root, "unshard"):
+                    return self._look_up()
+                self.renew()  # FSDP2's tensors are the same ones at every step
+                break
         return self._uses  # type: ignore[return-value]
 
     def renew(self) -> None:
