@@ -27,7 +27,10 @@ import peft_core as pc
 from peft_core import plugins
 from peft_core.testing.checks import randomise, trials
 
-pytestmark = pytest.mark.usefixtures("sound_method", "lora_method", "dora_method")
+pytestmark = [
+    pytest.mark.usefixtures("sound_method", "lora_method", "dora_method"),
+    pytest.mark.filterwarnings("ignore:.* a state_dict was loaded"),  # rightly: steps were taken since
+]
 
 WIDTH, TOGETHER = 24, 4
 TARGETS = ["all-linear", ["q", "k"], ["q", "o", "down"], ["up"], ["v", "head"]]
