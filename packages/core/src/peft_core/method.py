@@ -101,8 +101,8 @@ GradInPlace: TypeAlias = Callable[[Tensor, Tensor | None, tuple[Tensor, ...], Te
 
 @dataclass(frozen=True)
 class Forward:
-    """What `peft_forward` returns: plain functions that capture no weights. Make them once per kind of site (cache
-    them on options and shape), so that compiled code can be reused.
+    """What `peft_forward` returns: plain functions that capture no weights. `naive` is a site's own (torch.compile fails under
+    gradient checkpointing where those of several hold a number in common); the pair may be one for all sites of a kind.
 
     Attributes:
         naive: `(x, tensors, binding) -> Δ(x)`, x [..., in] → [..., out]: what is added to the base's output (without a bias),

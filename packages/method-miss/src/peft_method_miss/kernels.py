@@ -127,34 +127,45 @@ def efficient(k: int, d: int, r: int, interleaved: bool, scale: float) -> pc.For
     def reference(x: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:
         if torch.compiler.is_compiling():  # a product or an operator, in place of scattered additions
             S = shards.sum(x.reshape(-1, k))
-            return (S @ tiled(tensors["D"], x.dtype) * scale).view(*x.shape[:-1], d)
+            return (S @ _tiled(tensors["D"], d, x.dtype) * scale).view(*x.shape[:-1], d)
         return naive.mini(x, tensors["D"], shard_of.to(x.device), scale, d)
 
-    def tiled(D: Tensor, dtype: torch.dtype) -> Tensor:
-        D = D.to(dtype)
-        return D if D.shape[1] == d else D.repeat(1, d // D.shape[1])
+    return pc.Forward(
+        reference, *_pair(shards, d, scale), dropped=lambda p, seed: efficient_pair(shards, d, scale, (p, seed))
+    )
 
-    def pair(drop: Drop) -> tuple[AddInPlace, GradInPlace]:
-        def add_(x: Tensor, y: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> tuple[Tensor, ...]:
-            S = _last.of(x, shards) if drop is KEEP_ALL else shards.sum(x, drop)  # [tokens, r]
-            y.addmm_(S, tiled(tensors["D"], x.dtype), alpha=scale)
-            return (S,)
 
-        def grad_(
-            dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: pc.Tensors, binding: pc.Tensors
-        ) -> dict[str, Tensor]:
-            D = tensors["D"]
-            if dx is not None:
-                dS = torch.mm(dy, tiled(D, dy.dtype).t())  # [tokens, r]
-                shards.expand_add_(dS, dx, scale, drop)
-            dD = torch.mm(saved[0].t(), dy)  # [r, d]
-            if D.shape[1] != d:
-                dD = dD.view(r, -1, D.shape[1]).sum(1, dtype=D.dtype)
-            return {"D": dD if scale == 1.0 else dD * scale}
+def efficient_pair(shards: Shards, d: int, scale: float, drop: Drop = KEEP_ALL) -> tuple[AddInPlace, GradInPlace]:
+    """What `efficient` adds in place, and its gradients."""
 
-        return add_, grad_
+    def add_(x: Tensor, y: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> tuple[Tensor, ...]:
+        S = _last.of(x, shards) if drop is KEEP_ALL else shards.sum(x, drop)  # [tokens, r]
+        y.addmm_(S, _tiled(tensors["D"], d, x.dtype), alpha=scale)
+        return (S,)
 
-    return pc.Forward(reference, *pair(KEEP_ALL), dropped=lambda p, seed: pair((p, seed)))
+    def grad_(
+        dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: pc.Tensors, binding: pc.Tensors
+    ) -> dict[str, Tensor]:
+        D = tensors["D"]
+        if dx is not None:
+            dS = torch.mm(dy, _tiled(D, d, dy.dtype).t())  # [tokens, r]
+            shards.expand_add_(dS, dx, scale, drop)
+        dD = torch.mm(saved[0].t(), dy)  # [r, d]
+        if D.shape[1] != d:
+            dD = dD.view(shards.r, -1, D.shape[1]).sum(1, dtype=D.dtype)
+        return {"D": dD if scale == 1.0 else dD * scale}
+
+    return add_, grad_
+
+
+_pair = functools.cache(efficient_pair)
+"""One for all sites of a kind, which then find it in the processor's caches."""
+
+
+def _tiled(D: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+    """D [r, m] as [r, d]."""
+    D = D.to(dtype)
+    return D if D.shape[1] == d else D.repeat(1, d // D.shape[1])
 
 
 def expand(d: int, r: int, sizes: tuple[int, ...] | None, scale: float) -> pc.Forward:

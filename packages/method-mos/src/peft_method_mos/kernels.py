@@ -6,6 +6,7 @@ one launch, for one site or for a whole group.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import peft_core as pc
 from peft_core.kernels import use_triton
-from peft_core.method import Gradient
+from peft_core.method import AddInPlace, Gradient, GradInPlace
 
 from . import naive
 
@@ -53,6 +54,13 @@ def forward(alpha: float) -> pc.Forward:
             return pc.lowrank.naive(x, A, B, alpha / len(A))
         return naive.delta(x, tensors, binding, alpha)
 
+    return pc.Forward(reference, *_pair(alpha))
+
+
+@functools.cache
+def _pair(alpha: float) -> tuple[AddInPlace, GradInPlace]:
+    """One for all sites, which then find it in the processor's caches."""
+
     def add_(x: Tensor, y: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> tuple[Tensor, ...]:
         A, B = gather_factors(tensors, binding, x.dtype)
         return x, pc.lowrank.add_(x, y, A, B, alpha / A.shape[0]), A, B  # [tokens, in], [tokens, r], [r, in], [out, r]
@@ -65,7 +73,7 @@ def forward(alpha: float) -> pc.Forward:
         dA = _scaled(dA, binding)
         return {"pool_A": _scattered(dA, binding, 0), "pool_B": _scattered(dB.T, binding, -1)}
 
-    return pc.Forward(reference, add_, grad_)
+    return add_, grad_
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
