@@ -1,5 +1,6 @@
 """torch.compile with the backend that users get. (The conformance suite uses a quicker one.)"""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,24 +16,28 @@ from peft_core.testing.checks import assert_near, gradients, randomise, run, tri
 from peft_core.testing.families import FAMILIES
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 def test_inductor_agrees_in_forward_and_gradients(blocks, spec) -> None:
     family = FAMILIES["odd"]
     adapter = randomise(pc.attach(blocks, spec))
     expected = family.forward(blocks, family.inputs())
     reference = gradients(adapter, weighted(expected))
-    torch._dynamo.reset()
     compiled = torch.compile(blocks, fullgraph=True)
     found = family.forward(compiled, family.inputs())
     assert_near(found, expected, 1e-5, "output")
     for key, gradient in gradients(adapter, weighted(found)).items():
         assert_near(gradient, reference[key], 1e-5, f"gradient of '{key}'")
-    torch._dynamo.reset()
 
 
 def test_what_is_compiled_first_in_a_thread_is_not_compiled_again(blocks, spec) -> None:
     family, counter = FAMILIES["odd"], CompileCounter()
     randomise(pc.attach(blocks, spec))
-    torch._dynamo.reset()
     compiled = torch.compile(blocks, fullgraph=True, backend=counter)
 
     def work() -> None:
@@ -42,7 +47,6 @@ def test_what_is_compiled_first_in_a_thread_is_not_compiled_again(blocks, spec) 
 
     with ThreadPoolExecutor(1) as fresh:
         fresh.submit(work).result()
-    torch._dynamo.reset()
     assert counter.frame_count == 1
 
 
@@ -58,7 +62,6 @@ def _call(model: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float32) -
 
 
 def test_compiled_code_sees_tensors_that_take_the_place_of_others(blocks, trained) -> None:
-    torch._dynamo.reset()
     compiled = torch.compile(blocks, fullgraph=True, backend="aot_eager")
     _call(compiled)
     blocks.load_state_dict({key: 1.5 * value for key, value in blocks.state_dict().items()}, assign=True)
@@ -70,29 +73,24 @@ def test_compiled_code_sees_tensors_that_take_the_place_of_others(blocks, traine
         tensor.dtype == torch.float64 for tensor in slot.uses()[0].binding.values() if tensor.is_floating_point()
     )
     assert_near(_call(compiled, dtype=torch.float64), _call(blocks, dtype=torch.float64), 1e-10, "output in double")
-    torch._dynamo.reset()
 
 
 def test_compiled_code_keeps_to_the_model_s_own_tensors_after_a_functional_call(blocks, trained) -> None:
-    torch._dynamo.reset()
     compiled, expected = torch.compile(blocks, fullgraph=True, backend="aot_eager"), _call(blocks)
     functional_call(blocks, {name: 1.5 * p for name, p in blocks.named_parameters()}, (), FAMILIES["odd"].inputs())
     assert_near(_call(compiled), expected, 1e-5, "output")
-    torch._dynamo.reset()
 
 
 def test_a_functional_call_can_be_compiled(blocks, trained) -> None:
     def loss(given: dict[str, Tensor]) -> Tensor:
         return functional_call(blocks, given, (), inputs).square().sum()
 
-    torch._dynamo.reset()
     inputs = FAMILIES["odd"].inputs()
     given = {name: 1.5 * p.detach() for name, p in blocks.named_parameters()}
     expected = grad(loss)(given)
     for name, found in torch.compile(grad(loss), fullgraph=True, backend="aot_eager")(given).items():
         assert_near(found, expected[name], 1e-5, f"gradient of '{name}'")
     assert all(expected[name].any() for name in given if "/" in name)
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -114,7 +112,6 @@ def _weight_of(layer: nn.Linear) -> Tensor:
 @pytest.mark.parametrize("trial", {trial.method: trial for trial in trials([])}.values(), ids=str)
 def test_checkpointed_layers_compile_with_sizes_and_numbers_that_change(trial) -> None:
     """Within a checkpoint, torch cannot make a symbol of a number that another checkpoint has made one of."""
-    torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
     randomise(pc.attach(model, pc.AdapterSpec(method=trial.method, options=dict(trial.options), targets=["0", "1"])))
 
@@ -126,7 +123,6 @@ def test_checkpointed_layers_compile_with_sizes_and_numbers_that_change(trial) -
     x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0), requires_grad=True)
     found = torch.compile(forward, fullgraph=True, dynamic=True, backend="aot_eager")(x)
     assert_near(found, forward(x), 1e-5, "output")
-    torch._dynamo.reset()
 
 
 class _Reader(nn.Module):
@@ -154,7 +150,6 @@ def test_a_compiled_model_follows_what_comes_and_goes(how, first) -> None:
             expected = model(x)
         assert_near(compiled(x), expected, 1e-5, "output")
 
-    torch._dynamo.reset()
     model, x = _Reader(), torch.randn(2, 24, generator=torch.Generator().manual_seed(0))
     if first == "compiled":
         compiled = compile_()
@@ -171,7 +166,6 @@ def test_a_compiled_model_follows_what_comes_and_goes(how, first) -> None:
     adapter.merge_and_detach()
     check()
     assert_near(compiled(x), adapted, 1e-5, "output when merged")
-    torch._dynamo.reset()
 
 
 def test_attaching_to_a_compiled_model_attaches_to_the_model_inside(blocks, spec) -> None:

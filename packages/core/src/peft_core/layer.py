@@ -104,6 +104,21 @@ class _Running(threading.local):
 _running = _Running()
 
 
+def _noting(name: str) -> Callable[..., Any]:
+    """The method of this name, which notes that a forward runs."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, _Called):
+            return getattr(self, name)(*args, **kwargs)
+        outer, _running.forward = _running.forward, True
+        try:
+            return getattr(super(_Called, self), name)(*args, **kwargs)
+        finally:
+            _running.forward = outer
+
+    return call
+
+
 class _Called(Mixin):
     """Notes that its forward runs.
 
@@ -111,23 +126,8 @@ class _Called(Mixin):
     reaches the other of ours once the module is adapted, and ours are called with a plain one once its adapters have gone.
     """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, _Called):
-            return self(*args, **kwargs)
-        outer, _running.forward = _running.forward, True
-        try:
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            _running.forward = outer
-
-    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, _Called):
-            return self._call_impl(*args, **kwargs)
-        outer, _running.forward = _running.forward, True
-        try:
-            return super()._call_impl(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            _running.forward = outer
+    __call__ = _noting("__call__")
+    _call_impl = _noting("_call_impl")
 
 
 class TrainedModule(_Called):
