@@ -35,11 +35,14 @@ def forward_mode() -> bool:
 
 
 def compiles_functional_call() -> bool:
-    """Whether torch.compile is within a `functional_call`, which gives a module other tensors. Called while it compiles."""
+    """Whether torch.compile is within a `functional_call`, which gives a module other tensors. Called while it compiles.
+
+    Where this torch does not tell, it may be: the names are looked up then, which costs compilations, but is never wrong.
+    """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     effects = InstructionTranslator.current_tx().output.side_effects
-    return bool(getattr(effects, "ignore_mutation_on_these_variables", ()))
+    return bool(getattr(effects, "ignore_mutation_on_these_variables", True))
 
 
 compiles_functional_call._dynamo_marked_constant = True  # type: ignore[attr-defined]

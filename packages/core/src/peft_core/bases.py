@@ -170,7 +170,7 @@ def dense_weight(module: Any) -> Tensor:
         dense = codes.to(torch.float32) * (scales.to(torch.float32).unsqueeze(1) / 127)
         return dense.to(_dequantized_dtype(module))
     weight: Tensor = module.weight.detach()
-    return weight.T if "Conv1D" in {cls.__name__ for cls in type(module).__mro__} else weight
+    return weight.T if any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) else weight
 
 
 def unpack(module: Any) -> None:

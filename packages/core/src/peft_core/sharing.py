@@ -234,7 +234,7 @@ def draw(spec: TensorSpec, dtype: torch.dtype, *key: object) -> Tensor:
     digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     # Whatever the default device is; entering a device slows down every call in it.
-    with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+    with nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu"):
         return as_declared(spec.init.draw(spec.shape, generator), spec, dtype)
 
 
