@@ -41,6 +41,13 @@ def _columns(shard, place, starts, COUNT: tl.constexpr, R: tl.constexpr, LAYOUT:
     return column, inside & (shard < R)
 
 
+@triton.jit
+def _keeps(quarter: tl.constexpr, first, second, third, fourth, drop):
+    """Where this quarter keeps its elements, of the four numbers that the generator gave for each."""
+    drawn = first if quarter == 0 else second if quarter == 1 else third if quarter == 2 else fourth
+    return tl.uint_to_uniform_float(drawn) >= drop
+
+
 @triton.jit(do_not_specialize=["seed", "rows"])
 def _shard_sum(
     x, S, starts, rows, x_row, x_column, drop, seed,
@@ -59,13 +66,13 @@ def _shard_sum(
         lane = tl.expand_dims(tl.expand_dims(shard, 0), axis)
         if DROPS:
             number = (row[:, None, None] * R + lane) * LONGEST + start + place
-            drawn = tl.randint4x(seed, number, ROUNDS)
+            first, second, third, fourth = tl.randint4x(seed, number, ROUNDS)
         for quarter in tl.static_range(4):
             column, inside = _columns(lane, start + quarter * PLACES + place, starts, COUNT, R, LAYOUT)
             where = row[:, None, None] * x_row + column.to(tl.int64) * x_column
             value = tl.load(x + where, mask=inside & (row < rows)[:, None, None], other=0.0).to(tl.float32)
             if DROPS:
-                value = tl.where(tl.uint_to_uniform_float(drawn[quarter]) >= drop, value, 0.0)
+                value = tl.where(_keeps(quarter, first, second, third, fourth, drop), value, 0.0)
             total += value
     S_tile = tl.sum(total, axis)
     if DROPS:
@@ -94,7 +101,7 @@ def _shard_expand_add(
         lane = tl.expand_dims(tl.expand_dims(shard, 0), axis)
         if DROPS:
             number = (row[:, None, None] * R + lane) * LONGEST + start + place
-            drawn = tl.randint4x(seed, number, ROUNDS)
+            first, second, third, fourth = tl.randint4x(seed, number, ROUNDS)
         for quarter in tl.static_range(4):
             column, inside = _columns(lane, start + quarter * PLACES + place, starts, COUNT, R, LAYOUT)
             mask = inside & (row < rows)[:, None, None]
@@ -102,7 +109,7 @@ def _shard_expand_add(
             before = tl.load(y + where, mask=mask, other=0.0).to(tl.float32)
             added = part
             if DROPS:
-                added = tl.where(tl.uint_to_uniform_float(drawn[quarter]) >= drop, part, 0.0)
+                added = tl.where(_keeps(quarter, first, second, third, fourth, drop), part, 0.0)
             tl.store(y + where, (before + added).to(y.dtype.element_ty), mask=mask)
 
 
