@@ -203,6 +203,12 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    # The sum is finite only if every element is (it may overflow, too): one pass, nothing allocated.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
 class Reader:
     """Reads tensors by range. Files stay open until it is closed."""
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from peft_core import MergeError
 from peft_core.merge import merged_weight
 
-from .checkpoint_files import PIECE, Entry, Reader
+from .checkpoint_files import PIECE, Entry, Reader, all_finite
 from .merge_plan import Change, MergePlan, Output
 from .names import Conversion
 from .shards import Writer
@@ -112,8 +112,7 @@ class Pipeline:
             parts = [adapter.contribution(change.path, reader) for adapter in change.adapters]
             weight = stored.T if site.transposed else stored
         merged = merged_weight(weight, parts)
-        # A sum is finite only if every element is (it may overflow, too): one pass, nothing allocated.
-        if not torch.isfinite(merged.sum()) and not torch.isfinite(merged).all():
+        if not all_finite(merged):
             raise MergeError(
                 f"'{change.path}': the merged weight has NaN or infinite values: the base's own weight has some, or the "
                 "adapters' weights are too large"
