@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,16 +16,15 @@ from peft_core.adapter_file import read_header
 from peft_core.dtypes import name_of
 from peft_core.files import whole_directory, write_text
 
-from . import card, output
+from . import card, output, running
 from .adapter_files import Adapters, weights_of
 from .checkpoint_files import CODES, DTYPES, PLAIN_FLOATS, Checkpoint, Reader, open_checkpoint, read_entries
 from .lora import CONFIG, SVD, WEIGHTS
+from .onnx.runtime import OnnxModel
 from .reports import Comparison, VerifyReport
+from .running import Prompt
 from .shards import Item, Writer
 from .streaming import dtype_code
-
-if TYPE_CHECKING:
-    from .running import Prompt
 
 GOLDEN, RESULTS = "golden.safetensors", "results.json"
 MAX_KL: Mapping[str, float] = {
@@ -140,8 +139,6 @@ class _Reference(NamedTuple):
 def _from_adapted_model(
     directory: Path, source: Path, weights: Mapping[str, float], prompts: Sequence[str], dtype: str, generates: bool
 ) -> _Reference:
-    from . import running
-
     header = read_header(next(iter(weights)))
     model = running.adapted_model(source, weights, header, dtype)
     config: Any = model.config
@@ -159,13 +156,9 @@ def _answers(
     kind: str, directory: Path, source: Path | None, reference: _Reference, dtype: str
 ) -> tuple[list[Comparison], int]:
     """The export's logits compared with the reference's, and how many of its tokens, from the first on, it writes, too."""
-    from . import running
-
     if kind != "onnx":
         model = _load(kind, directory, source, reference.architecture, dtype)
         return _compared(reference, running.logits(model, reference.inputs)), 0
-    from .onnx.runtime import OnnxModel
-
     export = OnnxModel(directory)
     ways = export.logits([prompt.ids for prompt in reference.inputs]).items()
     compared = [comparison for way, found in ways for comparison in _compared(reference, found, way)]
@@ -182,8 +175,6 @@ def _compared(reference: _Reference, found: Sequence[Tensor], way: str = "") -> 
 
 def _load(kind: str, directory: Path, source: Path | None, architecture: str, dtype: str) -> nn.Module:
     """A merged checkpoint, or the base with a LoRA applied."""
-    from . import running
-
     if kind == "merged":
         return running.load_merged(directory, architecture, dtype)
     assert source is not None
@@ -193,8 +184,6 @@ def _load(kind: str, directory: Path, source: Path | None, architecture: str, dt
 
 def _greedy(model: nn.Module, ids: Tensor) -> Tensor | None:
     """What the adapted model writes after the first prompt; None if it writes nothing."""
-    from . import running
-
     config: Any = model.config
     if not getattr(model, "can_generate", lambda: False)():
         return None
@@ -265,8 +254,6 @@ def _limit(kind: str, precisions: Sequence[str], rough: bool) -> float:
 
 def _from_golden(directory: Path) -> _Reference:
     """The prompts, logits and greedy tokens that a verified export carries."""
-    from .running import Prompt
-
     path = directory / output.FOLDER / GOLDEN
     if not path.is_file():
         raise MergeError(
