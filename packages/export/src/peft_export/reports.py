@@ -8,7 +8,16 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class Report:
+    """What all reports can do."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class MergeReport(Report):
     """What `merge` did.
 
     Attributes:
@@ -30,10 +39,6 @@ class MergeReport:
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class LoweredSite:
@@ -45,7 +50,7 @@ class LoweredSite:
 
 
 @dataclass(frozen=True)
-class LoraReport:
+class LoraReport(Report):
     """What `export_lora` did.
 
     Attributes:
@@ -75,13 +80,9 @@ class LoraReport:
         """The layer with the largest error."""
         return max(self.sites, key=lambda site: site.error)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class OnnxReport:
+class OnnxReport(Report):
     """What `export_onnx` did.
 
     Attributes:
@@ -113,10 +114,6 @@ class OnnxReport:
         parts = [f"{100 * share:.1f} % in {bits} bits" for bits, share in self.by_bits.items()]
         return f"{', '.join(parts)}, in blocks of {self.block_size}" if parts else ""
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -137,7 +134,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class VerifyReport:
+class VerifyReport(Report):
     """What `verify` found.
 
     Attributes:
@@ -170,4 +167,4 @@ class VerifyReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return {**asdict(self), "mean_kl": self.mean_kl}
+        return {**super().to_json(), "mean_kl": self.mean_kl}
