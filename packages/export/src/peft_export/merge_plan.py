@@ -128,7 +128,7 @@ def collect_changes(adapters: Sequence[AdapterFiles]) -> dict[str, Change]:
     for adapter in adapters:
         if adapter.header.base.shapes != first.header.base.shapes:
             raise MergeError(f"'{first.directory}' and '{adapter.directory}' were trained on different base models")
-        for path, site in adapter.sites.items():
+        for path in adapter.sites:
             parameter = f"{path}.weight"
             before = changes.get(parameter, Change(path))
             if before.trained is not None:
@@ -142,7 +142,6 @@ def collect_changes(adapters: Sequence[AdapterFiles]) -> dict[str, Change]:
                         f"'{path}': method '{one.header.method.name}' is not an added Δ and cannot be merged together "
                         "with another adapter"
                     )
-            assert site.path == path
             changes[parameter] = Change(path, together)
     for adapter in adapters:
         for parameter, key in adapter.trained.items():
@@ -164,9 +163,7 @@ def _check_kinds(checkpoint: Checkpoint, names: Names, changes: Mapping[str, Cha
     for parameter, change in changes.items():
         key = names.keys.get(names.ties.get(parameter, parameter))
         entry = names.packed.get(change.path) or checkpoint.entries.get(key or "")
-        if entry is None:
-            continue
-        if entry.dtype not in PLAIN_FLOATS:
+        if entry is not None and entry.dtype not in PLAIN_FLOATS:
             raise quantized(entry, "merge into")
 
 
