@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import peft_core as pc
 import peft_export
 from peft_core.testing.checks import Trial
-from peft_export.verify import MAX_KL, MAX_KL_ROUGH, compare, remarks
+from peft_export.verdict import MAX_KL, MAX_KL_ROUGH, remarks
+from peft_export.verify import compare
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

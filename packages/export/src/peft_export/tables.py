@@ -8,7 +8,7 @@ from rich.table import Table
 from peft_core.errors import size
 
 from .reports import LoraReport, MergeReport, OnnxReport, VerifyReport
-from .verify import limits, remarks
+from .verdict import limits, remarks
 
 
 def merge_table(report: MergeReport) -> Table:
