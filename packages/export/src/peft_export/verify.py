@@ -19,8 +19,9 @@ from peft_core.files import whole_directory, write_text
 from . import card, output, running
 from .adapter_files import Adapters, weights_of
 from .checkpoint_files import CODES, DTYPES, PLAIN_FLOATS, Checkpoint, Reader, open_checkpoint, read_entries
-from .lora import CONFIG, SVD, WEIGHTS
+from .lora import SVD
 from .onnx.runtime import OnnxModel
+from .peft_format import CONFIG, WEIGHTS
 from .reports import Comparison, VerifyReport
 from .running import Prompt
 from .shards import Item, Writer
