@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 from gpu_parts.bench import Bench
-from gpu_parts.models import METHODS, Run, base_model, copy_of, ours, theirs, tokens
+from gpu_parts.models import METHODS, base_model, tokens, with_method
+from runs import Run, copy_of, theirs
 from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -66,11 +67,13 @@ def makers(setting: Setting, tiny: bool) -> dict[str, Callable[[nn.Module], Run]
         for method in METHODS:
             if method == LARGE_STATE and not (every and r == ranks[0]):
                 continue
-            (last if method == LARGE_STATE else made)[f"{method} r {r}"] = lambda base, method=method, r=r: ours(
+            (last if method == LARGE_STATE else made)[f"{method} r {r}"] = lambda base, method=method, r=r: with_method(
                 base, method, r
             )
             if thorough and r == ranks[0] and method in FUSED:
-                last[f"{method} r {r}{IN_TORCH}"] = lambda base, method=method, r=r: ours(base, method, r, "torch")
+                last[f"{method} r {r}{IN_TORCH}"] = lambda base, method=method, r=r: with_method(
+                    base, method, r, "torch"
+                )
     return {**made, **last}
 
 
