@@ -1,4 +1,4 @@
-"""For all tests: Triton's kernels interpreted, so that they run without a GPU; the program, run in this process; less noise.
+"""For all tests: Triton's kernels interpreted, so that they run without a GPU; one thread; the program, run in this process.
 
 Triton reads its setting once, when it is imported (bitsandbytes imports it, too), so it is made before anything else. It changes
 nothing but what kernels of Triton do. `TRITON_INTERPRET=0` runs the tests of kernels on a GPU.
@@ -39,6 +39,17 @@ def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return Ran(status, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Tiny products are faster on one thread, the more so beside xdist's other workers."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

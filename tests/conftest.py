@@ -119,15 +119,6 @@ def stepper() -> Iterator[Stepper]:
     plugins.unregister("stepper")
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
-    """Tiny products are faster on one thread, the more so beside xdist's other workers."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 ROOT = Path(__file__).resolve().parent.parent
 Refused = Callable[..., AbstractContextManager[None]]
 
