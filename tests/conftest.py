@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -212,6 +213,26 @@ def refused() -> Refused:
         assert_clear(str(caught.value), *words)
 
     return check
+
+
+@pytest.fixture
+def interrupted() -> Callable[[type, int], AbstractContextManager[None]]:
+    """`with interrupted(Trainer, 6)`: Ctrl-C comes within that trainer's sixth step."""
+
+    @contextmanager
+    def within(trainer: Any, number: int) -> Iterator[None]:
+        step, begun = trainer.training_step, itertools.count(1)
+
+        def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if next(begun) == number:
+                raise KeyboardInterrupt
+            return step(self, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "training_step", training_step)
+            yield
+
+    return within
 
 
 @pytest.fixture
