@@ -207,3 +207,12 @@ class AdapterFiles:
                     f"'{self.directory}': method '{self.header.method.name}' {what}, and cannot be merged with weight "
                     f"{self.weight:g}; give it weight 1"
                 )
+
+
+def open_adapters(adapters: Adapters) -> list[AdapterFiles]:
+    """The adapters of a path, several paths, or a map from path to weight; their headers are checked.
+
+    Raises:
+        MergeError: see `weights_of`. CheckpointError, PluginError: see `AdapterFiles`.
+    """
+    return [AdapterFiles(directory, weight) for directory, weight in weights_of(adapters).items()]

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_core import CheckpointError
+from peft_core import CheckpointError, SpecError
+from peft_core.errors import listed, suggestion
+from peft_core.spec import DTYPES as DTYPE_NAMES
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES: Mapping[str, torch.dtype] = {
@@ -81,6 +83,19 @@ class Checkpoint:
             if entry.dtype in sizes:
                 sizes[entry.dtype] += entry.numel
         return max(sizes, key=lambda code: sizes[code])
+
+
+def dtype_code(dtype: str | None) -> str | None:
+    """safetensors' code of a dtype's name.
+
+    Raises:
+        SpecError: it is not a floating-point dtype.
+    """
+    if dtype is None:
+        return None
+    if dtype not in DTYPE_NAMES:
+        raise SpecError(f"no dtype '{dtype}'{suggestion(dtype, DTYPE_NAMES)}; there are {listed(DTYPE_NAMES)}")
+    return CODES[DTYPE_NAMES[dtype]]
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:

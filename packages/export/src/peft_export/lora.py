@@ -22,16 +22,14 @@ from peft_core.merge import Contribution, merged_weight
 
 from . import card, output, svd
 from .adapter_files import AdapterFiles
-from .checkpoint_files import CODES, DTYPES, INDEX, SINGLE, Checkpoint, Reader, open_checkpoint
+from .checkpoint_files import CODES, DTYPES, INDEX, SINGLE, Checkpoint, Reader, dtype_code, open_checkpoint
 from .mapping import find_names, note_on_type, quantized
 from .merge_plan import head_labels, resizing
 from .names import Names
 from .peft_format import CONFIG, PREFIX, WEIGHTS, peft_config, target_parameters
-from .pipeline import Progress
 from .reports import LoraReport, LoweredSite
 from .runtimes import Request, Runtime, runtime
-from .shards import Item, Writer
-from .streaming import dtype_code
+from .shards import Item, Progress, Writer
 
 SVD = "truncated SVD"
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,10 +20,7 @@ from peft_core.merge import merged_weight
 from .checkpoint_files import PIECE, Entry, Reader, all_finite
 from .merge_plan import Change, MergePlan, Output
 from .names import Conversion
-from .shards import Writer
-
-Progress: TypeAlias = Callable[[int, int], None]
-"""Called with the bytes written so far and the bytes in all."""
+from .shards import Progress, Writer
 
 
 class Pipeline:

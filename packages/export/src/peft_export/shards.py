@@ -11,10 +11,10 @@ import math
 import os
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from torch import Tensor
 from peft_core import CheckpointError, SpecError
 
 from .checkpoint_files import CHUNK, DTYPES, INDEX, PIECE, SINGLE, Entry, Reader
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with the bytes written so far and the bytes in all."""
 
 _NO_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 

@@ -18,14 +18,13 @@ from peft_core.files import whole_directory, write_text
 
 from . import card, output, running
 from .adapter_files import Adapters, weights_of
-from .checkpoint_files import CODES, DTYPES, PLAIN_FLOATS, Checkpoint, Reader, open_checkpoint, read_entries
+from .checkpoint_files import CODES, DTYPES, PLAIN_FLOATS, Checkpoint, Reader, dtype_code, open_checkpoint, read_entries
 from .lora import SVD
 from .onnx.runtime import OnnxModel
 from .peft_format import CONFIG, WEIGHTS
 from .reports import Comparison, VerifyReport
 from .running import Prompt
 from .shards import Item, Writer
-from .streaming import dtype_code
 from .verdict import MAX_DIFFERENCE, MAX_KL, MAX_KL_ROUGH, card_lines
 
 GOLDEN, RESULTS = "golden.safetensors", "results.json"
