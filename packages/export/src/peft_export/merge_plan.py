@@ -49,6 +49,16 @@ class Output:
     change: Change | None = None
     conversion: Conversion | None = None
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is the base's tensor as it is, but for its dtype."""
+        return self.change is None and self.conversion is None
+
+    @property
+    def is_site(self) -> bool:
+        """Whether it is a weight of the files into which an adapter is merged as it is."""
+        return self.conversion is None and self.change is not None and bool(self.change.adapters)
+
 
 @dataclass(frozen=True)
 class MergePlan:
@@ -88,11 +98,10 @@ def plan_merge(
         for key in group.sources
         if not changes.keys().isdisjoint(group.parameters)
     }
-    outputs = [
-        Output(_item(entry, dtype, change), entry, change, groups.get(key))
-        for key, entry in checkpoint.entries.items()
-        for change in [changes.get(by_key.get(key, ""))]
-    ]
+    outputs = []
+    for key, entry in checkpoint.entries.items():
+        change = changes.get(by_key.get(key, ""))
+        outputs.append(Output(_item(entry, dtype, change), entry, change, groups.get(key)))
     for parameter, source in untied.items():
         if parameter not in names.keys:
             change, key = changes.get(parameter), names.new_key(parameter)

@@ -74,7 +74,7 @@ def merge(
             tensors=len(items),
             merged=sum(1 for change in plan.changes.values() if change.adapters),
             trained=sum(1 for change in plan.changes.values() if change.trained),
-            copied=sum(1 for made in plan.outputs if made.change is None and made.conversion is None),
+            copied=sum(made.is_copy for made in plan.outputs),
             bytes=sum(item.nbytes for item in items),
             files=tuple(files),
             seconds=round(time.perf_counter() - started, 3),
