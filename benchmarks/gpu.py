@@ -39,9 +39,9 @@ import torch
 from gpu_parts.bench import Bench
 from gpu_parts.full_rank import switchlora
 from gpu_parts.kernels import kernels
+from gpu_parts.many_adapters import adapters
 from gpu_parts.models import METHODS
 from gpu_parts.report import report
-from gpu_parts.residents import adapters
 from gpu_parts.steps import profile, steps
 
 import peft_core as pc
