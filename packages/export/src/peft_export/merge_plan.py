@@ -186,7 +186,7 @@ def _untied(
 ) -> tuple[dict[str, Entry], bool]:
     """Parameters that need a tensor of their own → the one that they share; and whether the configuration must say so.
 
-    What the configuration parts, it parts for all: then every tied parameter needs one, whether it is changed or not.
+    Where it does, it parts all tied parameters: then each of them needs a tensor, whether an adapter changes it or not.
 
     Raises:
         MergeError: there are some, and parting them was not asked for or is not possible.

@@ -282,6 +282,6 @@ def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def _status(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A line on standard error that says what is being done, also where what is done turns its own errors away."""
+    """A line on standard error that says what is being done, also while tracing redirects `sys.stderr`."""
     with _tidy_when_terminated(), Console(file=sys.stderr, quiet=quiet).status("") as line:
         yield line.update
