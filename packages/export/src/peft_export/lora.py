@@ -84,15 +84,17 @@ def export_lora(
                 losses.append(f"rounding to {dtype}")
         ranks = {path: len(factors.A) for path, factors in lowered.items()}
         rank, uniform = _rank(max(ranks.values()), target, pad_rank)
-        tensors = {
-            f"{PREFIX}{path}.{name}.weight": tensor for path, found in lowered.items() for name, tensor in _named(found)
-        }
+        padded = dict.fromkeys(ranks, rank) if uniform else ranks
+        tensors: dict[str, Tensor] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path, found in lowered.items():
+            A, B = f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight"
+            tensors[A], shapes[A] = found.A, (padded[path], found.A.shape[1])
+            tensors[B], shapes[B] = found.B, (found.B.shape[0], padded[path])
         tensors |= {f"{PREFIX}{name}": source.tensor(key, reader) for name, key in source.trained.items()}
-        goal = {key: _padded_shape(key, tensor, rank if uniform else 0) for key, tensor in tensors.items()}
-        items = [_item(key, tensor, goal[key], code) for key, tensor in sorted(tensors.items())]
+        items = [_item(key, tensor, shapes.get(key, tensor.shape), code) for key, tensor in sorted(tensors.items())]
         _write(temporary, items, tensors, progress)
-        shown = {path: rank if uniform else ranks[path] for path in ranks}
-        output.write_json(temporary / CONFIG, peft_config(directory, source, config, rank, shown))
+        output.write_json(temporary / CONFIG, peft_config(directory, source, config, rank, padded))
         request = _request(directory, out, source)
         labels = head_labels(directory, source.header, config)
         report = LoraReport(
@@ -223,10 +225,6 @@ def _rounded(lowered: Mapping[str, svd.Truncated], dtype: torch.dtype) -> dict[s
     return out
 
 
-def _named(found: svd.Truncated) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
-    return ("lora_A", found.A), ("lora_B", found.B)
-
-
 def _rank(largest: int, target: Runtime | None, pad: bool | None) -> tuple[int, bool]:
     """The rank to write, and whether every layer gets it.
 
@@ -254,18 +252,11 @@ def _rank_problems(target: Runtime, ranks: Mapping[str, int], uniform: bool) -> 
     return found
 
 
-def _padded_shape(key: str, tensor: Tensor, rank: int) -> tuple[int, ...]:
-    if rank and key.endswith(".lora_A.weight"):
-        return rank, tensor.shape[1]
-    if rank and key.endswith(".lora_B.weight"):
-        return tensor.shape[0], rank
-    return tuple(tensor.shape)
-
-
 def _item(key: str, tensor: Tensor, shape: tuple[int, ...], code: str | None) -> Item:
+    """A tensor that is padded to this shape, in this dtype if it is a floating-point one."""
     floating = tensor.is_floating_point()
     dtype = DTYPES[code] if code and floating else tensor.dtype
-    return Item(key, CODES[dtype], shape, torch.Size(shape).numel() * dtype.itemsize)
+    return Item(key, CODES[dtype], tuple(shape), math.prod(shape) * dtype.itemsize)
 
 
 def _write(directory: Path, items: list[Item], tensors: Mapping[str, Tensor], progress: Progress | None) -> None:
