@@ -19,6 +19,7 @@ import argparse
 import functools
 import gc
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -179,6 +180,32 @@ def short() -> list[Figure]:
     return out
 
 
+def show(figures: dict[str, dict[str, float]], floor: list[float], arguments: argparse.Namespace) -> None:
+    """Print the table, and the targets beside their figures. `floor`: its seconds in each round."""
+    how = "processor time of one thread" if arguments.cpu_time else f"{torch.get_num_threads()} threads"
+    print(
+        f"SmolLM2-135M bf16, {arguments.batch} × {arguments.length} tokens, dropout {arguments.dropout}, "
+        f"{arguments.rounds} rounds, {how}; "
+        f"floor: median {statistics.median(floor):.3f} s, shortest {min(floor):.3f} s, "
+        f"peak {figures[FLOOR]['peak'] / 1e6:.0f} MB"
+    )
+    print(f"{'':16} {'parameters':>10} {'median':>7} {'minima':>7} {'+ AdamW':>7} {'saved':>9} {'peak':>9} {'RSS':>9}")
+    for label, found in figures.items():
+        memory = [f"{found[f'{what} above floor'] / 1e6:6.1f} MB" if what in found else f"{'–':>9}" for what in MEMORY]
+        print(
+            f"{label:16} {found['parameters']:10,.0f} {found['median ratio']:7.3f} {found['ratio of minima']:7.3f} "
+            f"{found['with AdamW']:7.3f} {' '.join(memory)}"
+        )
+    for label, (limit, memory, against) in TARGETS.items():
+        if label in figures and not arguments.dropout:
+            line = f"{label}: time {figures[label]['median ratio']:.3f} (target ≤ {limit})"
+            if against in figures:
+                above = [f"{what} above floor" for what in MEMORY if what in figures[label]]
+                shares = [f"{name} {figures[label][name] / (figures[against][name] or math.nan):.2f}" for name in above]
+                line += f"; against {against}: {', '.join(shares)} (target ≤ {memory})"
+            print(line)
+
+
 def main() -> None:
     """Print the table; the figures go to --json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -207,49 +234,27 @@ def main() -> None:
 
     base = base_model()
     ids = token_ids(base, arguments.batch, arguments.length)
+    makes = makers(base, arguments.dropout)
     if arguments.rss_of:
         import peft  # noqa: F401  so that every run has loaded it
 
-        run = makers(base, arguments.dropout)[arguments.rss_of]()
+        run = makes[arguments.rss_of]()
         for _ in range(3):
             run.backward(ids)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
     wanted = [label for label in arguments.only.split(",") if label]
-    makes = makers(base, arguments.dropout)
     runs = {label: make() for label, make in makes.items() if not wanted or label in [FLOOR, *wanted]}
     figures, seconds = measure(runs, ids, arguments.rounds, clock)
     if arguments.rss:
         for label in JUDGED & runs.keys():
             figures[label]["RSS"] = resident_bytes(label, arguments)
 
-    floor = seconds[FLOOR]["backward"]
     for found in figures.values():
         for what in MEMORY:
             if what in found:
                 found[f"{what} above floor"] = found[what] - figures[FLOOR][what]
-    how = "processor time of one thread" if arguments.cpu_time else f"{torch.get_num_threads()} threads"
-    print(
-        f"SmolLM2-135M bf16, {arguments.batch} × {arguments.length} tokens, dropout {arguments.dropout}, "
-        f"{arguments.rounds} rounds, {how}; "
-        f"floor: median {statistics.median(floor):.3f} s, shortest {min(floor):.3f} s, "
-        f"peak {figures[FLOOR]['peak'] / 1e6:.0f} MB"
-    )
-    print(f"{'':16} {'parameters':>10} {'median':>7} {'minima':>7} {'+ AdamW':>7} {'saved':>9} {'peak':>9} {'RSS':>9}")
-    for label, found in figures.items():
-        memory = [f"{found[f'{what} above floor'] / 1e6:6.1f} MB" if what in found else f"{'–':>9}" for what in MEMORY]
-        print(
-            f"{label:16} {found['parameters']:10,.0f} {found['median ratio']:7.3f} {found['ratio of minima']:7.3f} "
-            f"{found['with AdamW']:7.3f} {' '.join(memory)}"
-        )
-    for label, (limit, memory, against) in TARGETS.items():
-        if label in runs and not arguments.dropout:
-            line = f"{label}: time {figures[label]['median ratio']:.3f} (target ≤ {limit})"
-            if against in runs:
-                above = [f"{what} above floor" for what in MEMORY if what in figures[label]]
-                shares = [f"{name} {figures[label][name] / figures[against][name]:.2f}" for name in above]
-                line += f"; against {against}: {', '.join(shares)} (target ≤ {memory})"
-            print(line)
+    show(figures, seconds[FLOOR]["backward"], arguments)
     if arguments.json:
         settings = {name: str(value) for name, value in vars(arguments).items()}
         arguments.json.write_text(json.dumps({"settings": settings, "figures": figures, "seconds": seconds}, indent=2))
