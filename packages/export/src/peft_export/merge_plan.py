@@ -145,12 +145,11 @@ def collect_changes(adapters: Sequence[AdapterFiles]) -> dict[str, Change]:
                     f"'{path}' is trained in full by '{before.trained[0].directory}' and adapted by '{adapter.directory}'"
                 )
             together = (*before.adapters, adapter)
-            for one in together if len(together) > 1 else ():
-                if one.exclusive(path):
-                    raise MergeError(
-                        f"'{path}': method '{one.header.method.name}' is not an added Δ and cannot be merged together "
-                        "with another adapter"
-                    )
+            exclusive = [one.header.method.name for one in together if one.exclusive(path)]
+            if exclusive and before.adapters:
+                raise MergeError(
+                    f"'{path}': method '{exclusive[0]}' is not an added Δ and cannot be merged together with another adapter"
+                )
             changes[parameter] = Change(path, together)
     for adapter in adapters:
         for parameter, key in adapter.trained.items():
