@@ -29,6 +29,11 @@ def in_reentrant_checkpoint() -> bool:
     return frame is not None
 
 
+def fsdp_looks() -> bool:
+    """Whether FSDP2 asks the caller, a module's `__getattr__`, for a parameter: in the first forward, to see what it divided."""
+    return sys._getframe(2).f_code.co_name == "reset_sharded_param"
+
+
 def forward_mode() -> bool:
     """Whether forward-mode differentiation is active."""
     return torch.autograd.forward_ad._current_level >= 0  # type: ignore[no-any-return]
