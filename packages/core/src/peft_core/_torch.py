@@ -15,6 +15,12 @@ transforms_functions = torch._C._are_functorch_transforms_active
 is_tracing = torch._C._is_tracing
 """Whether torch.jit.trace is recording."""
 
+is_batched = torch._C._functorch.is_batchedtensor
+"""Whether a tensor is a batch under vmap."""
+
+is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+"""Whether it is one under the older vmap, behind `is_grads_batched` and `vectorize`."""
+
 backward_number = torch._C._current_graph_task_id
 """The number of the backward pass that runs in this thread; -1: none."""
 
