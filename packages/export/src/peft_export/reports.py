@@ -134,6 +134,15 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """How far a parameter is from what it should be, ‖found − expected‖ / ‖expected‖, and what is allowed."""
+
+    parameter: str
+    relative: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class VerifyReport(Report):
     """What `verify` found.
 
@@ -142,7 +151,10 @@ class VerifyReport(Report):
         max_difference: see `MAX_DIFFERENCE`; None where a limit was given. generated: how many tokens were written greedily
             after the first prompt. generated_equal: how many of them, from the first on, the adapted model writes, too.
         effect: what the adapters themselves do: the mean KL divergence of the bare base, for the prompt that they change most.
-            Where it is within `max_kl`, an export without them would pass, too. None: nothing is known of it.
+            Where it is within `max_kl`, logits do not show whether an export has them. None: nothing is known of it.
+        weight: of a merged export, the parameter that is farthest from what base and adapters give. None: not compared (with
+            golden logits, and where a model is run in less than its files hold). shown: the weights show whether an export
+            has the adapters.
         ok: all limits are kept.
     """
 
@@ -159,6 +171,8 @@ class VerifyReport(Report):
     generated: int = 0
     generated_equal: int = 0
     effect: float | None = None
+    weight: Difference | None = None
+    shown: bool = False
 
     @property
     def mean_kl(self) -> float:

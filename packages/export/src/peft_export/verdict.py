@@ -63,7 +63,14 @@ def limits(report: VerifyReport) -> str:
 def remarks(report: VerifyReport) -> list[str]:
     """How long the greedy continuation of the first prompt is the adapted model's; warnings where the limit shows little."""
     found = []
-    if report.effect is not None and report.effect <= report.max_kl:
+    if (weight := report.weight) is not None:
+        off = f"off by {weight.relative:.1e} of its size, where {weight.limit:.0e} is allowed"
+        found.append(
+            "Every weight is what base and adapter give, rounded once."
+            if weight.relative <= weight.limit
+            else f"'{weight.parameter}' is {off}: not what base and adapter give, or this is not the base that was merged into."
+        )
+    if report.effect is not None and report.effect <= report.max_kl and not report.shown:
         found.append(
             f"The adapter itself changes these prompts by no more than {report.effect:.1e} nats, so that an export without it "
             "would pass, too: give prompts of its task (--prompt), or a smaller --max-kl."

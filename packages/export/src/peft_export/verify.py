@@ -5,24 +5,27 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from peft_core import CheckpointError, MergeError, activate
 from peft_core.adapter_file import read_header
 from peft_core.dtypes import name_of
 from peft_core.files import whole_directory, write_text
+from peft_core.spec import DTYPES as DTYPE_NAMES
 
-from . import card, output, running
+from . import card, output, parameters, running
 from .adapter_files import Adapters, weights_of
 from .checkpoint_files import CODES, DTYPES, PLAIN_FLOATS, Checkpoint, Reader, dtype_code, open_checkpoint, read_entries
 from .lora import SVD
 from .onnx.runtime import OnnxModel
 from .peft_format import CONFIG, WEIGHTS
-from .reports import Comparison, VerifyReport
+from .reports import Comparison, Difference, VerifyReport
 from .running import Prompt
 from .shards import Item, Writer
 from .verdict import MAX_DIFFERENCE, MAX_KL, MAX_KL_ROUGH, card_lines
@@ -69,7 +72,7 @@ def verify(
         )
     if weights:
         assert source is not None
-        reference = _from_adapted_model(directory, source, weights, prompts, dtype, generates=kind == "onnx")
+        reference = _from_adapted_model(kind, directory, source, weights, prompts, dtype)
     elif prompts:
         raise MergeError(
             "golden logits are those of the prompts that they were made with; for others give base and adapters "
@@ -77,7 +80,7 @@ def verify(
         )
     else:
         reference = _from_golden(directory)
-    compared, equal = _answers(kind, directory, source, reference, dtype)
+    compared, equal, weight = _answers(kind, directory, source, reference, dtype)
     precisions = _precisions(kind, directory)
     precision = precisions[0]
     computed_in = _computed_in(kind, directory, source, dtype)
@@ -86,6 +89,7 @@ def verify(
     nearness = MAX_DIFFERENCE.get(precision) if max_kl is None else None
     generated = 0 if reference.written is None else len(reference.written)
     near = nearness is None or (all(found.difference <= nearness for found in compared) and equal == generated)
+    same = weight is None or max_kl is not None or weight.relative <= weight.limit
     report = VerifyReport(
         export=str(export),
         kind=kind,
@@ -93,13 +97,15 @@ def verify(
         dtype=precision,
         computed_in=computed_in,
         max_kl=limit,
-        ok=near and all(found.mean_kl <= limit for found in compared),
+        ok=near and same and all(found.mean_kl <= limit for found in compared),
         prompts=tuple(compared),
         seconds=round(time.perf_counter() - started, 3),
         max_difference=nearness,
         generated=generated,
         generated_equal=equal,
         effect=reference.effect,
+        weight=weight,
+        shown=max_kl is None and reference.shown,
     )
     if weights and record:
         _record(directory, reference, report)
@@ -108,7 +114,8 @@ def verify(
 
 class _Reference(NamedTuple):
     """What the export is compared with: for each prompt logits [positions, vocabulary], and what follows the first one when
-    it is generated greedily, if anything. `effect`: see `VerifyReport`.
+    it is generated greedily, if anything. `effect`: see `VerifyReport`. `weights`: see `parameters.expected`; None: not known.
+    `shown`: whether the base's own weights are others.
     """
 
     architecture: str
@@ -117,10 +124,12 @@ class _Reference(NamedTuple):
     logits: list[Tensor]
     written: Tensor | None
     effect: float | None
+    weights: parameters.Products | None = None
+    shown: bool = False
 
 
 def _from_adapted_model(
-    directory: Path, source: Path, weights: Mapping[str, float], prompts: Sequence[str], dtype: str, generates: bool
+    kind: str, directory: Path, source: Path, weights: Mapping[str, float], prompts: Sequence[str], dtype: str
 ) -> _Reference:
     header = read_header(next(iter(weights)))
     model = running.adapted_model(source, weights, header, dtype)
@@ -128,27 +137,49 @@ def _from_adapted_model(
     vocabulary = getattr(config.get_text_config(), "vocab_size", 2)
     inputs = running.make_prompts(prompts, [directory, source], vocabulary)
     logits = running.logits(model, inputs)
-    written = _greedy(model, inputs[0].ids) if generates else None
+    written = _greedy(model, inputs[0].ids) if kind == "onnx" else None
     activate(model, [])
     bare = zip(logits, running.logits(model, inputs), strict=True)
     effect = max(compare("", adapted, found).mean_kl for adapted, found in bare)
-    return _Reference(header.base.architecture, name_of(config.dtype), inputs, logits, written, effect)
+    computed_in = name_of(config.dtype)
+    plain = kind == "merged" and all(parameter.is_floating_point() for parameter in model.parameters())
+    dtypes = _stored_dtypes(directory, source, computed_in, dtype) if plain else []
+    answer = _Reference(header.base.architecture, computed_in, inputs, logits, written, effect)
+    if not dtypes:
+        return answer
+    products = parameters.expected(model, weights, dtypes)
+    before = parameters.farthest(model, products)
+    return answer._replace(weights=products, shown=before.relative > before.limit)
+
+
+def _stored_dtypes(directory: Path, source: Path, computed_in: str, dtype: str) -> list[torch.dtype]:
+    """What a merged export's weights may be rounded to; none where a model is run in less than its files hold."""
+    with suppress(CheckpointError):  # a base in another format
+        own, base = (_precisions("merged", where) for where in (directory, source))
+        runs = [*((stored, computed_in) for stored in base), *((stored, _run_in(own, dtype)) for stored in own)]
+        kept = (torch.promote_types(*map(DTYPE_NAMES.__getitem__, pair)) == DTYPE_NAMES[pair[1]] for pair in runs)
+        if all(kept):
+            return [DTYPE_NAMES[name] for name in dict.fromkeys([*own, computed_in])]
+    return []
 
 
 def _answers(
     kind: str, directory: Path, source: Path | None, reference: _Reference, dtype: str
-) -> tuple[list[Comparison], int]:
-    """The export's logits compared with the reference's, and how many of its tokens, from the first on, it writes, too."""
+) -> tuple[list[Comparison], int, Difference | None]:
+    """The export's logits compared with the reference's; how many of its tokens, from the first on, it writes, too; the
+    parameter that is farthest from what it should be, where that is known.
+    """
     if kind != "onnx":
         model = _load(kind, directory, source, reference.architecture, dtype)
-        return _compared(reference, running.logits(model, reference.inputs)), 0
+        compared = _compared(reference, running.logits(model, reference.inputs))
+        return compared, 0, parameters.farthest(model, reference.weights) if reference.weights else None
     export = OnnxModel(directory)
     ways = export.logits([prompt.ids for prompt in reference.inputs]).items()
     compared = [comparison for way, found in ways for comparison in _compared(reference, found, way)]
     if reference.written is None:
-        return compared, 0
+        return compared, 0, None
     same = export.greedy(reference.inputs[0].ids, len(reference.written)) == reference.written
-    return compared, int(same.cumprod(0).sum())
+    return compared, int(same.cumprod(0).sum()), None
 
 
 def _compared(reference: _Reference, found: Sequence[Tensor], way: str = "") -> list[Comparison]:
@@ -218,9 +249,13 @@ def _precisions(kind: str, directory: Path) -> list[str]:
 
 def _computed_in(kind: str, directory: Path, source: Path | None, dtype: str) -> str:
     """What the export is run in."""
-    if dtype != "auto" or kind == "onnx":
-        return _precisions(kind, directory)[0] if dtype == "auto" else dtype
-    return _precisions("merged", source if kind == "lora" and source is not None else directory)[0]
+    model = ("merged", source) if kind == "lora" and source is not None else (kind, directory)
+    return _run_in(_precisions(*model), dtype) if dtype == "auto" else dtype
+
+
+def _run_in(precisions: Sequence[str], dtype: str) -> str:
+    """What a model whose weights have these precisions is run in."""
+    return precisions[0] if dtype == "auto" else dtype
 
 
 def _approximate(kind: str, directory: Path) -> bool:
