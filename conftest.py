@@ -1,4 +1,4 @@
-"""For all tests: Triton's kernels interpreted, so that they run without a GPU; the program, run in this process; less noise.
+"""For all tests: Triton's kernels interpreted, so that they run without a GPU; one thread; the program, run in this process.
 
 Triton reads its setting once, when it is imported (bitsandbytes imports it, too), so it is made before anything else. It changes
 nothing but what kernels of Triton do. `TRITON_INTERPRET=0` runs the tests of kernels on a GPU.
@@ -10,7 +10,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -41,6 +41,17 @@ def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return run
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Tiny products are faster on one thread, the more so beside xdist's other workers."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def quiet() -> Iterator[None]:
     """Trainers set the level of transformers' log for the whole process; here it shows errors only."""
@@ -62,3 +73,36 @@ def in_triton() -> Iterator[None]:
     torch.manual_seed(0)
     with pc.kernels("triton"), torch.no_grad():
         yield
+
+
+@pytest.fixture
+def called_when_compiled(in_triton: None) -> Callable[..., list[str]]:
+    """`called_when_compiled(model, adapter, x)` sees that the compiled model answers and learns as it does by itself, and
+    returns the operators that its forward calls.
+    """
+    import torch
+    from torch._dynamo.backends.debugging import aot_eager
+
+    from peft_core.testing.checks import assert_near, gradients, weighted
+
+    def check(model: torch.nn.Module, adapter: Any, x: torch.Tensor) -> list[str]:
+        called: list[str] = []
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            called.extend(str(node.target) for node in graph.graph.nodes)
+            return aot_eager(graph, inputs)
+
+        def learnt(run: Callable[..., torch.Tensor]) -> dict[str, Any]:
+            x.grad = None
+            y = run(x)
+            return {**gradients(adapter, weighted(y)), "input": x.grad, "output": y}
+
+        torch._dynamo.reset()
+        with torch.enable_grad():
+            expected, found = learnt(model), learnt(torch.compile(model, fullgraph=True, backend=backend))
+        torch._dynamo.reset()
+        for name in expected:
+            assert_near(found[name], expected[name], 1e-5, name)
+        return called
+
+    return check

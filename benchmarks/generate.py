@@ -12,15 +12,15 @@ import argparse
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 
 import torch
 from figures import Figure, show
+from runs import FLOOR, in_turn, median_ratio
 from torch import nn
-from train_step import FLOOR, base_model, makers
+from train_step import JUDGED, base_model, makers
 
 PROMPT = 16
-JUDGED = (FLOOR, "miss", "lora", "mos", "sharelora", "peft MiSS", "peft LoRA")
 
 
 def generate(model: nn.Module, tokens: int) -> None:
@@ -37,7 +37,7 @@ def generate(model: nn.Module, tokens: int) -> None:
 
 
 def measure(
-    labels: Sequence[str], rounds: int, tokens: int, clock: Callable[[], float] = time.perf_counter
+    labels: Collection[str], rounds: int, tokens: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
     """Label → seconds of a token against the floor's; the floor's own in seconds."""
     made = makers(base_model())
@@ -45,16 +45,13 @@ def measure(
     seconds: dict[str, list[float]] = {label: [] for label in models}
     for model in models.values():
         generate(model, 2)
-    for index in range(rounds):
-        order = list(models)
-        for label in order[index % len(order) :] + order[: index % len(order)]:
+    for number in range(rounds):
+        for label in in_turn(models, number):
             start = clock()
             generate(models[label], tokens)
             seconds[label].append(clock() - start)
     floor = seconds.pop(FLOOR)
-    ratios = {
-        label: statistics.median(a / b for a, b in zip(own, floor, strict=True)) for label, own in seconds.items()
-    }
+    ratios = {label: median_ratio(own, floor) for label, own in seconds.items()}
     return {FLOOR: statistics.median(floor) / tokens, **ratios}
 
 
@@ -76,7 +73,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     if given.cpu_time:
         torch.set_num_threads(1)
-    labels = [FLOOR, *given.only.split(",")] if given.only else JUDGED
+    labels = {FLOOR, *given.only.split(",")} if given.only else JUDGED
     found = measure(labels, given.rounds, given.tokens, time.process_time if given.cpu_time else time.perf_counter)
     floor = found.pop(FLOOR)
     print(

@@ -39,9 +39,9 @@ import torch
 from gpu_parts.bench import Bench
 from gpu_parts.full_rank import switchlora
 from gpu_parts.kernels import kernels
+from gpu_parts.many_adapters import adapters
 from gpu_parts.models import METHODS
 from gpu_parts.report import report
-from gpu_parts.residents import adapters
 from gpu_parts.steps import profile, steps
 
 import peft_core as pc
@@ -97,6 +97,29 @@ def expression(pattern: str) -> re.Pattern[str]:
         raise argparse.ArgumentTypeError(f"'{pattern}' is not a valid regex: {error}") from None
 
 
+def measure(bench: Bench, parts: list[str], minutes: float, count: int) -> None:
+    """These parts, in their order, each in its share of the minutes; `count` adapters."""
+    functions: dict[str, Callable[[], Any]] = {
+        "tests": lambda: tests(bench),
+        "kernels": lambda: kernels(bench),
+        "steps": lambda: steps(bench),
+        "switchlora": lambda: switchlora(bench),
+        "adapters": lambda: adapters(bench, count),
+        "profile": lambda: profile(bench),
+    }
+    whole = bench.deadline
+    chosen = [part for part in PARTS if part in parts]
+    for part in chosen:
+        left = 0 if part == chosen[-1] else LEFT.get(part, 0)
+        bench.deadline = whole - 60 * minutes * left
+        try:
+            functions[part]()
+        except Exception as error:
+            bench.failed(part, error)
+        bench.free()
+        bench.keep()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -150,25 +173,7 @@ def main() -> None:
             raise SystemExit(f"'{bench.out}' has figures of another device or other versions; choose another --out")
         bench.left_out = [what for what in earlier.pop("left_out") if not bench.asked(what, parts)]
         bench.found = earlier
-    functions: dict[str, Callable[[], Any]] = {
-        "tests": lambda: tests(bench),
-        "kernels": lambda: kernels(bench),
-        "steps": lambda: steps(bench),
-        "switchlora": lambda: switchlora(bench),
-        "adapters": lambda: adapters(bench, arguments.adapters),
-        "profile": lambda: profile(bench),
-    }
-    whole = bench.deadline
-    chosen = [part for part in PARTS if part in parts]
-    for part in chosen:
-        left = 0 if part == chosen[-1] else LEFT.get(part, 0)
-        bench.deadline = whole - 60 * arguments.minutes * left
-        try:
-            functions[part]()
-        except Exception as error:
-            bench.failed(part, error)
-        bench.free()
-        bench.keep()
+    measure(bench, parts, arguments.minutes, arguments.adapters)
     print(report({**bench.found, "left_out": bench.left_out}))
     print(f"\nfigures: {bench.out}")
 

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from figures import Figure, show
+from runs import FLOOR
 from torch import nn
 from train_step import OURS, THEIRS, R
 
 import peft_core as pc
 
-FLOOR, WIDTH, TOKENS = "floor", 64, 4
+WIDTH, TOKENS = 64, 4
 
 
 class Layer(nn.Module):

@@ -85,26 +85,32 @@ def short() -> list[Figure]:
     return out
 
 
+def alone(what: str, *arguments: Path) -> dict[str, float]:
+    """What one of `RUNS` found, in a process of its own."""
+    command = [sys.executable, __file__, "--run", what, *arguments]
+    finished = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    found: dict[str, float] = json.loads(finished.stdout.splitlines()[-1])
+    return found
+
+
 def measure(folder: Path, size: float, options: argparse.Namespace) -> dict[str, Any]:
     """One checkpoint size: every run on it."""
     base, out = folder / "base", folder / "out"
     made = make_base(base, size, options.hidden)
     import peft_core as pc
 
-    def timed(what: str, *arguments: str, inputs: tuple[Path, ...] = (base,)) -> dict[str, float]:
+    def timed(what: str, *arguments: Path, inputs: tuple[Path, ...] = (base,)) -> dict[str, float]:
         runs = []
         for _ in range(options.repeat):
             shutil.rmtree(out, ignore_errors=True)
             forget(*inputs)
-            command = [sys.executable, __file__, "--run", what, *arguments]
-            finished = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-            runs.append(json.loads(finished.stdout.splitlines()[-1]))
+            runs.append(alone(what, *arguments))
         shutil.rmtree(out, ignore_errors=True)
         return min(runs, key=lambda run: run["seconds"])
 
     found: dict[str, Any] = {"bytes": made, "methods": {}}
-    found["floor"] = timed("loop", str(base), str(out))
-    found["cp"] = timed("cp", str(base), str(out))
+    found["floor"] = timed("loop", base, out)
+    found["cp"] = timed("cp", base, out)
     lowered = folder / "lora"
     for name in options.methods or sorted(pc.methods()):
         adapter = folder / "adapter"
@@ -113,8 +119,8 @@ def measure(folder: Path, size: float, options: argparse.Namespace) -> dict[str,
         floor = found["floor"]
         # A method that owns its base weight brings an adapter as large as the base: the loop reads it, too.
         if nbytes > made / 10:
-            floor = timed("loop", str(base), str(out), str(adapter), inputs=(base, adapter))
-        run = timed("ours", str(base), str(adapter), str(out), inputs=(base, adapter))
+            floor = timed("loop", base, out, adapter, inputs=(base, adapter))
+        run = timed("ours", base, adapter, out, inputs=(base, adapter))
         found["methods"][name] = {**run, "options": label, "adapter_bytes": nbytes, "floor": floor["seconds"]}
         if not lowered.exists() and not options.no_peft and pc.AdapterSpec(method=name).capabilities.lowrank:
             import peft_export
@@ -122,7 +128,7 @@ def measure(folder: Path, size: float, options: argparse.Namespace) -> dict[str,
             peft_export.export_lora(base, adapter, lowered)
         shutil.rmtree(adapter)
     if lowered.exists():
-        found["peft"] = timed("peft", str(base), str(lowered), str(out))
+        found["peft"] = timed("peft", base, lowered, out)
     return found
 
 
@@ -137,9 +143,7 @@ def lowering(folder: Path, methods: list[str] | None) -> dict[str, Any]:
     for name in methods or sorted(pc.methods()):
         if pc.AdapterSpec(method=name).capabilities.lowrank:
             make_adapter(folder / "adapter", base, name)
-            command = [sys.executable, __file__, "--run", "lower", base, folder / "adapter", folder / "out"]
-            finished = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-            run = found[name] = json.loads(finished.stdout.splitlines()[-1])
+            run = found[name] = alone("lower", base, folder / "adapter", folder / "out")
             for written in ("adapter", "out"):
                 shutil.rmtree(folder / written)
             figures = f"rank {run['rank']}, {run['bytes'] / 1e6:.0f} MB in {run['seconds']:.1f} s"
@@ -351,16 +355,8 @@ def show(found: dict[str, Any]) -> None:
 
     floor = found["floor"]
     table = Table(title=f"Merging {found['bytes'] / 1e9:.2f} GB", title_justify="left")
-    for heading in (
-        "",
-        "seconds",
-        "× floor",
-        f"≤ {RATIO}",
-        "peak MB",
-        f"≤ {MEMORY / 1e6:.0f}",
-        "imports s",
-        f"≤ {IMPORTS:g}",
-    ):
+    limits = f"≤ {RATIO}", f"≤ {MEMORY / 1e6:.0f}", f"≤ {IMPORTS:g}"
+    for heading in ("", "seconds", "× floor", limits[0], "peak MB", limits[1], "imports s", limits[2]):
         table.add_column(heading, justify="left" if not heading else "right")
     table.add_row("read/write loop (floor)", f"{floor['seconds']:.2f}", "1.00")
     unsynced = floor["seconds"] - floor["fsync"]

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 from figures import Figure
+from runs import median_ratio
 
 import peft_core as pc
 from peft_core import optim
@@ -54,10 +55,9 @@ def report(title: str, first: Callable[[], object], second: Callable[[], object]
     """Print, and return, the median ratio of the two, measured in turn."""
     for _ in range(3):
         first(), second()
-    pairs = [(timed(first), timed(second)) for _ in range(rounds)]
-    ratio = statistics.median(a / b for a, b in pairs)
-    one, other = (statistics.median(times) for times in zip(*pairs, strict=True))
-    print(f"{title}: {ratio:.3f} ({one * 1e3:.2f} / {other * 1e3:.2f} ms)")
+    own, floor = zip(*((timed(first), timed(second)) for _ in range(rounds)), strict=True)
+    ratio = median_ratio(own, floor)
+    print(f"{title}: {ratio:.3f} ({statistics.median(own) * 1e3:.2f} / {statistics.median(floor) * 1e3:.2f} ms)")
     return ratio
 
 

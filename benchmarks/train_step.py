@@ -16,10 +16,10 @@ memory of a process of its own (median of three), which also sees what the alloc
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import gc
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -27,12 +27,12 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from figures import Figure
+from runs import FLOOR, Run, copy_of, in_turn, median_ratio, ours, theirs
 from torch import nn
 
 import peft_core as pc
@@ -56,7 +56,6 @@ THEIRS: dict[str, tuple[str, bool]] = {
     "peft LoRA": ("LoraConfig", True),
     "peft LoRA bf16": ("LoraConfig", False),
 }
-TYPES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Of ours: the limit of its time against the floor, and of its memory above it against theirs.
 TARGETS: dict[str, tuple[float, float, str]] = {
     "miss": (1.10, 0.20, "peft MiSS"),
@@ -64,71 +63,15 @@ TARGETS: dict[str, tuple[float, float, str]] = {
     "mos": (1.15, 0.35, "peft LoRA"),
     "sharelora": (1.15, 0.35, "peft LoRA"),
 }
-FLOOR = "floor"
+# What has a target, and what it is compared with.
+JUDGED = {FLOOR, *TARGETS, *(against for _, _, against in TARGETS.values())}
 MEMORY = ("saved", "peak", "RSS")
-
-
-@dataclass
-class Run:
-    """One model that takes training steps."""
-
-    model: nn.Module
-    parameters: list[nn.Parameter] = field(default_factory=list)
-    optimizer: torch.optim.Optimizer | None = None
-    seconds: list[float] = field(default_factory=list)
-    stepping: list[float] = field(default_factory=list)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """The loss. Gradients flow to the embedded inputs, through every layer, in every run alike."""
-        embedded = self.model.get_input_embeddings()(ids).detach().requires_grad_()  # type: ignore[operator]
-        loss: torch.Tensor = self.model(inputs_embeds=embedded, labels=ids, use_cache=False).loss
-        return loss
-
-    def backward(self, ids: torch.Tensor) -> None:
-        """Forward, loss and backward."""
-        self.forward(ids).backward()
-
-    def step(self) -> None:
-        """The optimizer's part of a training step."""
-        if self.optimizer is not None:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
 
 
 def base_model() -> nn.Module:
     """SmolLM2-135M in bf16, frozen, in training mode."""
     model: nn.Module = load_base("smollm2-135m", dtype=torch.bfloat16)[0]
     return model.requires_grad_(False).train()
-
-
-def copy_of(base: nn.Module) -> nn.Module:
-    """A model of its own on the same weights."""
-    shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
-    return copy.deepcopy(base, shared)
-
-
-def ours(base: nn.Module, method: str, options: dict[str, Any], dropout: float = 0.0) -> Run:
-    """A run of one of our methods."""
-    spec = pc.AdapterSpec(method=method, options=options, dropout=dropout)
-    model = copy.deepcopy(base) if spec.capabilities.owns_base_weight else copy_of(base)
-    adapter = pc.attach(model, spec)
-    adapter.total_steps = 1000
-    make = spec.info.optimizer
-    parameters = list(adapter.parameters())
-    optimizer = make(parameters, lr=1e-4) if make else torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    return Run(model, parameters, optimizer)
-
-
-def theirs(base: nn.Module, kind: str, wide: bool, dropout: float = 0.0) -> Run:
-    """A run of the PEFT library."""
-    import peft
-
-    lora = kind == "LoraConfig"
-    settings = {"lora_alpha": R, "lora_dropout": dropout} if lora else {"miss_dropout": dropout}
-    config = getattr(peft, kind)(r=R, target_modules=TYPES, **settings)
-    model = peft.get_peft_model(copy_of(base), config, autocast_adapter_dtype=wide).train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Run(model, parameters, torch.optim.AdamW(parameters, lr=1e-4, fused=True))
 
 
 def saved_bytes(run: Run, ids: torch.Tensor) -> int:
@@ -152,8 +95,7 @@ def peak_bytes(run: Run, ids: torch.Tensor) -> int:
     """The most that is alive at once of what forward and backward allocate."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run.backward(ids)
-    for parameter in run.parameters:
-        parameter.grad = None
+    run.forget()
     alive = most = 0
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     for event in profiler.profiler.kineto_results.events():
@@ -177,42 +119,41 @@ def makers(base: nn.Module, dropout: float = 0.0) -> dict[str, Callable[[], Run]
     for label, method, options in OURS:
         info = pc.methods().get(method)
         if info and (not dropout or info.can(info.options(**options)).dropout):
-            made[label] = functools.partial(ours, base, method, options, dropout)
+            spec = pc.AdapterSpec(method=method, options=options, dropout=dropout)
+            made[label] = functools.partial(ours, base, spec, fused=True)
     for label, (kind, wide) in THEIRS.items():
-        made[label] = functools.partial(theirs, base, kind, wide, dropout)
+        made[label] = functools.partial(theirs, base, kind, R, wide, dropout, fused=True)
     return made
 
 
 def measure(
     runs: dict[str, Run], ids: torch.Tensor, rounds: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, dict[str, float]]:
-    """Label → figure → value; the seconds of each round are left in the runs."""
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, list[float]]]]:
+    """Label → figure → value, and label → part of the step → its seconds in each round."""
     figures: dict[str, dict[str, float]] = {}
+    seconds: dict[str, dict[str, list[float]]] = {label: {"backward": [], "AdamW": []} for label in runs}
     for label, run in runs.items():
-        run.backward(ids)  # caches
-        run.step()  # optimizer states
+        run.step(ids)  # caches, optimizer states
         gc.collect()
         figures[label] = {"saved": saved_bytes(run, ids), "peak": peak_bytes(run, ids)}
         figures[label]["parameters"] = sum(parameter.numel() for parameter in run.parameters)
-        run.backward(ids)
-        run.step()
-    labels = list(runs)
-    for index in range(rounds):
-        for label in labels[index % len(labels) :] + labels[: index % len(labels)]:
+        run.step(ids)
+    for number in range(rounds):
+        for label in in_turn(runs, number):
             start = clock()
             runs[label].backward(ids)
             middle = clock()
-            runs[label].step()
-            runs[label].seconds.append(middle - start)
-            runs[label].stepping.append(clock() - middle)
-    floor = runs[FLOOR].seconds
-    for label, run in runs.items():
-        found = figures[label]
-        both = [a + b for a, b in zip(run.seconds, run.stepping, strict=True)]
-        found["median ratio"] = statistics.median(a / b for a, b in zip(run.seconds, floor, strict=True))
-        found["ratio of minima"] = min(run.seconds) / min(floor)
-        found["with AdamW"] = statistics.median(a / b for a, b in zip(both, floor, strict=True))
-    return figures
+            runs[label].update()
+            seconds[label]["backward"].append(middle - start)
+            seconds[label]["AdamW"].append(clock() - middle)
+    floor = seconds[FLOOR]["backward"]
+    for label, found in figures.items():
+        own = seconds[label]["backward"]
+        whole = [sum(parts) for parts in zip(*seconds[label].values(), strict=True)]
+        found["median ratio"] = median_ratio(own, floor)
+        found["ratio of minima"] = min(own) / min(floor)
+        found["with AdamW"] = median_ratio(whole, floor)
+    return figures, seconds
 
 
 def token_ids(base: nn.Module, batch: int, length: int) -> torch.Tensor:
@@ -226,8 +167,7 @@ def short() -> list[Figure]:
     warnings.filterwarnings("ignore")
     base = base_model()
     ids = token_ids(base, 4, 256)
-    judged = {FLOOR, *TARGETS, *(against for _, _, against in TARGETS.values())}
-    found = measure({label: make() for label, make in makers(base).items() if label in judged}, ids, rounds=5)
+    found, _ = measure({label: make() for label, make in makers(base).items() if label in JUDGED}, ids, rounds=5)
     out = []
     for label, run in found.items():
         if label == FLOOR:
@@ -238,6 +178,32 @@ def short() -> list[Figure]:
             above = (figures["saved"] - found[FLOOR]["saved"] for figures in (run, found[against]))
             out.append(Figure(f"memory above the floor, {label}", next(above) / next(above), share, f"× {against}"))
     return out
+
+
+def show(figures: dict[str, dict[str, float]], floor: list[float], arguments: argparse.Namespace) -> None:
+    """Print the table, and the targets beside their figures. `floor`: its seconds in each round."""
+    how = "processor time of one thread" if arguments.cpu_time else f"{torch.get_num_threads()} threads"
+    print(
+        f"SmolLM2-135M bf16, {arguments.batch} × {arguments.length} tokens, dropout {arguments.dropout}, "
+        f"{arguments.rounds} rounds, {how}; "
+        f"floor: median {statistics.median(floor):.3f} s, shortest {min(floor):.3f} s, "
+        f"peak {figures[FLOOR]['peak'] / 1e6:.0f} MB"
+    )
+    print(f"{'':16} {'parameters':>10} {'median':>7} {'minima':>7} {'+ AdamW':>7} {'saved':>9} {'peak':>9} {'RSS':>9}")
+    for label, found in figures.items():
+        memory = [f"{found[f'{what} above floor'] / 1e6:6.1f} MB" if what in found else f"{'–':>9}" for what in MEMORY]
+        print(
+            f"{label:16} {found['parameters']:10,.0f} {found['median ratio']:7.3f} {found['ratio of minima']:7.3f} "
+            f"{found['with AdamW']:7.3f} {' '.join(memory)}"
+        )
+    for label, (limit, memory, against) in TARGETS.items():
+        if label in figures and not arguments.dropout:
+            line = f"{label}: time {figures[label]['median ratio']:.3f} (target ≤ {limit})"
+            if against in figures:
+                above = [f"{what} above floor" for what in MEMORY if what in figures[label]]
+                shares = [f"{name} {figures[label][name] / (figures[against][name] or math.nan):.2f}" for name in above]
+                line += f"; against {against}: {', '.join(shares)} (target ≤ {memory})"
+            print(line)
 
 
 def main() -> None:
@@ -268,54 +234,28 @@ def main() -> None:
 
     base = base_model()
     ids = token_ids(base, arguments.batch, arguments.length)
+    makes = makers(base, arguments.dropout)
     if arguments.rss_of:
         import peft  # noqa: F401  so that every run has loaded it
 
-        run = makers(base, arguments.dropout)[arguments.rss_of]()
+        run = makes[arguments.rss_of]()
         for _ in range(3):
             run.backward(ids)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
     wanted = [label for label in arguments.only.split(",") if label]
-    makes = makers(base, arguments.dropout)
     runs = {label: make() for label, make in makes.items() if not wanted or label in [FLOOR, *wanted]}
-    labels = list(runs)
-    figures = measure(runs, ids, arguments.rounds, clock)
+    figures, seconds = measure(runs, ids, arguments.rounds, clock)
     if arguments.rss:
-        judged = {FLOOR, *TARGETS, *(against for _, _, against in TARGETS.values())}
-        for label in [label for label in labels if label in judged]:
+        for label in JUDGED & runs.keys():
             figures[label]["RSS"] = resident_bytes(label, arguments)
 
-    floor = runs[FLOOR].seconds
     for found in figures.values():
         for what in MEMORY:
             if what in found:
                 found[f"{what} above floor"] = found[what] - figures[FLOOR][what]
-    how = "processor time of one thread" if arguments.cpu_time else f"{torch.get_num_threads()} threads"
-    print(
-        f"SmolLM2-135M bf16, {arguments.batch} × {arguments.length} tokens, dropout {arguments.dropout}, "
-        f"{arguments.rounds} rounds, {how}; "
-        f"floor: median {statistics.median(floor):.3f} s, shortest {min(floor):.3f} s, "
-        f"peak {figures[FLOOR]['peak'] / 1e6:.0f} MB"
-    )
-    print(f"{'':16} {'parameters':>10} {'median':>7} {'minima':>7} {'+ AdamW':>7} {'saved':>9} {'peak':>9} {'RSS':>9}")
-    for label in labels:
-        found = figures[label]
-        memory = [f"{found[f'{what} above floor'] / 1e6:6.1f} MB" if what in found else f"{'–':>9}" for what in MEMORY]
-        print(
-            f"{label:16} {found['parameters']:10,.0f} {found['median ratio']:7.3f} {found['ratio of minima']:7.3f} "
-            f"{found['with AdamW']:7.3f} {' '.join(memory)}"
-        )
-    for label, (limit, memory, against) in TARGETS.items():
-        if label in runs and not arguments.dropout:
-            line = f"{label}: time {figures[label]['median ratio']:.3f} (target ≤ {limit})"
-            if against in runs:
-                above = [f"{what} above floor" for what in MEMORY if what in figures[label]]
-                shares = [f"{name} {figures[label][name] / figures[against][name]:.2f}" for name in above]
-                line += f"; against {against}: {', '.join(shares)} (target ≤ {memory})"
-            print(line)
+    show(figures, seconds[FLOOR]["backward"], arguments)
     if arguments.json:
-        seconds = {label: {"backward": run.seconds, "AdamW": run.stepping} for label, run in runs.items()}
         settings = {name: str(value) for name, value in vars(arguments).items()}
         arguments.json.write_text(json.dumps({"settings": settings, "figures": figures, "seconds": seconds}, indent=2))
 

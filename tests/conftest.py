@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -119,15 +120,6 @@ def stepper() -> Iterator[Stepper]:
     plugins.unregister("stepper")
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
-    """Tiny products are faster on one thread, the more so beside xdist's other workers."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 ROOT = Path(__file__).resolve().parent.parent
 Refused = Callable[..., AbstractContextManager[None]]
 
@@ -221,6 +213,26 @@ def refused() -> Refused:
         assert_clear(str(caught.value), *words)
 
     return check
+
+
+@pytest.fixture
+def interrupted() -> Callable[[type, int], AbstractContextManager[None]]:
+    """`with interrupted(Trainer, 6)`: Ctrl-C comes within that trainer's sixth step."""
+
+    @contextmanager
+    def within(trainer: Any, number: int) -> Iterator[None]:
+        step, begun = trainer.training_step, itertools.count(1)
+
+        def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if next(begun) == number:
+                raise KeyboardInterrupt
+            return step(self, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "training_step", training_step)
+            yield
+
+    return within
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -420,6 +421,16 @@ def test_a_file_that_cannot_be_written_leaves_the_previous_adapter(saved, blocks
     clear(report, str(saved), "larger than the system allows", "unchanged")
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_short_write_of_numpy_is_a_full_disk(tmp_path, refused) -> None:
+    """Its error says how many numbers it wrote (of ONNX weights, say), and not why."""
+    with (
+        refused(pc.CheckpointError, "out'", "the disk is full", "unchanged"),
+        files.whole_directory(tmp_path / "out", ()),
+    ):
+        np.zeros(1 << 16).tofile("/dev/full")
+    assert not list(tmp_path.iterdir())
 
 
 def test_loaded_adapter_does_not_hang_on_its_file(saved) -> None:

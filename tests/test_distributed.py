@@ -180,3 +180,24 @@ def test_a_divided_model_takes_no_adapter_and_no_merge(
     if divide is tensor_parallel:
         with refused(pc.AdapterError, place, "tensor parallelism", "exclude it"):
             blocks(torch.randn(2, 63))
+
+
+@pytest.mark.parametrize("gathered_before", [False, True])
+def test_the_base_of_what_is_trained_in_full_stays_its_own_under_fsdp2(gathered_before: bool, mesh: DeviceMesh) -> None:
+    """FSDP2 asks modules for their parameters in the first forward, in which the copies that are trained stand in for them."""
+    model = FAMILIES["llama"].build()
+    base, modules = model(IDS).logits, ["lm_head", "model.layers.1.input_layernorm"]
+    adapter = pc.attach(model, pc.AdapterSpec(method=SHARDED[0], train_modules=modules))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.1)
+    expected = model(IDS).logits
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if gathered_before:
+        model.unshard()
+    for _ in range(2):
+        torch.testing.assert_close(model(IDS).logits, expected)
+        with adapter.disabled():
+            torch.testing.assert_close(model(IDS).logits, base)

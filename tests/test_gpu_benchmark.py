@@ -214,10 +214,10 @@ def test_what_an_earlier_run_left_out_is_tried_again_if_asked_for(tmp_path: Path
 
 @pytest.mark.parametrize("label", ["floor", "miss", "peft"])
 def test_no_step_waits_for_the_device(label: str) -> None:
-    models = importlib.import_module("gpu_parts.models")
+    models, runs = (importlib.import_module(name) for name in ("gpu_parts.models", "runs"))
     base = models.base_model("tiny", torch.device("cpu"))
-    make = {"floor": models.Run, "miss": lambda base: models.ours(base, "miss", 2)}
-    run = make.get(label, lambda base: models.theirs(base, "LoraConfig", 2))(base)
+    make = {"floor": runs.Run, "miss": lambda base: models.with_method(base, "miss", 2)}
+    run = make.get(label, lambda base: runs.theirs(base, "LoraConfig", 2))(base)
     ids = torch.arange(16)[None]
     run.step(ids)
 

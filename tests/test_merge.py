@@ -183,6 +183,25 @@ def test_merging_a_trained_module_that_is_tied_is_refused_or_merges_both(gpt2, r
     assert gpt2.lm_head.weight is gpt2.transformer.wte.weight
 
 
+def test_trained_modules_that_are_tied_come_off_to_the_bit(gpt2) -> None:
+    """One parameter under two names: of two adapters that name them in either order, each is taken out of it once."""
+    before, bare = Snapshot.of(gpt2), run(FAMILIES["gpt2"], gpt2)
+    orders = (["lm_head", "wte"], ["wte", "lm_head"])
+    adapters = [
+        randomise(pc.attach(gpt2, AdapterSpec(method="sound", train_modules=modules), name=f"a{number}"), seed=number)
+        for number, modules in enumerate(orders)
+    ]
+    for adapter in adapters:
+        adapter.merge()
+    with adapters[0].disabled(), adapters[1].disabled():
+        assert same_bits(run(FAMILIES["gpt2"], gpt2), bare)
+    for adapter in adapters:
+        adapter.unmerge()
+    for adapter in adapters:
+        adapter.detach()
+    before.assert_restored(gpt2)
+
+
 def test_two_merged_adapters_come_off_in_any_order(blocks, spec) -> None:
     before = Snapshot.of(blocks)
     first = randomise(pc.attach(blocks, spec, name="first"), seed=1)

@@ -123,24 +123,12 @@ def test_runs_of_one_seed_start_alike_whatever_they_train(run_file: Run, tmp_pat
 
 
 @pytest.mark.parametrize("adapter", [{"method": "stepper", "train_modules": IN_FULL}, None], ids=["adapter", "full"])
-def test_an_interrupted_run_is_resumed(
-    adapter: Any, stepper: Any, run_file: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_is_resumed(adapter: Any, stepper: Any, run_file: Run, interrupted: Any) -> None:
     changed = {"adapter": adapter, "training": {"steps": 7, "save_every": 2, "evaluate_every": 3}}
     whole = started(run_file("whole", **changed))
     broken = run_file("broken", **changed)
-    step, done = Trainer.training_step, []
-
-    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        done.append(1)
-        if len(done) == 6:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "training_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(Trainer, 6), pytest.raises(KeyboardInterrupt):
         started(broken)
-    monkeypatch.undo()
     rest = started(broken, resume=True)
     assert rest.losses == whole.losses and rest.result == whole.result
     name = "model.safetensors" if adapter is None else "adapter.safetensors"

@@ -84,6 +84,24 @@ def test_second_derivatives_are_refused_and_right_in_the_reference(blocks, adapt
     assert curvature.abs().max() > 0
 
 
+def test_several_gradients_at_once_are_refused_and_right_in_the_reference(blocks, adapter, shared, refused) -> None:
+    x = torch.randn(4, 63)
+
+    def rows() -> torch.Tensor:
+        y = blocks(x).sum(0)
+        (gradients,) = torch.autograd.grad(y, [shared], torch.eye(len(y))[:2], is_grads_batched=True)
+        return gradients
+
+    with refused(pc.AdapterError, "is_grads_batched=True", "pc.kernels('naive')"):
+        rows()
+    with refused(pc.AdapterError, "vmap", "pc.kernels('naive')"):
+        y = blocks(x)
+        torch.vmap(lambda dy: torch.autograd.grad(y, [shared], dy, retain_graph=True))(torch.ones(2, *y.shape))
+    (first,) = torch.autograd.grad(blocks(x).sum(0)[0], [shared])
+    with pc.kernels("naive"):
+        assert_near(rows()[0], first, 1e-5, "the first of two gradients")
+
+
 def test_gradients_in_parts_are_noticed_among_several_processes(blocks, adapter, monkeypatch) -> None:
     """Reentrant checkpointing runs a backward for each segment; DDP reduces after the first one."""
 

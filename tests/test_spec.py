@@ -3,14 +3,17 @@
 import copy
 import json
 import pickle
+from math import inf, nan
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 import peft_core as pc
 from peft_core import AdapterSpec
+from peft_core.spec import check_options
 from peft_core.testing.methods import register_sound
 
 FIELDS = list(AdapterSpec.model_fields)
@@ -50,6 +53,19 @@ def test_json_and_yaml_round_trip(tmp_path) -> None:
     }.items():
         (tmp_path / name).write_text(text)
         assert AdapterSpec.from_file(tmp_path / name) == spec
+
+
+class Endless(BaseModel):
+    """Options without an upper bound."""
+
+    every: float = 1.0
+    rates: dict[str, float] = {}
+
+
+@pytest.mark.parametrize("options", [{"every": inf}, {"every": nan}, {"every": -inf}, {"rates": {"q": inf}}], ids=str)
+def test_a_number_that_no_file_can_hold_is_refused(options, refused) -> None:
+    with refused(pc.SpecError, "'endless'", *options, "finite"):
+        check_options(pc.MethodInfo("endless", Endless), options)
 
 
 @pytest.mark.parametrize("fields", [{"options": {"r": True}}, {"overrides": {"q_proj": {"alpha": True}}}], ids=str)

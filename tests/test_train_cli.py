@@ -575,7 +575,7 @@ def test_an_interrupted_run_is_resumed(
     llama_directory: Path,
     program: Callable[..., Any],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    interrupted: Any,
 ) -> None:
     def made(folder: Path) -> Path:
         write(folder / "data.jsonl", PAIRS)
@@ -585,20 +585,10 @@ def test_an_interrupted_run_is_resumed(
 
     whole = started(made(tmp_path / "whole"))
     broken = made(tmp_path / "broken")
-    step = AdapterTrainer.training_step
-    done: list[int] = []
-
-    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        done.append(1)
-        if len(done) == 6:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(AdapterTrainer, "training_step", interrupted)
-    ran = program("train", broken)
+    with interrupted(AdapterTrainer, 6):
+        ran = program("train", broken)
     assert ran.status == 130
     assert ran.err == "peft-core: interrupted; what was saved is kept: continue with --resume\n"
-    monkeypatch.undo()
     ran = program("train", broken)
     assert ran.status == 2 and "holds a run already" in ran.err
     torch.manual_seed(77)

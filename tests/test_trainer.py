@@ -146,6 +146,23 @@ def classifier() -> tuple[nn.Module, pc.Adapter]:
     return model, pc.attach(model, pc.AdapterSpec(method="stepper", targets=["trunk"], train_modules=["head"]))
 
 
+def test_a_second_run_begins_anew_and_resumes_where_it_was(stepper: Any, tmp_path: Path) -> None:
+    model, adapter = adapted()
+    trained(model, tmp_path / "first")
+    adapter.save(tmp_path / "adapter")
+    trained(model, tmp_path / "second", save_strategy="steps", save_steps=3)
+    other = LLAMA.build()
+    resumed = pc.load(other, tmp_path / "adapter", trainable=True)
+    trained(other, tmp_path / "again", resume=tmp_path / "second" / "checkpoint-3")
+    assert [(step.index, step.run_start) for step in stepper.steps] == [
+        *((index, 0) for index in range(8)),
+        *((index, 8) for index in range(8, 16)),
+        *((index, 8) for index in range(11, 16)),
+    ]
+    assert {step.total_steps for step in stepper.steps} == {8}
+    assert_same(resumed, adapter)
+
+
 def test_a_model_that_is_not_transformers(stepper: Any, tmp_path: Path) -> None:
     model, adapter = classifier()
     trained(model, tmp_path, save_strategy="steps", save_steps=3)

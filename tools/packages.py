@@ -32,7 +32,7 @@ def pip(*arguments: str) -> None:
 
 
 def install(wanted_extras: list[str], editable: bool) -> None:
-    """Install every package; ``core[quickstart]`` in ``wanted_extras`` adds that extra to core."""
+    """Install every package; `core[quickstart]` in `wanted_extras` adds that extra to core."""
     extras = {item.partition("[")[0]: item[item.index("[") :] for item in wanted_extras if "[" in item}
     unknown = sorted(extras.keys() - packages().keys())
     if unknown:
@@ -45,7 +45,7 @@ def install(wanted_extras: list[str], editable: bool) -> None:
 
 
 def wheels(out: Path, more: list[Path]) -> None:
-    """Build one wheel per package, and per directory in ``more``, into ``out``."""
+    """Build one wheel per package, and per directory in `more`, into `out`."""
     paths = [str(path) for path in [*packages().values(), *more]]
     pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), *paths)
 

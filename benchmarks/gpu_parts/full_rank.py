@@ -7,7 +7,8 @@ import statistics
 
 import torch
 from gpu_parts.bench import Bench
-from gpu_parts.models import Run, base_model, ours, tokens
+from gpu_parts.models import base_model, tokens, with_method
+from runs import Run
 from torch import nn
 
 NOT_LINEAR = ("embed_tokens", "input_layernorm", "post_attention_layernorm", "norm", "lm_head")
@@ -22,7 +23,7 @@ def full(base: nn.Module) -> Run:
 
 def switched(base: nn.Module, r: int) -> Run:
     """SwitchLoRA on the linear layers, all else trained in full, in the base's dtype as there."""
-    return ours(base, "switchlora", r, train_modules=NOT_LINEAR, dtype="bfloat16")
+    return with_method(base, "switchlora", r, train_modules=NOT_LINEAR, dtype="bfloat16")
 
 
 def switchlora(bench: Bench) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from gpu_parts.kernels import LEAST_BANDWIDTH, LEAST_BYTES
@@ -49,54 +50,20 @@ def verdicts(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _met(met: bool) -> str:
-    return "met" if met else "MISSED"
-
-
-def _figure(value: float | None, scale: float, form: str = "9.1f") -> str:
-    """A dash for what was not measured."""
-    return f"{'–':>{form.partition('.')[0]}}" if value is None else f"{value * scale:{form}}"
-
-
 def report(found: dict[str, Any]) -> str:
     """The tables, for people."""
     where = found["environment"]
     lines = [
-        f"{where['device']}; torch {where['torch']}, CUDA {where['cuda']}, Triton {where['triton']}, peft {where['peft']}"
+        f"{where['device']}; torch {where['torch']}, CUDA {where['cuda']}, Triton {where['triton']}, peft {where['peft']}",
+        *_kernels(found.get("kernels", {})),
+        *_steps(found.get("steps", {}), found.get("profile", {})),
     ]
-    kernels_found = found.get("kernels", {})
-    if kernels_found:
-        lines.append(
-            f"\ncopy {kernels_found['copy_bytes_per_second'] / 1e9:.1f} GB/s, "
-            f"bf16 product {kernels_found['product_flops'] / 1e12:.2f} Tflop/s"
-        )
-        lines.append(f"{'kernel':48} {'µs':>9} {'of copy':>8} {'torch µs':>9}")
-        for name, case in kernels_found["cases"].items():
-            beside = _figure(case["torch_seconds"], 1e6)
-            lines.append(f"{name:48} {case['seconds'] * 1e6:9.1f} {case['fraction_of_copy']:8.2f} {beside}")
-        if "orders" in kernels_found:
-            lines.append(
-                f"\n{'base product and an adapter of rank 16':40} {'alone, µs':>9} {'on top':>8} {'beneath':>8}"
-            )
-        for name, own in kernels_found.get("orders", {}).items():
-            lines.append(f"{name:40} {own['seconds'] * 1e6:9.1f} {own['on top']:8.3f} {own['beneath']:8.3f}")
-    for setting, runs in found.get("steps", {}).items():
-        columns = f"{'ratio':>7} {'ms':>9} {'host ms':>9} {'kernels: ratio':>14} {'ms':>9} {'above floor':>12} {'parameters':>12}"
-        lines.append(f"\n{setting:38} {columns}")
-        for label, own in runs.items():
-            profile = found.get("profile", {}).get(setting, {}).get(label, {})
-            lines.append(
-                f"{label:38} {own['ratio']:7.3f} {_figure(own['seconds'], 1e3)} {_figure(own['host_seconds'], 1e3)} "
-                f"{_figure(profile.get('device_ratio'), 1, '14.3f')} {_figure(profile.get('device_seconds'), 1e3)} "
-                f"{own['peak_above_floor'] / 1e6:9.0f} MB {own['parameters']:12,}"
-            )
     for label, own in found.get("switchlora", {}).items():
         lines.append(
             f"{label}: step {own['seconds'] * 1e3:.1f} ms, {own['held'] / 1e9:.2f} GB held, "
             f"{own['peak'] / 1e9:.2f} GB more in a step"
         )
-    many = found.get("adapters")
-    if many:
+    if many := found.get("adapters"):
         lines.append(
             f"MoS: {many['resident']} adapters resident, {many['bytes_per_adapter'] / 1e6:.2f} MB each; forward "
             f"{many['base_forward_seconds'] * 1e3:.1f} ms without, "
@@ -108,3 +75,45 @@ def report(found: dict[str, Any]) -> str:
     if found.get("left_out"):
         lines += ["", "not measured:", *(f"  {what}" for what in found["left_out"])]
     return "\n".join(lines)
+
+
+def _kernels(found: dict[str, Any]) -> Iterator[str]:
+    """Each kernel beside torch's products, and the orders of a site's products."""
+    if not found:
+        return
+    yield (
+        f"\ncopy {found['copy_bytes_per_second'] / 1e9:.1f} GB/s, bf16 product {found['product_flops'] / 1e12:.2f} Tflop/s"
+    )
+    yield f"{'kernel':48} {'µs':>9} {'of copy':>8} {'torch µs':>9}"
+    for name, case in found["cases"].items():
+        beside = _figure(case["torch_seconds"], 1e6)
+        yield f"{name:48} {case['seconds'] * 1e6:9.1f} {case['fraction_of_copy']:8.2f} {beside}"
+    if orders := found.get("orders"):
+        yield f"\n{'base product and an adapter of rank 16':40} {'alone, µs':>9} {'on top':>8} {'beneath':>8}"
+        for name, own in orders.items():
+            yield f"{name:40} {own['seconds'] * 1e6:9.1f} {own['on top']:8.3f} {own['beneath']:8.3f}"
+
+
+def _steps(found: dict[str, Any], profiles: dict[str, Any]) -> Iterator[str]:
+    """The training steps of each setting."""
+    columns = (
+        f"{'ratio':>7} {'ms':>9} {'host ms':>9} {'kernels: ratio':>14} {'ms':>9} {'above floor':>12} {'parameters':>12}"
+    )
+    for setting, runs in found.items():
+        yield f"\n{setting:38} {columns}"
+        for label, own in runs.items():
+            profile = profiles.get(setting, {}).get(label, {})
+            yield (
+                f"{label:38} {own['ratio']:7.3f} {_figure(own['seconds'], 1e3)} {_figure(own['host_seconds'], 1e3)} "
+                f"{_figure(profile.get('device_ratio'), 1, '14.3f')} {_figure(profile.get('device_seconds'), 1e3)} "
+                f"{own['peak_above_floor'] / 1e6:9.0f} MB {own['parameters']:12,}"
+            )
+
+
+def _met(met: bool) -> str:
+    return "met" if met else "MISSED"
+
+
+def _figure(value: float | None, scale: float, form: str = "9.1f") -> str:
+    """A dash for what was not measured."""
+    return f"{'–':>{form.partition('.')[0]}}" if value is None else f"{value * scale:{form}}"

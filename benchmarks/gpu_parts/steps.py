@@ -8,11 +8,13 @@ import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from gpu_parts.bench import Bench
-from gpu_parts.models import METHODS, Run, base_model, copy_of, ours, theirs, tokens
+from gpu_parts.models import METHODS, base_model, tokens, with_method
+from runs import Run, copy_of, theirs
 from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -58,28 +60,28 @@ def makers(setting: Setting, tiny: bool) -> dict[str, Callable[[nn.Module], Run]
     every = tiny or setting == Setting("3B", 1024, False, False)
     thorough = tiny or setting == Setting("8B", 1024, False, False)
     for r in ranks:
+        first = r == ranks[0]
         if importlib.util.find_spec("peft"):
-            for kind in ("LoraConfig", "MissConfig"):
-                made[f"peft {kind.removesuffix('Config')} r {r}"] = lambda base, kind=kind, r=r: theirs(base, kind, r)
-            if thorough and r == ranks[0]:
-                last[f"peft Lora r {r}, 16 bits"] = lambda base, r=r: theirs(base, "LoraConfig", r, wide=False)
+            for kind in ("Lora", "Miss"):
+                made[f"peft {kind} r {r}"] = partial(theirs, kind=f"{kind}Config", r=r)
+            if thorough and first:
+                last[f"peft Lora r {r}, 16 bits"] = partial(theirs, kind="LoraConfig", r=r, wide=False)
         for method in METHODS:
-            if method == LARGE_STATE and not (every and r == ranks[0]):
-                continue
-            (last if method == LARGE_STATE else made)[f"{method} r {r}"] = lambda base, method=method, r=r: ours(
-                base, method, r
-            )
-            if thorough and r == ranks[0] and method in FUSED:
-                last[f"{method} r {r}{IN_TORCH}"] = lambda base, method=method, r=r: ours(base, method, r, "torch")
+            make = partial(with_method, method=method, r=r)
+            if method != LARGE_STATE:
+                made[f"{method} r {r}"] = make
+            elif every and first:
+                last[f"{method} r {r}"] = make
+            if thorough and first and method in FUSED:
+                last[f"{method} r {r}{IN_TORCH}"] = partial(make, kernels="torch")
     return {**made, **last}
 
 
 def prepared(run: Run, setting: Setting, bench: Bench) -> Run:
     """With checkpointing and compilation as the setting wants them."""
     if setting.checkpointing:
-        enable: Any = (
-            getattr(run.model, "activation_checkpointing_enable", None) or run.model.gradient_checkpointing_enable
-        )
+        model: Any = run.model
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if setting.compile:
         run.compiled = torch.compile(run.model, backend=bench.backend)

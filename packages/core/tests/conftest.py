@@ -75,5 +75,5 @@ def fitting(checkpoint: Path) -> Callable[[str], dict[str, object]]:
 
 @pytest.fixture(scope="session")
 def options(method: str, fitting: Callable[[str], dict[str, object]]) -> dict[str, object]:
-    """Options of ``method`` that fit the tiny checkpoint."""
+    """Options of `method` that fit the tiny checkpoint."""
     return fitting(method)

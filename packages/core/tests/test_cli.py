@@ -159,3 +159,23 @@ def test_the_installed_program_starts_without_transformers() -> None:
     ).stdout
     for command in ("methods", "plan", "inspect", "quickstart", "generate"):
         assert command in shown
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [("methods", "--json"), ("--version",)], ids=str)
+def test_output_that_cannot_be_written_is_one_line_and_status_2(arguments: tuple[str, ...], unbuffered: str) -> None:
+    command = [sys.executable, "-m", "peft_core", *arguments]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, timeout=120)
+    assert ran.returncode == 2
+    assert ran.stderr == "peft-core: the output could not be written: No space left on device\n"
+
+
+def test_a_reader_who_has_seen_enough_is_no_error() -> None:
+    command = [sys.executable, "-m", "peft_core", "methods", "--json"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as ran:
+        assert ran.stdout is not None and ran.stderr is not None
+        ran.stdout.close()
+        assert ran.stderr.read() == "" and ran.wait(120) == 1

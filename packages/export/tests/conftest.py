@@ -75,15 +75,6 @@ def hashes(directory: Path) -> dict[str, str]:
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
-    """Tiny products are faster on one thread, the more so beside xdist's other workers."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Callable[..., Made]]:
     """Makes a base, an adapter and its model. That no test changed the inputs is checked in the end."""

@@ -95,6 +95,24 @@ def test_heads_of_several_layers(
     torch.testing.assert_close(by_peft(made, tmp_path / "out"), made.output(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "head"), [("Bert", "cls"), ("Roberta", "lm_head")])
+def test_a_head_with_one_parameter_under_two_names(
+    kind: str, head: str, any_method: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Its bias is its decoder's, too: PEFT looks for both, and where the embeddings are parted, so is the bias."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**TINY, max_position_embeddings=32)
+    model = getattr(transformers, f"{kind}ForMaskedLM")(config).eval()
+    made = make(any_method, "bert", model=model, targets=["query"], train_modules=(head,))
+    peft_export.export_lora(made.base, made.adapter, tmp_path / "lora")
+    torch.testing.assert_close(by_peft(made, tmp_path / "lora"), made.output(), atol=1e-5, rtol=1e-5)
+    peft_export.merge(made.base, made.adapter, tmp_path / "merged", untie=True)
+    merged = type(made.model).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(made.output(merged), made.output(), atol=1e-5, rtol=1e-5)
+    for out in ("lora", "merged"):
+        assert peft_export.verify(tmp_path / out, made.base, made.adapter).ok
+
+
 @pytest.mark.parametrize("targets", [r".*_proj", r".*mlp.*(gate|up)_proj"])
 @pytest.mark.parametrize("kind", ["DeepseekV3", "Glm4Moe"])
 def test_what_peft_would_take_for_experts(

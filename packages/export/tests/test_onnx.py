@@ -30,7 +30,7 @@ from peft_core.testing.families import FAMILIES
 from peft_export.onnx import exporting, graphs, installed, quantizing, tracing
 from peft_export.onnx.genai import genai_config
 from peft_export.onnx.runtime import ONE_BY_ONE, PADDED, WHOLE
-from peft_export.verify import MAX_KL
+from peft_export.verdict import MAX_KL
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

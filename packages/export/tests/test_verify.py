@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import peft_core as pc
 import peft_export
 from peft_core.testing.checks import Trial
-from peft_export.verify import MAX_KL, MAX_KL_ROUGH, compare, remarks
+from peft_export.verdict import MAX_KL, MAX_KL_ROUGH, remarks
+from peft_export.verify import compare
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -90,18 +91,13 @@ def test_limits_tell_rounding_from_a_wrong_weight(
 ) -> None:
     """By the dtype of what was written, whether that is a whole model or factors beside a base of any dtype."""
     made = make(lone, dtype=torch.bfloat16)
-    with torch.no_grad():  # so far that a tenth of the way is more than what is rounded
-        for parameter in made.handle.parameters():
-            parameter.mul_(2)
-    made.handle.save(tmp_path / "far")
-    adapters = {str(tmp_path / "far"): 1.0}
-    for weight in (1.0, 0.9):
-        peft_export.merge(made.base, {str(tmp_path / "far"): weight}, tmp_path / "out", dtype=dtype, overwrite=True)
-        found = peft_export.verify(tmp_path / "out", made.base, adapters, record=False)
+    for weight in (1.0, 0.99):
+        peft_export.merge(made.base, {str(made.adapter): weight}, tmp_path / "out", dtype=dtype, overwrite=True)
+        found = peft_export.verify(tmp_path / "out", made.base, made.adapter, record=False)
         assert found.max_kl == MAX_KL[dtype] and found.dtype == dtype
-        assert found.ok == (weight == 1.0), (weight, found.mean_kl)
-    peft_export.export_lora(made.base, tmp_path / "far", tmp_path / "lora", dtype=dtype)
-    found = peft_export.verify(tmp_path / "lora", made.base, adapters)
+        assert found.ok == (weight == 1.0), (weight, found.mean_kl, found.weight)
+    peft_export.export_lora(made.base, made.adapter, tmp_path / "lora", dtype=dtype)
+    found = peft_export.verify(tmp_path / "lora", made.base, made.adapter)
     assert found.ok and found.dtype == dtype and found.max_kl == MAX_KL[dtype]
     spoil(tmp_path / "lora", "adapter_model.safetensors", 0.05)
     assert not peft_export.verify(tmp_path / "lora", made.base).ok
@@ -122,7 +118,31 @@ def test_a_limit_that_the_adapter_itself_keeps_to(
     arguments = ("verify", tmp_path / "bare", "--base", made.base, "--adapter", tmp_path / "faint")
     code, text, _ = program(*arguments)
     assert code == 0 and "an export without it would pass" in " ".join(text.split())
-    assert "an export without it" not in program(*arguments, "--max-kl", "1e-12")[1]
+    assert "an export without it" not in " ".join(program(*arguments, "--max-kl", "1e-15")[1].split())
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("llama", "model.embed_tokens.weight"), ("gpt2", "transformer.h.1.ln_2.weight")]
+)
+def test_a_weight_that_logits_do_not_show(
+    family: str, name: str, any_method: Trial, make: Callable[..., Any], program: Any, tmp_path: Path
+) -> None:
+    """A hundredth of a weight that no adapter touches: by name, with every limit but the user's own."""
+    made, out = make(any_method, family, dtype=torch.bfloat16), tmp_path / "out"
+    peft_export.merge(made.base, made.adapter, out)
+    arguments = ("verify", out, "--base", made.base, "--adapter", made.adapter)
+    assert json.loads(program(*arguments, "--json")[1])["weight"]["relative"] < 1e-4
+    stored = load_file(out / "model.safetensors")
+    stored[name] *= 1.01
+    save_file(stored, out / "model.safetensors", {"format": "pt"})
+    code, text, _ = program(*arguments, "--json")
+    report = json.loads(text)
+    assert code == 1 and report["weight"]["parameter"] == name and report["mean_kl"] < report["max_kl"]
+    assert f"'{name}' is off by" in " ".join(program(*arguments)[1].split())
+    assert program(*arguments, "--max-kl", "1e-3")[0] == 0
+    # Run in other bits than those of the files, weights are rounded once more: nothing is said of them.
+    assert peft_export.verify(out, made.base, made.adapter, dtype="float16").weight is None
+    assert peft_export.verify(out, made.base, made.adapter, dtype="auto").weight is not None
 
 
 def test_rough_limits(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:

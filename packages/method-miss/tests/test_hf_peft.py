@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import peft_core as pc
 from peft_core.testing.families import FAMILIES
 from peft_method_miss import from_hf_peft, to_hf_peft
+from peft_method_miss.exchange import TENSORS
 
 peft = pytest.importorskip("peft")
 
@@ -189,6 +190,28 @@ def test_modules_trained_in_full_come_along(tmp_path: Path) -> None:
     near(logits(again), expected, 1e-5)
 
 
+def test_embeddings_trained_for_new_tokens(tmp_path: Path) -> None:
+    """Their file then holds each of them three times: as trained, as trained again, and as the base's."""
+    config = peft.MissConfig(r=8, target_modules=LAYERS, modules_to_save=["embed_tokens", "lm_head"])
+    bases = [LLAMA.build() for _ in range(3)]
+    for base in bases:
+        torch.manual_seed(0)
+        base.resize_token_embeddings(64)
+    theirs = peft.get_peft_model(bases[0], config).eval()
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    assert sum("lm_head" in key for key in load_file(tmp_path / "theirs" / TENSORS)) == 3
+    from_hf_peft(tmp_path / "theirs", tmp_path / "ours", base=bases[1])
+    assert set(pc.load(bases[1], tmp_path / "ours").plan.trained) == {"lm_head", "model.embed_tokens"}
+    near(logits(bases[1]), logits(theirs), 1e-5)
+    # Without the trained one it is not known what the others stand for.
+    rewrite(tmp_path / "theirs", tensors={"base_model.model.lm_head.weight": None})
+    with pytest.raises(pc.CheckpointError, match=r"'lm_head.weight' is missing"):
+        from_hf_peft(tmp_path / "theirs", tmp_path / "again", base=bases[2])
+
+
 def test_the_base_stays_as_it_was(tmp_path: Path) -> None:
     """Its parameters and an adapter that it carries, also where the conversion fails."""
     their_model().save_pretrained(tmp_path / "theirs")
@@ -277,7 +300,7 @@ KEY = "base_model.model.model.layers.1.self_attn.q_proj.miss_block"
         (
             {},
             {"base_model.model.model.embed_tokens.weight": torch.zeros(2, 2)},
-            "nor part of a module in modules_to_save",
+            "nor part of a module in modules_to_save; .* save_embedding_layers=False",
         ),
         ({"init_weights": "bat", "r": 7}, {}, "needs an r that divides"),
     ],

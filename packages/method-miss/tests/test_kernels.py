@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any
 
@@ -230,29 +229,9 @@ def test_checkpointing_drops_the_same_again(reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("options", [{"r": 8}, {"r": 8, "layout": "contiguous"}], ids=str)
-def test_compiled_model_calls_the_operators(options: dict[str, Any]) -> None:
-    model, adapter = model_of(**options)
-    x = torch.randn(6, 63, device=DEVICE, requires_grad=True)
-    called: list[str] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        from torch._dynamo.backends.debugging import aot_eager
-
-        called.extend(str(node.target) for node in graph.graph.nodes)
-        return aot_eager(graph, inputs)
-
-    torch._dynamo.reset()
-    with torch.enable_grad():
-        expected = model(x)
-        reference = {**gradients(adapter, weighted(expected)), "input": x.grad}
-        x.grad = None
-        found = torch.compile(copy.copy(model), fullgraph=True, backend=backend)(x)
-        gradient = {**gradients(adapter, weighted(found)), "input": x.grad}
-    torch._dynamo.reset()
+def test_compiled_model_calls_the_operators(options: dict[str, Any], called_when_compiled: Any) -> None:
+    called = called_when_compiled(*model_of(**options), torch.randn(6, 63, device=DEVICE, requires_grad=True))
     assert called.count("peft_method_miss.shard_sum.default") == 2, called
-    assert_near(found, expected, 1e-5, "output")
-    for name in reference:
-        assert_near(gradient[name], reference[name], 1e-5, f"gradient of '{name}'")
 
 
 def test_operators_keep_torch_s_rules() -> None:

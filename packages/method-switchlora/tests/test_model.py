@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import subprocess
 import sys
@@ -352,6 +353,51 @@ def test_the_length_of_the_run_can_be_told_to_the_adapter():
     adapter.total_steps = 100
     train(model, optimizer, range(2))
     assert adapter.steps == 2
+
+
+def switched(model, adapter, optimizer, steps):
+    """By how many places switching went on in these steps."""
+    places = 0
+    for index in steps:
+        before = adapter.bank.state["first.next"].clone()
+        train(model, optimizer, [index])
+        places += ((adapter.bank.state["first.next"] - before) % 4)[0].item()
+    return places
+
+
+def test_a_second_training_switches_as_the_first_did(tmp_path):
+    """Its schedule begins anew, and goes on where it was when it is resumed."""
+    model = make()
+    adapter = adapt(model, total_steps=None, ratio=0.3)
+    adapter.begin_run(40)
+    first = switched(model, adapter, RowAdamW(adapter.parameters(), lr=0.01), range(40))
+    with pytest.warns(UserWarning, match=r"run of 40 steps is over.*begin_run") as caught:
+        assert switched(model, adapter, RowAdamW(adapter.parameters(), lr=0.01), range(20)) <= 1
+    assert len(caught) == 1
+    adapter.begin_run(40)
+    optimizer = RowAdamW(adapter.parameters(), lr=0.01)
+    second = switched(model, adapter, optimizer, range(3))
+    adapter.save(tmp_path)
+    moments = copy.deepcopy(optimizer.state_dict())
+    second += switched(model, adapter, optimizer, range(3, 40))
+    assert min(first, second) >= 6
+    assert (adapter.steps, adapter.total_steps) == (100, 40)
+
+    other = make()
+    resumed = pc.load(other, tmp_path, trainable=True)
+    resumed.total_steps = 40
+    again = RowAdamW(resumed.parameters(), lr=0.01)
+    again.load_state_dict(moments)
+    train(other, again, range(3, 40))
+    assert digest(everything(other, resumed, again)) == digest(everything(model, adapter, optimizer))
+
+
+@pytest.mark.parametrize("length", [0, -5, float("nan"), "ten"])
+def test_the_length_of_a_run_is_a_positive_number(length):
+    adapter = adapt(make(), total_steps=None)
+    for tell in (lambda: setattr(adapter, "total_steps", length), lambda: adapter.begin_run(length)):
+        with pytest.raises(pc.AdapterError, match=f"positive number of optimizer steps, got {length!r}"):
+            tell()
 
 
 def test_saving_says_so_if_the_optimizer_never_stepped(tmp_path):

@@ -15,6 +15,12 @@ transforms_functions = torch._C._are_functorch_transforms_active
 is_tracing = torch._C._is_tracing
 """Whether torch.jit.trace is recording."""
 
+is_batched = torch._C._functorch.is_batchedtensor
+"""Whether a tensor is a batch under vmap."""
+
+is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+"""Whether it is one under the older vmap, behind `is_grads_batched` and `vectorize`."""
+
 backward_number = torch._C._current_graph_task_id
 """The number of the backward pass that runs in this thread; -1: none."""
 
@@ -27,6 +33,11 @@ def in_reentrant_checkpoint() -> bool:
     while frame is not None and frame.f_code is not inner:
         frame = frame.f_back  # type: ignore[assignment]
     return frame is not None
+
+
+def fsdp_looks() -> bool:
+    """Whether FSDP2 asks the caller, a module's `__getattr__`, for a parameter: in the first forward, to see what it divided."""
+    return sys._getframe(2).f_code.co_name == "reset_sharded_param"
 
 
 def forward_mode() -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 
 from torch import nn
@@ -40,7 +42,7 @@ class Adapter:
 
     @property
     def steps(self) -> int:
-        """Real optimizer steps so far, over resumes (counted for methods that act on them)."""
+        """Real optimizer steps so far, over resumes and runs (counted for methods that act on them)."""
         return self.bank.progress.steps
 
     @property
@@ -50,7 +52,16 @@ class Adapter:
 
     @total_steps.setter
     def total_steps(self, value: int | None) -> None:
+        if value is not None and not (isinstance(value, Real) and 1 <= value < math.inf):
+            raise AdapterError(f"total_steps: expected a positive number of optimizer steps, got {value!r:.80}")
         self.bank.progress.total_steps = value
+
+    def begin_run(self, total_steps: int | None = None) -> None:
+        """Let a new run of this length begin with the next optimizer step: a schedule starts anew. Trainers call it unless they
+        resume. A loop needs it where an adapter that was trained before is trained again, not where it goes on.
+        """
+        self.total_steps = total_steps
+        self.bank.progress.run_start = self.steps
 
     @property
     def active(self) -> bool:

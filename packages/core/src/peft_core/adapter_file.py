@@ -78,7 +78,8 @@ class AdapterFile(_Stored):
     """`adapter.json`.
 
     Attributes:
-        steps: real optimizer steps so far. tensors: key → shape and dtype of everything in adapter.safetensors.
+        steps: real optimizer steps so far. run_start: as many as there were when the latest run began.
+        tensors: key → shape and dtype of everything in adapter.safetensors.
         trained: module → parameter → key of the tensor that replaces it. owned: sites whose base weight is stored.
         checksums: file → SHA-256.
     """
@@ -89,6 +90,7 @@ class AdapterFile(_Stored):
     base: StoredBase
     seed: int
     steps: int
+    run_start: int = 0
     sites: tuple[StoredSite, ...]
     groups: tuple[StoredGroup, ...]
     trained: dict[str, dict[str, str]]
@@ -139,7 +141,13 @@ def owned_key(path: str) -> str:
 
 
 def describe(
-    plan: Plan, base: BaseInfo, tensors: Mapping[str, Tensor], checksums: dict[str, str], seed: int, steps: int
+    plan: Plan,
+    base: BaseInfo,
+    tensors: Mapping[str, Tensor],
+    checksums: dict[str, str],
+    seed: int,
+    steps: int,
+    run_start: int,
 ) -> AdapterFile:
     """The header of an adapter's files. `base`: the base model as it is now (its embeddings may have been resized)."""
     info = plan.spec.info
@@ -150,6 +158,7 @@ def describe(
         base=StoredBase(**vars(base), fingerprint=base.fingerprint),
         seed=seed,
         steps=steps,
+        run_start=run_start,
         sites=stored_sites(plan.sites),
         groups=stored_groups(plan),
         trained={path: dict(named) for path, named in plan.trained.items()},

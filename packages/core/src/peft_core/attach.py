@@ -77,7 +77,7 @@ def load(
     refuse_divided(model, made)
     stored = checkpoint.read(directory, header)
     bank = Bank(model, name, made, header.seed)
-    bank.progress.steps = header.steps
+    bank.progress.steps, bank.progress.run_start = header.steps, header.run_start
     if trainable:
         bank.state = checkpoint.read_state(directory, header, made)
     home = {key: "cpu" if device.type == "meta" else device for key, device in homes(model, made).items()}

@@ -45,7 +45,8 @@ def save(bank: Bank, directory: str | Path) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return  # sharded tensors have been gathered with the others; one process writes
     base = base_info(bank.root, bank.plan.spec.base_model)  # as it is now: its embeddings may have been resized
-    write(directory, bank.plan, base, tensors, bank.state, bank.seed, bank.progress.steps)
+    progress = bank.progress
+    write(directory, bank.plan, base, tensors, bank.state, bank.seed, progress.steps, progress.run_start)
 
 
 def write(
@@ -56,11 +57,13 @@ def write(
     state: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     steps: int = 0,
+    run_start: int = 0,
 ) -> None:
     """Write an adapter's values to a directory, whole or not at all; no model is needed.
 
     Args:
-        tensors: everything that inference needs, by key. state: what only resuming needs. steps: optimizer steps so far.
+        tensors: everything that inference needs, by key. state: what only resuming needs. steps: optimizer steps so far, and
+            run_start: when the latest run began.
 
     Raises:
         CheckpointError: the directory cannot be written; what was there is unchanged.
@@ -69,7 +72,7 @@ def write(
         checksums = {TENSORS: files.write_tensors(temporary / TENSORS, tensors, {"format": "pt"})}
         if state:
             checksums[STATE] = files.write_tensors(temporary / STATE, state, {"format": "pt"})
-        header = describe(plan, base, tensors, checksums, seed, steps)
+        header = describe(plan, base, tensors, checksums, seed, steps, run_start)
         (temporary / HEADER).write_text(header.model_dump_json(indent=1), encoding="utf-8")
         if _own_card(Path(directory)):
             (temporary / CARD).write_text(model_card(header), encoding="utf-8")
@@ -96,7 +99,7 @@ def restore(bank: Bank, directory: str | Path) -> None:
             bank.state[key].copy_(value)
         for path in bank.owned:
             bank.write_owned_weight(bank.sites[path], stored[owned_key(path)])
-    bank.seed, bank.progress.steps = header.seed, header.steps
+    bank.seed, bank.progress.steps, bank.progress.run_start = header.seed, header.steps, header.run_start
     bank.progress.forget_gradients()
 
 

@@ -45,6 +45,8 @@ def main() -> None:
     said = ""
     try:
         status = program()(standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what cannot be written is said here, not by Python's end
     except PeftCoreError as error:
         status, said = _USER_ERROR, str(error)
     except _UsageError as error:
@@ -57,11 +59,26 @@ def main() -> None:
         status, said = _INTERRUPTED, str(stop)
     except typer.Abort as stop:  # some versions of typer make it of a KeyboardInterrupt, others status 130
         status = _INTERRUPTED if isinstance(stop.__cause__, KeyboardInterrupt) else 1
+    except OSError as error:
+        if error.filename is not None:  # opening a file names it, writing does not
+            raise
+        _give_up_output()
+        status = 1  # whoever read the pipe has seen enough
+        if not isinstance(error, BrokenPipeError):
+            status, said = _USER_ERROR, f"the output could not be written: {error.strerror or error}"
     if status == _INTERRUPTED:
         said = f"interrupted; {said}".rstrip("; ")
     if said:
         print(f"peft-core: {' '.join(said.split())}", file=sys.stderr)
     sys.exit(status)
+
+
+def _give_up_output() -> None:
+    """What standard output still holds and cannot write (a full disk, a pipe that nobody reads) is not tried again at the end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def program() -> typer.Typer:

@@ -62,7 +62,9 @@ def whole_directory(target: str | Path, ours: Collection[str]) -> Iterator[Path]
             _put_in_place(temporary, target)
         _sync(beside)
     except OSError as error:
-        reason = _REASONS.get(error.errno or 0, str(error))
+        # NumPy's own error of a short write, which names no reason.
+        short = error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error))
+        reason = _REASONS.get(errno.ENOSPC if short else error.errno or 0, str(error))
         raise CheckpointError(
             f"'{target}' could not be written: {reason}; what was there before is unchanged"
         ) from error

@@ -187,12 +187,18 @@ def _grad_all(
     """Let every adapter add to dx [tokens, in] in place, and collect the gradients of their edges.
 
     Raises:
-        AdapterError: the gradients are to be differentiated again. PluginError: a method gives none, or one of another shape.
+        AdapterError: the gradients are to be differentiated again, or several computed at once. PluginError: a method gives
+            none, or one of another shape.
     """
     if torch.is_grad_enabled():
         raise AdapterError(
             "create_graph=True: the fused backward of adapters has no second derivative; run the model within "
             "pc.kernels('naive'), the readable reference, which has"
+        )
+    if _torch.is_batched(dy) or _torch.is_legacy_batched(dy):
+        raise AdapterError(
+            "is_grads_batched=True, vectorize=True or vmap over a backward: the fused backward of adapters computes one gradient "
+            "at a time; run the model within pc.kernels('naive'), the readable reference, which computes several"
         )
     gradients: list[Tensor | None] = []
     at = 0

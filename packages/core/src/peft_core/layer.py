@@ -142,7 +142,10 @@ class TrainedModule(_Called):
         slot: TrainedSlot | None = self.__dict__.get(SLOT)
         if slot is None or name not in slot.active or not (_running.forward or _in_backward()):
             return super().__getattr__(name)  # type: ignore[misc]
-        return slot.stand_in(name).to(self.__dict__["_parameters"][name].dtype)
+        own = self.__dict__["_parameters"][name]
+        if hasattr(own, "device_mesh") and _torch.fsdp_looks():
+            return own
+        return slot.stand_in(name).to(own.dtype)
 
 
 def _in_backward() -> bool:

@@ -107,7 +107,9 @@ def merge(root: nn.Module, registry: Registry, bank: Bank, scale: float, keep: s
             _write(root, registry, path)
             if path in bank.owned:
                 bank.owned[path].cover(merged.original)
-        for name in bank.stand_ins:
+        # A tied parameter has several names; under the same one for every adapter, what stood there first is kept once.
+        places = {key: name for name, key in sorted(bank.stand_ins.items(), reverse=True)}
+        for name in places.values():
             path, _, local = name.rpartition(".")
             _put_on(registry.merged_parameters, name, root.get_submodule(path), local, bank.name, keep)
             _write_parameter(root, registry, name)

@@ -165,7 +165,8 @@ class OptimizerStep:
     """What `peft_optimizer_step` is given: one real optimizer step of one adapter.
 
     Attributes:
-        index: number of real steps before this one, over resumes.
+        index: number of real steps before this one, over resumes and runs.
+        run_start: index of the run's first step: a schedule begins there.
         total_steps: length of the run in steps, if known (`adapter.total_steps`; trainers set it).
         seed: the adapter's seed, to key random decisions by (seed, index, site).
         optimizer: the optimizer that steps. loss_scale: what the gradients are multiplied by (1.0 without a scaler).
@@ -179,6 +180,7 @@ class OptimizerStep:
     optimizer: torch.optim.Optimizer
     loss_scale: float
     members: Sequence[StepMember] = field(default_factory=tuple)
+    run_start: int = 0
 
 
 class LowRank(NamedTuple):

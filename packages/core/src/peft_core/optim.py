@@ -183,6 +183,7 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
                 optimizer=optimizer,
                 loss_scale=_number(getattr(optimizer, "grad_scale", None), 1.0),
                 members=members,
+                run_start=bank.progress.run_start,
             )
             contexts.enter_context(plugins.call(bank.plan.spec.method, "peft_optimizer_step", step=step))
             _write_back(bank, step)

@@ -207,7 +207,7 @@ def _trained_modules(
                     f"train_modules: '{path}' has the running buffer '{name}', which training would change in the base"
                 )
         trained[path] = {}
-        for name, parameter in module.named_parameters():
+        for name, parameter in module.named_parameters(remove_duplicate=False):
             if not parameter.is_floating_point():
                 raise PlanError(f"train_modules: '{path}.{name}' is quantized and cannot be trained in full")
             if id(parameter) not in owners:

@@ -10,12 +10,14 @@ class Progress:
     """How far an adapter's training has come.
 
     Attributes:
-        steps: real optimizer steps, over resumes. total_steps: length of the run in such steps, if known.
+        steps: real optimizer steps, over resumes and runs. run_start: as many as there were when the run began.
+        total_steps: length of the run in such steps, if known.
         backwards: gradients that came while attached. stepped_by: ids of the optimizers that stepped the latest of them.
         fresh_gradient: whether one came since.
     """
 
     steps: int = 0
+    run_start: int = 0
     total_steps: int | None = None
     backwards: int = 0
     stepped_by: set[int] = field(default_factory=set)

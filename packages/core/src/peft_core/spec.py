@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -179,7 +180,25 @@ def check_options(info: MethodInfo, options: Mapping[str, Any], where: str = "op
     for name, value in options.items():
         if isinstance(value, bool) and type(getattr(made, name, None)) in (int, float):
             raise SpecError(f"method '{info.name}': {where}: '{name}': expected a number, got {value}")
+    for name, value in made.model_dump().items():
+        if endless := [number for number in _floats(value) if not math.isfinite(number)]:
+            raise SpecError(
+                f"method '{info.name}': {where}: '{name}': expected a finite number, got {endless[0]}, which no file can hold; "
+                "choose a large one instead"
+            )
     return made
+
+
+def _floats(value: Any) -> Iterator[float]:
+    """The numbers in an option's value."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _floats(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _floats(inner)
 
 
 def _mapping(data: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from peft_core.checkpoint import TENSORS
 from peft_core.merge import Contribution
 from peft_core.sharing import stand_ins
 
-from .checkpoint_files import CODES, Entry, Reader, read_entries
+from .checkpoint_files import CODES, Entry, Reader, all_finite, read_entries
 
 Adapters: TypeAlias = str | Path | Sequence[str | Path] | Mapping[str, float]
 
@@ -145,8 +145,7 @@ class AdapterFiles:
         return tensor
 
     def _check_finite(self, key: str, tensor: Tensor) -> None:
-        # A sum is finite only if every element is (it may overflow, too): one pass, nothing allocated.
-        if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise CheckpointError(f"'{self.path}': '{key}' holds NaN or infinite values; the training run diverged")
 
     def _shared(self, key: str, reader: Reader) -> Tensor:
@@ -208,3 +207,12 @@ class AdapterFiles:
                     f"'{self.directory}': method '{self.header.method.name}' {what}, and cannot be merged with weight "
                     f"{self.weight:g}; give it weight 1"
                 )
+
+
+def open_adapters(adapters: Adapters) -> list[AdapterFiles]:
+    """The adapters of a path, several paths, or a map from path to weight; their headers are checked.
+
+    Raises:
+        MergeError: see `weights_of`. CheckpointError, PluginError: see `AdapterFiles`.
+    """
+    return [AdapterFiles(directory, weight) for directory, weight in weights_of(adapters).items()]

@@ -11,13 +11,14 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peft_core import CheckpointError
+from peft_core import CheckpointError, SpecError
+from peft_core.errors import listed, suggestion
+from peft_core.spec import DTYPES as DTYPE_NAMES
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES: Mapping[str, torch.dtype] = {
@@ -82,6 +83,19 @@ class Checkpoint:
             if entry.dtype in sizes:
                 sizes[entry.dtype] += entry.numel
         return max(sizes, key=lambda code: sizes[code])
+
+
+def dtype_code(dtype: str | None) -> str | None:
+    """safetensors' code of a dtype's name.
+
+    Raises:
+        SpecError: it is not a floating-point dtype.
+    """
+    if dtype is None:
+        return None
+    if dtype not in DTYPE_NAMES:
+        raise SpecError(f"no dtype '{dtype}'{suggestion(dtype, DTYPE_NAMES)}; there are {listed(DTYPE_NAMES)}")
+    return CODES[DTYPE_NAMES[dtype]]
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
@@ -203,6 +217,12 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    # The sum is finite only if every element is (it may overflow, too): one pass, nothing allocated.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
 class Reader:
     """Reads tensors by range. Files stay open until it is closed."""
 
@@ -212,9 +232,7 @@ class Reader:
     def __enter__(self) -> Reader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for handle in self._handles.values():
             os.close(handle)
         self._handles.clear()

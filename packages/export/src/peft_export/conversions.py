@@ -183,7 +183,7 @@ def _conversion(
 ) -> Conversion:
     """A group of source tensors, tried on the meta device to learn the names that come out.
 
-    The way back is transformers' own, as its `save_pretrained` goes it: only of what was renamed, a name is given back.
+    The way back is transformers' own, as in `save_pretrained`: a renaming is undone only if it was in effect on the way here.
     """
     renamed, used = sources[0][0], []
     for renaming in renamings:

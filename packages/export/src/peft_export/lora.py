@@ -7,9 +7,8 @@ approximated by a truncated SVD, whose error is reported layer by layer.
 from __future__ import annotations
 
 import math
-import re
 import time
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +22,16 @@ from peft_core.merge import Contribution, merged_weight
 
 from . import card, output, svd
 from .adapter_files import AdapterFiles
-from .checkpoint_files import CODES, DTYPES, INDEX, SINGLE, Checkpoint, Reader, open_checkpoint
+from .checkpoint_files import CODES, DTYPES, INDEX, SINGLE, Checkpoint, Reader, dtype_code, open_checkpoint
 from .mapping import find_names, note_on_type, quantized
 from .merge_plan import head_labels, resizing
 from .names import Names
-from .pipeline import Progress
+from .peft_format import CONFIG, PREFIX, WEIGHTS, peft_config, target_parameters
 from .reports import LoraReport, LoweredSite
 from .runtimes import Request, Runtime, runtime
-from .shards import Item, Writer
-from .streaming import dtype_code
+from .shards import Item, Progress, Writer
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SVD = "truncated SVD"
-_PREFIX = "base_model.model."
-# In a model with stacked experts PEFT takes these, as `target_modules`, for its experts, whatever the path before them.
-_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
-# With a task, PEFT also keeps a copy of every module whose name ends so, which then must be in the file.
-_HEADS = ("classifier", "score")
 
 
 def export_lora(
@@ -92,17 +84,17 @@ def export_lora(
                 losses.append(f"rounding to {dtype}")
         ranks = {path: len(factors.A) for path, factors in lowered.items()}
         rank, uniform = _rank(max(ranks.values()), target, pad_rank)
-        tensors = {
-            f"{_PREFIX}{path}.{name}.weight": tensor
-            for path, found in lowered.items()
-            for name, tensor in _named(found)
-        }
-        tensors |= {f"{_PREFIX}{name}": source.tensor(key, reader) for name, key in source.trained.items()}
-        goal = {key: _padded_shape(key, tensor, rank if uniform else 0) for key, tensor in tensors.items()}
-        items = [_item(key, tensor, goal[key], code) for key, tensor in sorted(tensors.items())]
+        padded = dict.fromkeys(ranks, rank) if uniform else ranks
+        tensors: dict[str, Tensor] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path, found in lowered.items():
+            A, B = f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight"
+            tensors[A], shapes[A] = found.A, (padded[path], found.A.shape[1])
+            tensors[B], shapes[B] = found.B, (found.B.shape[0], padded[path])
+        tensors |= {f"{PREFIX}{name}": source.tensor(key, reader) for name, key in source.trained.items()}
+        items = [_item(key, tensor, shapes.get(key, tensor.shape), code) for key, tensor in sorted(tensors.items())]
         _write(temporary, items, tensors, progress)
-        shown = {path: rank if uniform else ranks[path] for path in ranks}
-        output.write_json(temporary / CONFIG, _peft_config(directory, source, config, rank, shown))
+        output.write_json(temporary / CONFIG, peft_config(directory, source, config, rank, padded))
         request = _request(directory, out, source)
         labels = head_labels(directory, source.header, config)
         report = LoraReport(
@@ -233,10 +225,6 @@ def _rounded(lowered: Mapping[str, svd.Truncated], dtype: torch.dtype) -> dict[s
     return out
 
 
-def _named(found: svd.Truncated) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
-    return ("lora_A", found.A), ("lora_B", found.B)
-
-
 def _rank(largest: int, target: Runtime | None, pad: bool | None) -> tuple[int, bool]:
     """The rank to write, and whether every layer gets it.
 
@@ -264,18 +252,11 @@ def _rank_problems(target: Runtime, ranks: Mapping[str, int], uniform: bool) -> 
     return found
 
 
-def _padded_shape(key: str, tensor: Tensor, rank: int) -> tuple[int, ...]:
-    if rank and key.endswith(".lora_A.weight"):
-        return rank, tensor.shape[1]
-    if rank and key.endswith(".lora_B.weight"):
-        return tensor.shape[0], rank
-    return tuple(tensor.shape)
-
-
 def _item(key: str, tensor: Tensor, shape: tuple[int, ...], code: str | None) -> Item:
+    """A tensor that is padded to this shape, in this dtype if it is a floating-point one."""
     floating = tensor.is_floating_point()
     dtype = DTYPES[code] if code and floating else tensor.dtype
-    return Item(key, CODES[dtype], shape, torch.Size(shape).numel() * dtype.itemsize)
+    return Item(key, CODES[dtype], tuple(shape), math.prod(shape) * dtype.itemsize)
 
 
 def _write(directory: Path, items: list[Item], tensors: Mapping[str, Tensor], progress: Progress | None) -> None:
@@ -292,79 +273,6 @@ def _write(directory: Path, items: list[Item], tensors: Mapping[str, Tensor], pr
             if progress is not None:
                 progress(done, total)
         writer.write_index()
-
-
-def _peft_config(
-    base: Path, source: AdapterFiles, config: Mapping[str, Any], rank: int, ranks: Mapping[str, int]
-) -> dict[str, Any]:
-    """`adapter_config.json`. The scale lies in B: alpha equals the rank everywhere."""
-    header = source.header
-    parameters = _target_parameters(source)
-    pattern = {re.escape(parameters.get(path, path)): own for path, own in ranks.items() if own != rank}
-    return {
-        "alpha_pattern": pattern,
-        "auto_mapping": None,
-        "base_model_name_or_path": card.base_name(base, header) or str(base),
-        "bias": "none",
-        "fan_in_fan_out": any(site.transposed for site in source.sites.values()),
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "modules_to_save": _saved_modules(source) or None,
-        "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": pattern,
-        "revision": None,
-        "target_modules": _target_modules(source, source.sites.keys() - parameters),
-        **({"target_parameters": sorted(parameters.values())} if parameters else {}),
-        "task_type": _task(source, bool(config.get("is_encoder_decoder"))),
-        "use_dora": False,
-        "use_rslora": False,
-    }
-
-
-def _target_parameters(source: AdapterFiles) -> dict[str, str]:
-    """Layers that PEFT finds by their weight only → its name: what it would take for experts, and are none."""
-    shapes = source.header.base.shapes.items()
-    if not any(len(shape) == 3 and name.endswith((".gate_up_proj", ".down_proj")) for name, shape in shapes):
-        return {}
-    return {path: f"{path}.weight" for path in source.sites if path.rpartition(".")[2] in _EXPERTS}
-
-
-def _target_modules(source: AdapterFiles, sites: Set[str]) -> list[str]:
-    """These sites as layer types, where every layer of the types is one and nothing else is called so; else whole paths."""
-    types = {source.sites[path].type for path in sites}
-    alike = {path for path in _modules(source) if path.rpartition(".")[2] in types}
-    return sorted(types) if alike == sites else sorted(sites)
-
-
-def _saved_modules(source: AdapterFiles) -> list[str]:
-    """The modules trained in full, each by a name that nothing else ends in: PEFT would look for that, too."""
-    trained = source.header.trained
-    others = _modules(source) - trained.keys()
-    return [f"model.{path}" if any(other.endswith(path) for other in others) else path for path in trained]
-
-
-def _modules(source: AdapterFiles) -> set[str]:
-    """Every module with parameters, and what holds it."""
-    names = [name.split(".") for name in source.header.base.shapes]
-    return {".".join(parts[:count]) for parts in names for count in range(1, len(parts) + 1)}
-
-
-def _task(source: AdapterFiles, two_sided: bool) -> str | None:
-    """PEFT's name of the task, where it has one for this architecture."""
-    architecture, trained = source.header.base.architecture, source.header.trained
-    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        return "CAUSAL_LM"
-    if architecture.endswith("ForConditionalGeneration") and two_sided:
-        return "SEQ_2_SEQ_LM"
-    if not trained or not {path for path in _modules(source) if path.endswith(_HEADS)} <= trained.keys():
-        return None
-    tasks = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
-    return next((task for ending, task in tasks.items() if architecture.endswith(ending)), None)
 
 
 def _request(base: Path, out: str | Path, source: AdapterFiles) -> Request:
@@ -386,7 +294,7 @@ def _notes(source: AdapterFiles, ranks: Mapping[str, int], rank: int, uniform: b
         yield f"ranks of {spread} are filled up with zeros to {rank}"
     if source.header.trained:
         yield f"{listed(source.header.trained)}, trained in full, are part of the adapter (PEFT's modules_to_save)"
-    if found := _target_parameters(source):
+    if found := target_parameters(source):
         yield (
             f"PEFT would take {listed(found, 3)} for experts: they are named by their weights (target_parameters), which "
             "takes peft 0.17 or later, and a base that is not quantized"

@@ -49,6 +49,16 @@ class Output:
     change: Change | None = None
     conversion: Conversion | None = None
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is the base's tensor as it is, but for its dtype."""
+        return self.change is None and self.conversion is None
+
+    @property
+    def is_site(self) -> bool:
+        """Whether it is a weight of the files into which an adapter is merged as it is."""
+        return self.conversion is None and self.change is not None and bool(self.change.adapters)
+
 
 @dataclass(frozen=True)
 class MergePlan:
@@ -88,11 +98,10 @@ def plan_merge(
         for key in group.sources
         if not changes.keys().isdisjoint(group.parameters)
     }
-    outputs = [
-        Output(_item(entry, dtype, change), entry, change, groups.get(key))
-        for key, entry in checkpoint.entries.items()
-        for change in [changes.get(by_key.get(key, ""))]
-    ]
+    outputs = []
+    for key, entry in checkpoint.entries.items():
+        change = changes.get(by_key.get(key, ""))
+        outputs.append(Output(_item(entry, dtype, change), entry, change, groups.get(key)))
     for parameter, source in untied.items():
         if parameter not in names.keys:
             change, key = changes.get(parameter), names.new_key(parameter)
@@ -128,7 +137,7 @@ def collect_changes(adapters: Sequence[AdapterFiles]) -> dict[str, Change]:
     for adapter in adapters:
         if adapter.header.base.shapes != first.header.base.shapes:
             raise MergeError(f"'{first.directory}' and '{adapter.directory}' were trained on different base models")
-        for path, site in adapter.sites.items():
+        for path in adapter.sites:
             parameter = f"{path}.weight"
             before = changes.get(parameter, Change(path))
             if before.trained is not None:
@@ -136,13 +145,11 @@ def collect_changes(adapters: Sequence[AdapterFiles]) -> dict[str, Change]:
                     f"'{path}' is trained in full by '{before.trained[0].directory}' and adapted by '{adapter.directory}'"
                 )
             together = (*before.adapters, adapter)
-            for one in together if len(together) > 1 else ():
-                if one.exclusive(path):
-                    raise MergeError(
-                        f"'{path}': method '{one.header.method.name}' is not an added Δ and cannot be merged together "
-                        "with another adapter"
-                    )
-            assert site.path == path
+            exclusive = [one.header.method.name for one in together if one.exclusive(path)]
+            if exclusive and before.adapters:
+                raise MergeError(
+                    f"'{path}': method '{exclusive[0]}' is not an added Δ and cannot be merged together with another adapter"
+                )
             changes[parameter] = Change(path, together)
     for adapter in adapters:
         for parameter, key in adapter.trained.items():
@@ -164,9 +171,7 @@ def _check_kinds(checkpoint: Checkpoint, names: Names, changes: Mapping[str, Cha
     for parameter, change in changes.items():
         key = names.keys.get(names.ties.get(parameter, parameter))
         entry = names.packed.get(change.path) or checkpoint.entries.get(key or "")
-        if entry is None:
-            continue
-        if entry.dtype not in PLAIN_FLOATS:
+        if entry is not None and entry.dtype not in PLAIN_FLOATS:
             raise quantized(entry, "merge into")
 
 
@@ -180,7 +185,7 @@ def _untied(
 ) -> tuple[dict[str, Entry], bool]:
     """Parameters that need a tensor of their own → the one that they share; and whether the configuration must say so.
 
-    What the configuration parts, it parts for all: then every tied parameter needs one, whether it is changed or not.
+    Where it does, it parts all tied parameters: then each of them needs a tensor, whether an adapter changes it or not.
 
     Raises:
         MergeError: there are some, and parting them was not asked for or is not possible.

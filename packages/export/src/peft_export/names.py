@@ -76,7 +76,8 @@ class Wanted:
 
     Attributes:
         name: as `adapter.json` has it. shape: logical (out × in for a layer). transposed: how the files store it, if known.
-        parameters: what the parameter may be called: a two-dimensional name can be a layer or a parameter of its own.
+        parameters: what the parameter may be called: `adapter.json` names layers without `.weight`, so a two-dimensional entry
+            can be a layer's weight or a parameter of that very name.
         trained: the adapter brings it along, so that the files may have it in another size (of a vocabulary, of classes).
     """
 

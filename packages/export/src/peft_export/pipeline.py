@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,13 +17,10 @@ from torch import Tensor
 from peft_core import MergeError
 from peft_core.merge import merged_weight
 
-from .checkpoint_files import PIECE, Entry, Reader
+from .checkpoint_files import PIECE, Entry, Reader, all_finite
 from .merge_plan import Change, MergePlan, Output
 from .names import Conversion
-from .shards import Writer
-
-Progress: TypeAlias = Callable[[int, int], None]
-"""Called with the bytes written so far and the bytes in all."""
+from .shards import Progress, Writer
 
 
 class Pipeline:
@@ -41,7 +36,7 @@ class Pipeline:
         self._done = 0
         self._lock = threading.Lock()
         self._converted: dict[str, Tensor] = {}
-        sites = [made for made in self._order if _is_site(made)]
+        sites = [made for made in self._order if made.is_site]
         entries = [_stored(made) for made in sites]
         self._raw = torch.empty(max((entry.nbytes for entry in entries), default=0), dtype=torch.uint8)
         self._wide = torch.empty(8 * max((entry.numel for entry in entries), default=0), dtype=torch.uint8)
@@ -52,16 +47,16 @@ class Pipeline:
         Raises:
             CheckpointError, MergeError: an adapter is damaged, or a conversion cannot be undone. OSError: the disk is full.
         """
-        changed = [made for made in self._order if not _is_copy(made)]
-        sites = deque(made for made in changed if _is_site(made))
+        changed = [made for made in self._order if not made.is_copy]
+        sites = deque(made for made in changed if made.is_site)
         reading, writing, copying = threads = [ThreadPoolExecutor(1) for _ in range(3)]
         with Reader() as ahead, Reader() as here, Reader() as there, torch.no_grad():
             try:
-                copies = [copying.submit(self._copy, made, there) for made in self._order if _is_copy(made)]
+                copies = [copying.submit(self._copy, made, there) for made in self._order if made.is_copy]
                 upcoming = self._read_ahead(sites, reading, ahead)
                 last: Future[None] | None = None
                 for made in changed:
-                    if _is_site(made):
+                    if made.is_site:
                         assert made.change is not None and upcoming is not None
                         weight = widened(upcoming.result(), self._wide)
                         upcoming = self._read_ahead(sites, reading, ahead)
@@ -112,8 +107,7 @@ class Pipeline:
             parts = [adapter.contribution(change.path, reader) for adapter in change.adapters]
             weight = stored.T if site.transposed else stored
         merged = merged_weight(weight, parts)
-        # A sum is finite only if every element is (it may overflow, too): one pass, nothing allocated.
-        if not torch.isfinite(merged.sum()) and not torch.isfinite(merged).all():
+        if not all_finite(merged):
             raise MergeError(
                 f"'{change.path}': the merged weight has NaN or infinite values: the base's own weight has some, or the "
                 "adapters' weights are too large"
@@ -171,16 +165,6 @@ def widened(tensor: Tensor, buffer: Tensor) -> Tensor:
     for begin in range(0, len(flat), PIECE):
         wide[begin : begin + PIECE].copy_(flat[begin : begin + PIECE])
     return wide.view(tensor.shape)
-
-
-def _is_copy(made: Output) -> bool:
-    """Whether an output is a tensor of the base as it is, but for its dtype."""
-    return made.change is None and made.conversion is None
-
-
-def _is_site(made: Output) -> bool:
-    """Whether an output is a weight of the files into which an adapter is merged as it is."""
-    return made.conversion is None and made.change is not None and bool(made.change.adapters)
 
 
 def _stored(made: Output) -> Entry:

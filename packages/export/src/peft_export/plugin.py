@@ -1,4 +1,4 @@
-"""The commands that peft-export adds to `peft-core`. What takes long to import is imported by the command that runs."""
+"""The commands that peft-export adds to `peft-core`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -24,11 +23,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
+import peft_export
 from peft_core import MergeError, ModelError, hookimpl
 from peft_core.cli import console, print_json
+from peft_core.models import base_path
 
-if TYPE_CHECKING:
-    from .reports import LoraReport, MergeReport, OnnxReport, VerifyReport
+from . import tables
+from .reports import VerifyReport
 
 _FAILED = 1
 
@@ -70,11 +71,9 @@ def merge(
     """Merge adapters into a checkpoint's files: a plain model. Memory stays small, whatever the model's size."""
     # Torch asks for huge pages then: the merge's large tensors come and go, and small pages cost a third of its time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from .streaming import merge as run
-
     directory, adapters = _local(base), parse_adapters(adapter)
     with _progress("merging", json_) as progress:
-        report = run(
+        report = peft_export.merge(
             directory,
             adapters,
             out,
@@ -84,7 +83,7 @@ def merge(
             untie=untie,
             progress=progress,
         )
-    _finish(report.to_json(), _merge_table(report), out, directory, adapters, verify, json_)
+    _finish(report.to_json(), tables.merge_table(report), out, directory, adapters, verify, json_)
 
 
 def lora(
@@ -115,11 +114,9 @@ def lora(
     json_: Json = False,
 ) -> None:
     """Write an adapter as a standard LoRA adapter in Hugging Face PEFT's format, exactly where the method allows it."""
-    from .lora import export_lora
-
     directory = _local(base)
     with _progress("lowering", json_) as progress:
-        report = export_lora(
+        report = peft_export.export_lora(
             directory,
             adapter,
             out,
@@ -131,7 +128,7 @@ def lora(
             overwrite=overwrite,
             progress=progress,
         )
-    _finish(report.to_json(), _lora_table(report), out, directory, {str(adapter): 1.0}, verify, json_)
+    _finish(report.to_json(), tables.lora_table(report), out, directory, {str(adapter): 1.0}, verify, json_)
     if report.problems:
         raise typer.Exit(_FAILED)
 
@@ -150,11 +147,9 @@ def onnx(
     json_: Json = False,
 ) -> None:
     """Write the merged model as ONNX, with a cache of keys and values where it generates, and compare it."""
-    from .onnx import export_onnx
-
     directory, adapters = _local(base), parse_adapters(adapter)
     with _status(json_) as status:
-        report = export_onnx(
+        report = peft_export.export_onnx(
             directory,
             adapters,
             out,
@@ -164,7 +159,7 @@ def onnx(
             overwrite=overwrite,
             status=status,
         )
-    _finish(report.to_json(), _onnx_table(report), out, directory, adapters, verify, json_)
+    _finish(report.to_json(), tables.onnx_table(report), out, directory, adapters, verify, json_)
 
 
 def verify(
@@ -190,15 +185,15 @@ def verify(
     json_: Json = False,
 ) -> None:
     """Compare an export with the adapted model. Exit status 1 where they differ by more than --max-kl."""
-    from .verify import verify as run
-
     adapters = parse_adapters(adapter) if adapter else None
     directory = None if base is None else _local(base)
-    report = run(export, directory, adapters, prompts=prompt or (), max_kl=max_kl, dtype=dtype, record=record)
+    report = peft_export.verify(
+        export, directory, adapters, prompts=prompt or (), max_kl=max_kl, dtype=dtype, record=record
+    )
     if json_:
         print_json(report.to_json())
     else:
-        console().print(_verify_table(report))
+        console().print(tables.verify_table(report))
     if not report.ok:
         raise typer.Exit(_FAILED)
 
@@ -227,8 +222,6 @@ def parse_adapters(given: list[str]) -> dict[str, float]:
 
 
 def _local(base: str) -> Path:
-    from peft_core.models import base_path
-
     path = Path(base_path(base)) if not Path(base).exists() else Path(base)
     if not path.exists():
         raise ModelError(
@@ -249,15 +242,13 @@ def _finish(
     """Print the report; run the comparison, if it was asked for."""
     checked: VerifyReport | None = None
     if verified:
-        from .verify import verify as run
-
-        checked = run(out, base, adapters)
+        checked = peft_export.verify(out, base, adapters)
     if json_:
         print_json({**data, **({"verification": checked.to_json()} if checked else {})})
     else:
         console().print(table)
         if checked:
-            console().print(_verify_table(checked))
+            console().print(tables.verify_table(checked))
     if checked and not checked.ok:
         raise typer.Exit(_FAILED)
 
@@ -291,91 +282,6 @@ def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def _status(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A line on standard error that says what is being done, also where what is done turns its own errors away."""
+    """A line on standard error that says what is being done, also while tracing redirects `sys.stderr`."""
     with _tidy_when_terminated(), Console(file=sys.stderr, quiet=quiet).status("") as line:
         yield line.update
-
-
-def _merge_table(report: MergeReport) -> Table:
-    from peft_core.errors import size
-
-    rows = {
-        "output": report.out,
-        "adapters": ", ".join(
-            f"{path} × {weight:g}" if weight != 1.0 else path for path, weight in report.adapters.items()
-        ),
-        "tensors": f"{report.tensors}: {report.merged} merged, {report.trained} trained in full, {report.copied} as they were",
-        "size": f"{size(report.bytes)} in {len(report.files)} files, {report.dtype}",
-        "time": f"{report.seconds:.1f} s, {size(report.bytes / max(report.seconds, 1e-9))} per second",
-    }
-    if report.left_out:
-        rows["left out"] = f"{', '.join(report.left_out)} (weights from before)"
-    return _table("Merged", rows, report.notes)
-
-
-def _lora_table(report: LoraReport) -> Table:
-    from peft_core.errors import size
-
-    rows = {
-        "output": report.out,
-        "layers": f"{len(report.sites)}, rank {report.rank}",
-        "size": f"{size(report.bytes)}, {report.dtype}",
-        "error": f"up to {report.worst.error:.2e} of ‖ΔW‖ ({report.worst.path}), by {' and '.join(report.losses)}"
-        if report.worst.error
-        else "none: the factors are exact",
-        "time": f"{report.seconds:.1f} s",
-    }
-    if report.runtime:
-        rows["cannot be served" if report.problems else f"start {report.runtime}"] = (
-            "; ".join(report.problems) or report.command
-        )
-    table = _table("Lowered to LoRA", rows, report.notes)
-    for site in sorted(report.sites, key=lambda site: -site.error):
-        if site.error:
-            table.add_row(site.path, f"rank {site.rank}, error {site.error:.2e}")
-    return table
-
-
-def _onnx_table(report: OnnxReport) -> Table:
-    from peft_core.errors import size
-
-    memory = "" if report.peak_memory is None else f", {size(report.peak_memory)} of memory at most"
-    rows = {
-        "output": report.out,
-        "files": f"{', '.join(report.files)}: {size(report.bytes)}",
-        "weights": f"{report.weights:,}, {report.precision}" + (f": {report.blocks}" if report.blocks else ""),
-        "time": f"{report.seconds:.1f} s{memory}",
-    }
-    return _table("Exported to ONNX", rows, report.notes)
-
-
-def _verify_table(report: VerifyReport) -> Table:
-    from .verify import limits, remarks
-
-    verdict = "passed" if report.ok else "FAILED"
-    title = f"{report.export} against {report.against}, {report.dtype}: {verdict} ({limits(report)})"
-    caption = " ".join(remarks(report)) or None
-    table = Table(title=escape(title), title_justify="left", caption=caption, caption_justify="left")
-    ways = ("computed",) if report.kind == "onnx" else ()
-    for heading in ("prompt", *ways, "positions", "mean KL", "max KL", "max logit difference", "same first choice"):
-        table.add_column(heading, justify="left" if heading in ("prompt", *ways) else "right")
-    for found in report.prompts:
-        table.add_row(
-            escape(" ".join(found.prompt.split())[:40]),
-            *([found.way] if ways else []),
-            str(found.positions),
-            f"{found.mean_kl:.1e}",
-            f"{found.max_kl:.1e}",
-            f"{found.difference:.1e}",
-            f"{100 * found.agreement:.0f} %",
-        )
-    return table
-
-
-def _table(title: str, rows: dict[str, str], notes: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
-    for label, value in rows.items():
-        table.add_row(label, escape(value))
-    for note in notes:
-        table.add_row("note", escape(note))
-    return table

@@ -8,7 +8,16 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class Report:
+    """What all reports can do."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class MergeReport(Report):
     """What `merge` did.
 
     Attributes:
@@ -30,10 +39,6 @@ class MergeReport:
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class LoweredSite:
@@ -45,7 +50,7 @@ class LoweredSite:
 
 
 @dataclass(frozen=True)
-class LoraReport:
+class LoraReport(Report):
     """What `export_lora` did.
 
     Attributes:
@@ -75,13 +80,9 @@ class LoraReport:
         """The layer with the largest error."""
         return max(self.sites, key=lambda site: site.error)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class OnnxReport:
+class OnnxReport(Report):
     """What `export_onnx` did.
 
     Attributes:
@@ -113,10 +114,6 @@ class OnnxReport:
         parts = [f"{100 * share:.1f} % in {bits} bits" for bits, share in self.by_bits.items()]
         return f"{', '.join(parts)}, in blocks of {self.block_size}" if parts else ""
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -137,7 +134,16 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class VerifyReport:
+class Difference:
+    """How far a parameter is from what it should be, ‖found − expected‖ / ‖expected‖, and what is allowed."""
+
+    parameter: str
+    relative: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class VerifyReport(Report):
     """What `verify` found.
 
     Attributes:
@@ -145,7 +151,10 @@ class VerifyReport:
         max_difference: see `MAX_DIFFERENCE`; None where a limit was given. generated: how many tokens were written greedily
             after the first prompt. generated_equal: how many of them, from the first on, the adapted model writes, too.
         effect: what the adapters themselves do: the mean KL divergence of the bare base, for the prompt that they change most.
-            Where it is within `max_kl`, an export without them would pass, too. None: nothing is known of it.
+            Where it is within `max_kl`, logits do not show whether an export has them. None: nothing is known of it.
+        weight: of a merged export, the parameter that is farthest from what base and adapters give. None: not compared (with
+            golden logits, and where a model is run in less than its files hold). shown: the weights show whether an export
+            has the adapters.
         ok: all limits are kept.
     """
 
@@ -162,6 +171,8 @@ class VerifyReport:
     generated: int = 0
     generated_equal: int = 0
     effect: float | None = None
+    weight: Difference | None = None
+    shown: bool = False
 
     @property
     def mean_kl(self) -> float:
@@ -170,4 +181,4 @@ class VerifyReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return {**asdict(self), "mean_kl": self.mean_kl}
+        return {**super().to_json(), "mean_kl": self.mean_kl}

@@ -20,8 +20,8 @@ from peft_core.models import UNREADABLE, quiet_transformers, why
 
 from . import output
 from .checkpoint_files import Reader, read_entries
-from .lora import CONFIG, WEIGHTS
 from .merge_plan import head_labels
+from .peft_format import CONFIG, PREFIX, WEIGHTS
 
 PROMPTS = (
     "The capital of France is",
@@ -32,7 +32,6 @@ PROMPTS = (
 """Compared where no prompts are given."""
 
 _LONGEST = 64
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -221,7 +220,7 @@ def with_lora(model: nn.Module, directory: Path) -> nn.Module:
         raise CheckpointError(f"'{directory / CONFIG}' is damaged: {error!r}") from None
     entries, _ = read_entries(directory / WEIGHTS)
     with Reader() as reader:
-        tensors = {key.removeprefix(_PREFIX): reader.read(entry) for key, entry in entries.items()}
+        tensors = {key.removeprefix(PREFIX): reader.read(entry) for key, entry in entries.items()}
     for name, A in tensors.items():
         path = name.removesuffix(".lora_A.weight")
         if name.endswith(".lora_B.weight"):

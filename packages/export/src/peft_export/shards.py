@@ -11,11 +11,10 @@ import math
 import os
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +22,9 @@ from torch import Tensor
 from peft_core import CheckpointError, SpecError
 
 from .checkpoint_files import CHUNK, DTYPES, INDEX, PIECE, SINGLE, Entry, Reader
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with the bytes written so far and the bytes in all."""
 
 _NO_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 
@@ -72,9 +74,7 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for handle in self._handles.values():
             os.close(handle)
         self._handles.clear()

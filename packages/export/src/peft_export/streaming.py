@@ -11,19 +11,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from peft_core import SpecError
 from peft_core.dtypes import name_of
-from peft_core.errors import listed, suggestion
-from peft_core.spec import DTYPES as DTYPE_NAMES
 
 from . import card, output
-from .adapter_files import AdapterFiles, Adapters, weights_of
-from .checkpoint_files import CODES, DTYPES, INDEX, open_checkpoint
+from .adapter_files import AdapterFiles, Adapters, open_adapters
+from .checkpoint_files import DTYPES, INDEX, dtype_code, open_checkpoint
 from .mapping import find_names
 from .merge_plan import MergePlan, plan_merge
-from .pipeline import Pipeline, Progress
+from .pipeline import Pipeline
 from .reports import MergeReport
-from .shards import Writer, parse_size
+from .shards import Progress, Writer, parse_size
 
 _CHECKED_FIRST = 1 << 30
 
@@ -77,7 +74,7 @@ def merge(
             tensors=len(items),
             merged=sum(1 for change in plan.changes.values() if change.adapters),
             trained=sum(1 for change in plan.changes.values() if change.trained),
-            copied=sum(1 for made in plan.outputs if made.change is None and made.conversion is None),
+            copied=sum(made.is_copy for made in plan.outputs),
             bytes=sum(item.nbytes for item in items),
             files=tuple(files),
             seconds=round(time.perf_counter() - started, 3),
@@ -88,28 +85,6 @@ def merge(
         output.write_json(temporary / output.MARKER, marker)
         (temporary / card.NAME).write_text(card.merged(directory, parts, report), encoding="utf-8")
     return report
-
-
-def open_adapters(adapters: Adapters) -> list[AdapterFiles]:
-    """The adapters of a path, several paths, or a map from path to weight; their headers are checked.
-
-    Raises:
-        MergeError: see `weights_of`. CheckpointError, PluginError: see `AdapterFiles`.
-    """
-    return [AdapterFiles(directory, weight) for directory, weight in weights_of(adapters).items()]
-
-
-def dtype_code(dtype: str | None) -> str | None:
-    """safetensors' code of a dtype's name.
-
-    Raises:
-        SpecError: it is not a floating-point dtype.
-    """
-    if dtype is None:
-        return None
-    if dtype not in DTYPE_NAMES:
-        raise SpecError(f"no dtype '{dtype}'{suggestion(dtype, DTYPE_NAMES)}; there are {listed(DTYPE_NAMES)}")
-    return CODES[DTYPE_NAMES[dtype]]
 
 
 class _Verification:

@@ -5,46 +5,34 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from peft_core import CheckpointError, MergeError, activate
 from peft_core.adapter_file import read_header
 from peft_core.dtypes import name_of
 from peft_core.files import whole_directory, write_text
+from peft_core.spec import DTYPES as DTYPE_NAMES
 
-from . import card, output
+from . import card, output, parameters, running
 from .adapter_files import Adapters, weights_of
-from .checkpoint_files import CODES, DTYPES, PLAIN_FLOATS, Checkpoint, Reader, open_checkpoint, read_entries
-from .lora import CONFIG, SVD, WEIGHTS
-from .reports import Comparison, VerifyReport
+from .checkpoint_files import CODES, DTYPES, PLAIN_FLOATS, Checkpoint, Reader, dtype_code, open_checkpoint, read_entries
+from .lora import SVD
+from .onnx.runtime import OnnxModel
+from .peft_format import CONFIG, WEIGHTS
+from .reports import Comparison, Difference, VerifyReport
+from .running import Prompt
 from .shards import Item, Writer
-from .streaming import dtype_code
-
-if TYPE_CHECKING:
-    from .running import Prompt
+from .verdict import MAX_DIFFERENCE, MAX_KL, MAX_KL_ROUGH, card_lines
 
 GOLDEN, RESULTS = "golden.safetensors", "results.json"
-MAX_KL: Mapping[str, float] = {
-    **{"float64": 1e-6, "float32": 1e-6, "float16": 1e-4, "bfloat16": 1e-3},
-    **{"fp32": 1e-6, "fp16": 1e-3, "int8": 1e-2, "int4": 0.5},
-}
-"""By precision of the export: the mean KL divergence, in nats per token, beyond which it fails. The latter are ONNX's.
-
-Found by measuring: a right export of SmolLM2-135M is at 1e-11, 1e-6 and 7e-5 in float32, float16 and bfloat16; one whose
-adapter was merged with weight 0.95 is at 4e-3.
-"""
-MAX_KL_ROUGH = 1e-2
-"""At least that, where more is rounded than the weights: models computed in 16 bits, and factors by truncated SVD."""
-MAX_DIFFERENCE: Mapping[str, float] = {"fp32": 1e-3}
-"""By precision, where nothing is rounded: the difference of two logits beyond which it fails. Greedy tokens are equal, too."""
 GREEDY = 64
 """How many tokens a model that generates is let write, where its context has room for them."""
-# A limit beyond this lets a model pass that often chooses otherwise.
-_WIDE = 0.1
 _SHORT = ("bfloat16", "float16")
 
 
@@ -75,11 +63,8 @@ def verify(
     """
     dtype_code(None if dtype == "auto" else dtype)
     started = time.perf_counter()
-    directory, source, weights = (
-        Path(export),
-        None if base is None else Path(base),
-        {} if adapters is None else weights_of(adapters),
-    )
+    directory, source = Path(export), None if base is None else Path(base)
+    weights = {} if adapters is None else weights_of(adapters)
     kind = _kind(directory)
     if (weights or kind == "lora") and source is None:
         raise MergeError(
@@ -87,7 +72,7 @@ def verify(
         )
     if weights:
         assert source is not None
-        reference = _from_adapted_model(directory, source, weights, prompts, dtype, generates=kind == "onnx")
+        reference = _from_adapted_model(kind, directory, source, weights, prompts, dtype)
     elif prompts:
         raise MergeError(
             "golden logits are those of the prompts that they were made with; for others give base and adapters "
@@ -95,7 +80,7 @@ def verify(
         )
     else:
         reference = _from_golden(directory)
-    compared, equal = _answers(kind, directory, source, reference, dtype)
+    compared, equal, weight = _answers(kind, directory, source, reference, dtype)
     precisions = _precisions(kind, directory)
     precision = precisions[0]
     computed_in = _computed_in(kind, directory, source, dtype)
@@ -104,6 +89,7 @@ def verify(
     nearness = MAX_DIFFERENCE.get(precision) if max_kl is None else None
     generated = 0 if reference.written is None else len(reference.written)
     near = nearness is None or (all(found.difference <= nearness for found in compared) and equal == generated)
+    same = weight is None or max_kl is not None or weight.relative <= weight.limit
     report = VerifyReport(
         export=str(export),
         kind=kind,
@@ -111,13 +97,15 @@ def verify(
         dtype=precision,
         computed_in=computed_in,
         max_kl=limit,
-        ok=near and all(found.mean_kl <= limit for found in compared),
+        ok=near and same and all(found.mean_kl <= limit for found in compared),
         prompts=tuple(compared),
         seconds=round(time.perf_counter() - started, 3),
         max_difference=nearness,
         generated=generated,
         generated_equal=equal,
         effect=reference.effect,
+        weight=weight,
+        shown=max_kl is None and reference.shown,
     )
     if weights and record:
         _record(directory, reference, report)
@@ -126,7 +114,8 @@ def verify(
 
 class _Reference(NamedTuple):
     """What the export is compared with: for each prompt logits [positions, vocabulary], and what follows the first one when
-    it is generated greedily, if anything. `effect`: see `VerifyReport`.
+    it is generated greedily, if anything. `effect`: see `VerifyReport`. `weights`: see `parameters.expected`; None: not known.
+    `shown`: whether the base's own weights are others.
     """
 
     architecture: str
@@ -135,44 +124,62 @@ class _Reference(NamedTuple):
     logits: list[Tensor]
     written: Tensor | None
     effect: float | None
+    weights: parameters.Products | None = None
+    shown: bool = False
 
 
 def _from_adapted_model(
-    directory: Path, source: Path, weights: Mapping[str, float], prompts: Sequence[str], dtype: str, generates: bool
+    kind: str, directory: Path, source: Path, weights: Mapping[str, float], prompts: Sequence[str], dtype: str
 ) -> _Reference:
-    from . import running
-
     header = read_header(next(iter(weights)))
     model = running.adapted_model(source, weights, header, dtype)
     config: Any = model.config
     vocabulary = getattr(config.get_text_config(), "vocab_size", 2)
     inputs = running.make_prompts(prompts, [directory, source], vocabulary)
     logits = running.logits(model, inputs)
-    written = _greedy(model, inputs[0].ids) if generates else None
+    written = _greedy(model, inputs[0].ids) if kind == "onnx" else None
     activate(model, [])
     bare = zip(logits, running.logits(model, inputs), strict=True)
     effect = max(compare("", adapted, found).mean_kl for adapted, found in bare)
-    return _Reference(header.base.architecture, name_of(config.dtype), inputs, logits, written, effect)
+    computed_in = name_of(config.dtype)
+    plain = kind == "merged" and all(parameter.is_floating_point() for parameter in model.parameters())
+    dtypes = _stored_dtypes(directory, source, computed_in, dtype) if plain else []
+    answer = _Reference(header.base.architecture, computed_in, inputs, logits, written, effect)
+    if not dtypes:
+        return answer
+    products = parameters.expected(model, weights, dtypes)
+    before = parameters.farthest(model, products)
+    return answer._replace(weights=products, shown=before.relative > before.limit)
+
+
+def _stored_dtypes(directory: Path, source: Path, computed_in: str, dtype: str) -> list[torch.dtype]:
+    """What a merged export's weights may be rounded to; none where a model is run in less than its files hold."""
+    with suppress(CheckpointError):  # a base in another format
+        own, base = (_precisions("merged", where) for where in (directory, source))
+        runs = [*((stored, computed_in) for stored in base), *((stored, _run_in(own, dtype)) for stored in own)]
+        kept = (torch.promote_types(*map(DTYPE_NAMES.__getitem__, pair)) == DTYPE_NAMES[pair[1]] for pair in runs)
+        if all(kept):
+            return [DTYPE_NAMES[name] for name in dict.fromkeys([*own, computed_in])]
+    return []
 
 
 def _answers(
     kind: str, directory: Path, source: Path | None, reference: _Reference, dtype: str
-) -> tuple[list[Comparison], int]:
-    """The export's logits compared with the reference's, and how many of its tokens, from the first on, it writes, too."""
-    from . import running
-
+) -> tuple[list[Comparison], int, Difference | None]:
+    """The export's logits compared with the reference's; how many of its tokens, from the first on, it writes, too; the
+    parameter that is farthest from what it should be, where that is known.
+    """
     if kind != "onnx":
         model = _load(kind, directory, source, reference.architecture, dtype)
-        return _compared(reference, running.logits(model, reference.inputs)), 0
-    from .onnx.runtime import OnnxModel
-
+        compared = _compared(reference, running.logits(model, reference.inputs))
+        return compared, 0, parameters.farthest(model, reference.weights) if reference.weights else None
     export = OnnxModel(directory)
     ways = export.logits([prompt.ids for prompt in reference.inputs]).items()
     compared = [comparison for way, found in ways for comparison in _compared(reference, found, way)]
     if reference.written is None:
-        return compared, 0
+        return compared, 0, None
     same = export.greedy(reference.inputs[0].ids, len(reference.written)) == reference.written
-    return compared, int(same.cumprod(0).sum())
+    return compared, int(same.cumprod(0).sum()), None
 
 
 def _compared(reference: _Reference, found: Sequence[Tensor], way: str = "") -> list[Comparison]:
@@ -182,8 +189,6 @@ def _compared(reference: _Reference, found: Sequence[Tensor], way: str = "") -> 
 
 def _load(kind: str, directory: Path, source: Path | None, architecture: str, dtype: str) -> nn.Module:
     """A merged checkpoint, or the base with a LoRA applied."""
-    from . import running
-
     if kind == "merged":
         return running.load_merged(directory, architecture, dtype)
     assert source is not None
@@ -193,8 +198,6 @@ def _load(kind: str, directory: Path, source: Path | None, architecture: str, dt
 
 def _greedy(model: nn.Module, ids: Tensor) -> Tensor | None:
     """What the adapted model writes after the first prompt; None if it writes nothing."""
-    from . import running
-
     config: Any = model.config
     if not getattr(model, "can_generate", lambda: False)():
         return None
@@ -246,9 +249,13 @@ def _precisions(kind: str, directory: Path) -> list[str]:
 
 def _computed_in(kind: str, directory: Path, source: Path | None, dtype: str) -> str:
     """What the export is run in."""
-    if dtype != "auto" or kind == "onnx":
-        return _precisions(kind, directory)[0] if dtype == "auto" else dtype
-    return _precisions("merged", source if kind == "lora" and source is not None else directory)[0]
+    model = ("merged", source) if kind == "lora" and source is not None else (kind, directory)
+    return _run_in(_precisions(*model), dtype) if dtype == "auto" else dtype
+
+
+def _run_in(precisions: Sequence[str], dtype: str) -> str:
+    """What a model whose weights have these precisions is run in."""
+    return precisions[0] if dtype == "auto" else dtype
 
 
 def _approximate(kind: str, directory: Path) -> bool:
@@ -265,8 +272,6 @@ def _limit(kind: str, precisions: Sequence[str], rough: bool) -> float:
 
 def _from_golden(directory: Path) -> _Reference:
     """The prompts, logits and greedy tokens that a verified export carries."""
-    from .running import Prompt
-
     path = directory / output.FOLDER / GOLDEN
     if not path.is_file():
         raise MergeError(
@@ -308,53 +313,5 @@ def _record(directory: Path, reference: _Reference, report: VerifyReport) -> Non
         output.write_json(temporary / RESULTS, report.to_json())
     readme = directory / card.NAME
     if (directory / output.MARKER).is_file() and readme.is_file():
-        text = card.with_verification(readme.read_text(encoding="utf-8"), _card_lines(report))
+        text = card.with_verification(readme.read_text(encoding="utf-8"), card_lines(report))
         write_text(readme, text)
-
-
-def _card_lines(report: VerifyReport) -> list[str]:
-    rows = []
-    for found in report.prompts:
-        prompt = " ".join(found.prompt.split())[:40].replace("|", "/")
-        figures = f"{found.mean_kl:.1e} | {found.max_kl:.1e} | {found.difference:.1e} | {100 * found.agreement:.0f} %"
-        rows.append(f"| {prompt}{f', {found.way}' if found.way else ''} | {found.positions} | {figures} |")
-    verdict = "passed" if report.ok else "FAILED"
-    how = f"{report.dtype} weights, compared with the adapted model in {report.computed_in}"
-    return [
-        f"{how}: {verdict} ({limits(report)}).",
-        "",
-        "| prompt | positions | mean KL | max KL | max logit difference | same first choice |",
-        "|---|---|---|---|---|---|",
-        *rows,
-        "",
-        *(line for remark in remarks(report) for line in (remark, "")),
-        "The logits of the adapted model are in `verification/`: `peft-core verify THIS` compares with them elsewhere.",
-    ]
-
-
-def limits(report: VerifyReport) -> str:
-    """What an export had to keep to."""
-    parts = [f"mean KL ≤ {report.max_kl:g} nats"]
-    if report.max_difference is not None:
-        parts.append(f"logits within {report.max_difference:g}")
-        parts += ["greedy tokens equal"] * bool(report.generated)
-    return ", ".join(parts)
-
-
-def remarks(report: VerifyReport) -> list[str]:
-    """How long the greedy continuation of the first prompt is the adapted model's; warnings where the limit shows little."""
-    found = []
-    if report.effect is not None and report.effect <= report.max_kl:
-        found.append(
-            f"The adapter itself changes these prompts by no more than {report.effect:.1e} nats, so that an export without it "
-            "would pass, too: give prompts of its task (--prompt), or a smaller --max-kl."
-        )
-    if report.generated:
-        found.append(f"Greedy tokens after the first prompt: {report.generated_equal} of {report.generated} equal.")
-    if MAX_KL.get(report.dtype, 0.0) > _WIDE:
-        shares = [100 * comparison.agreement for comparison in report.prompts]
-        found.append(
-            f"{report.dtype} is coarse: the first choice is the adapted model's at {min(shares):.0f} to {max(shares):.0f} % of "
-            "the positions. Check the quality on your task, or take more bits."
-        )
-    return found

@@ -9,6 +9,7 @@ has no scale; ours is multiplied into D, in which ΔW is linear.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from .options import Options
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, BLOCK = "base_model.model.", ".miss_block"
+# What they may write beside a trained embedding: the same again, and the base's.
+_BESIDE = re.compile(r"\.(?:modules_to_save|original_module)(\.[^.]+)$")
 
 
 class Theirs(NamedTuple):
@@ -132,15 +135,19 @@ def read_theirs(directory: str | Path) -> Theirs:
             "save it again with safe_serialization=True"
         )
     blocks, whole, modules = {}, {}, []
-    for key, tensor in files.read_tensors(weights).items():
+    tensors = files.read_tensors(weights)
+    for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         if name.endswith(BLOCK):
             blocks[name.removesuffix(BLOCK)] = tensor
             continue
+        if _BESIDE.search(key) and _BESIDE.sub(r"\1", key) in tensors:
+            continue
         module = _saved_module(name, config.get("modules_to_save") or [])
         if module is None:
             raise pc.CheckpointError(
-                f"'{weights}': '{key}' is neither a miss_block nor part of a module in modules_to_save"
+                f"'{weights}': '{key}' is neither a miss_block nor part of a module in modules_to_save; if it is the base's "
+                "own, save the adapter again with save_embedding_layers=False"
             )
         whole[name] = tensor
         modules.append(module)

@@ -27,7 +27,7 @@ Drop: TypeAlias = tuple[float, int]
 """Probability of an element of x to be dropped, and the seed that decides which."""
 KEEP_ALL: Drop = (0.0, 0)
 FEW = 16
-"""So many tokens are summed in less time than it takes to find out whether they have been."""
+"""Up to so many tokens it is faster to sum again than to find out whether the sum is there."""
 
 
 def indicator(
@@ -93,9 +93,9 @@ _indicator, _starts, _shard_of = functools.cache(indicator), functools.cache(sta
 class _LastSum(threading.local):
     """This thread's last sum over shards, which layers that read one input share: q, k and v; gate and up.
 
-    Both are held weakly. A sum is there as long as a backward pass needs it, and until then nobody changes an input that autograd
-    has recorded but by raising its version. Others, a leaf's values above all, may change unseen: from NumPy, another process,
-    or a fused optimizer.
+    Input and sum are held weakly: the sum lives as long as a backward pass needs it. It is used again only for an input that
+    autograd has recorded (with a `grad_fn`), since whatever changes that raises its version. Other tensors, leaves above all, may
+    change unseen: from NumPy, another process, or a fused optimizer.
     """
 
     key: tuple[Any, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -80,8 +81,14 @@ def switching(step: pc.OptimizerStep) -> Iterator[None]:
     members = [m for m in step.members if m.state and all(tensor.requires_grad for tensor in m.tensors.values())]
     if members:
         optimizers.check(step.optimizer, [tensor for member in members for tensor in member.tensors.values()])
+    lengths = {total_steps(step, member.site.options) for member in members}
+    if (length := step.index - step.run_start) in lengths:
+        warnings.warn(
+            f"adapter '{step.adapter}': its run of {length} steps is over, and SwitchLoRA hardly switches any more; where "
+            "another training begins, call adapter.begin_run(total_steps) before it",
+            stacklevel=2,
+        )
     for member in members:
-        total_steps(step, member.site.options)
         if not member.site.options.offload_candidates:
             move_candidates(member)
     with torch.no_grad():
@@ -121,7 +128,7 @@ def choose(step: pc.OptimizerStep, member: pc.StepMember) -> SiteExchange | None
     """What a site exchanges at this step, if anything."""
     options: Options = member.site.options
     draws = random.Random(f"{step.seed}/{step.index}/{member.site.path}")
-    in_A, in_B = decide(options, member.state, step.index, total_steps(step, options), draws)
+    in_A, in_B = decide(options, member.state, step.index, total_steps(step, options), draws, step.run_start)
     if not in_A.places:
         return None
     return SiteExchange(member, factor_exchange(member, "A", in_A), factor_exchange(member, "B", in_B))
@@ -136,14 +143,20 @@ def factor_exchange(member: pc.StepMember, name: str, choice: Choice) -> FactorE
 
 
 def decide(
-    options: Options, state: Mapping[str, Tensor], step: int, total_steps: int, draws: random.Random
+    options: Options,
+    state: Mapping[str, Tensor],
+    step: int,
+    total_steps: int,
+    draws: random.Random,
+    run_start: int = 0,
 ) -> tuple[Choice, Choice]:
-    """What a site exchanges in A and in B at this step (from 0): equally many, and never at the same place.
+    """What a site exchanges in A and in B at this step (from 0; its run from `run_start`): equally many, and never at the
+    same place.
 
     Pure, and so the same on every rank.
     """
     r, c = options.r, state["candidates_A"].shape[0]
-    expected = options.expected_switches(step, total_steps)
+    expected = options.expected_switches(step - run_start, total_steps)
     count = int(expected) + (draws.random() < expected % 1)
     next_A, next_B = state["next"].tolist()
     count = min(count, (next_B - next_A) % r, (next_A - next_B) % r, c - r)

@@ -17,10 +17,10 @@ from peft_core import CheckpointError, SpecError
 from peft_core.errors import listed, suggestion
 
 from .. import card, output, running
-from ..adapter_files import Adapters
+from ..adapter_files import Adapters, open_adapters
 from ..merge_plan import collect_changes
 from ..reports import OnnxReport
-from ..streaming import merge, open_adapters
+from ..streaming import merge
 from . import genai
 from .graphs import MODEL, Graph, graphs
 from .installed import require_packages

@@ -137,10 +137,10 @@ def _explained(graph: Graph, error: BaseException) -> str:
 
 
 class _NeverFinite(TorchFunctionMode):
-    """Decisions on whether all values are finite, of which a graph knows nothing, are made as if they were not.
+    """Whether all values are finite, which cannot be known while tracing, is answered with no.
 
-    Models that ask for it clamp then, in float16, what has overflowed: the clamp gets into the graph, and leaves finite values
-    as they are.
+    Models that ask clamp what has overflowed in float16 then. So the clamp is in the graph, where it leaves finite values as they
+    are.
     """
 
     def __init__(self) -> None:

@@ -7,7 +7,8 @@ import time
 
 import torch
 from gpu_parts.bench import Bench
-from gpu_parts.models import TYPES, base_model, tokens
+from gpu_parts.models import base_model, tokens
+from runs import TYPES
 
 import peft_core as pc
 
