@@ -16,7 +16,7 @@ from .initial_values import homes, initial_fixed, initial_state, initial_tensors
 from .install import install, refuse_divided
 from .matching import check_fit, check_plan
 from .plan import plan
-from .registry import registry
+from .registry import find_registry
 from .spec import AdapterSpec
 
 
@@ -91,6 +91,6 @@ def load(
 def _check_name(model: nn.Module, name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise AdapterError(f"adapter name '{name}': use letters, digits, '_' and '-'")
-    found = registry(model)
-    if found and name in found.banks:
+    registry = find_registry(model)
+    if registry and name in registry.banks:
         raise AdapterError(f"an adapter '{name}' is attached already; detach it or choose another name")

@@ -22,7 +22,7 @@ from .originals import check_choice, drop, put_aside
 from .owned import OwnedWeight
 from .plan import Plan
 from .pretrained import AdapterSaver
-from .registry import Registry, forget, registry
+from .registry import Registry, create_registry, find_registry, registry_of, remove_registry
 from .sites import Site
 from .slots import SLOT, Member, Slot, TrainedSlot
 from .subclassing import restore_class
@@ -49,24 +49,23 @@ def install(
     read_environment()
     check_choice(keep)
     _refuse_conflicts(bank)
-    found = registry(model, create=True)
-    assert found is not None
-    before = found.active
-    if not found.banks:
-        _remember(model, found)
-        found.packing = quantized.make_trainable(model)
-    found.banks[bank.name] = bank
+    registry = find_registry(model) or create_registry(model)
+    before = registry.active
+    if not registry.banks:
+        _remember(model, registry)
+        registry.packing = quantized.make_trainable(model)
+    registry.banks[bank.name] = bank
     bank.register(tensors, fixed, trainable)
     adapt_root(model)
     try:
-        _adapt_layers(bank, _functions(found, made))
+        _adapt_layers(bank, _functions(registry, made))
         if made.spec.capabilities.owns_base_weight:
             _take_over(bank, owned, keep)
         set_active(model, {bank.name: 1.0})
     except BaseException:
         bank.show_owned(False)
         remove(model, bank)
-        if found.banks:
+        if registry.banks:
             set_active(model, before)
         raise
     for module in model.modules():
@@ -79,35 +78,34 @@ def install(
 
 def remove(model: nn.Module, bank: Bank) -> None:
     """Take an adapter off: its tensors, its members, and with the last one every trace."""
-    found = registry(model)
-    assert found is not None
+    registry = registry_of(model)
     optim.forget(bank)
     for owned in bank.owned.values():
         drop(owned.original)
-    del found.banks[bank.name]
-    if bank.name in found.active:
-        found.active = {name: scale for name, scale in found.active.items() if name != bank.name}
+    del registry.banks[bank.name]
+    if bank.name in registry.active:
+        registry.active = {name: scale for name, scale in registry.active.items() if name != bank.name}
     for module in model.modules():  # wherever they are now
         slot = module.__dict__.get(SLOT)
         if slot is None or slot.root is not model:
             continue
         slot.members.pop(bank.name, None)
         if slot.members:
-            slot.activate(found.active)
+            slot.activate(registry.active)
         else:
             restore_class(module)
             module.__dict__.pop(SLOT, None)
-    for key in [key for key in found.gradients if key.startswith(f"{ROOT_PREFIX}{bank.name}/")]:
-        del found.gradients[key]
+    for key in [key for key in registry.gradients if key.startswith(f"{ROOT_PREFIX}{bank.name}/")]:
+        del registry.gradients[key]
     bank.unregister()
-    if not found.banks:
-        _give_back(model, found)
-        quantized.restore(model, found.packing)
+    if not registry.banks:
+        _give_back(model, registry)
+        quantized.restore(model, registry.packing)
         restore_class(model)
-        forget(model)
+        remove_registry(model)
 
 
-def _remember(model: nn.Module, found: Registry) -> None:
+def _remember(model: nn.Module, registry: Registry) -> None:
     """Note what the first adapter changes of the base beside its layers: the parameters' flags, and how the model is saved.
 
     Models within this one may carry adapters too. What they remember of their flags is taken from them, and given back when this
@@ -118,14 +116,14 @@ def _remember(model: nn.Module, found: Registry) -> None:
         for name, parameter in inner.named_parameters():
             if name in theirs.requires_grad:
                 flags[parameter], theirs.requires_grad[name] = theirs.requires_grad[name], False
-    found.requires_grad = {name: flags[p] for name, p in model.named_parameters() if p in flags}
-    found.save_pretrained = model.__dict__.get("save_pretrained")
+    registry.requires_grad = {name: flags[p] for name, p in model.named_parameters() if p in flags}
+    registry.save_pretrained = model.__dict__.get("save_pretrained")
 
 
-def _give_back(model: nn.Module, found: Registry) -> None:
+def _give_back(model: nn.Module, registry: Registry) -> None:
     """Undo `_remember`."""
     named = model.named_parameters()
-    flags = {p: found.requires_grad[name] for name, p in named if name in found.requires_grad}
+    flags = {p: registry.requires_grad[name] for name, p in named if name in registry.requires_grad}
     for inner, theirs in _within(model).items():
         for name, parameter in inner.named_parameters():
             if name in theirs.requires_grad and parameter in flags:
@@ -133,37 +131,36 @@ def _give_back(model: nn.Module, found: Registry) -> None:
     for parameter, flag in flags.items():
         parameter.requires_grad_(flag)
     model.__dict__.pop("save_pretrained", None)
-    if found.save_pretrained is not None:
-        model.__dict__["save_pretrained"] = found.save_pretrained
+    if registry.save_pretrained is not None:
+        model.__dict__["save_pretrained"] = registry.save_pretrained
 
 
 def _within(model: nn.Module) -> dict[nn.Module, Registry]:
     """The models within this one that carry adapters of their own, each once, without those within them in turn."""
-    found = {}
+    within = {}
     for child in model.children():
-        theirs = registry(child)
-        found.update(_within(child) if theirs is None else {child: theirs})
-    return found
+        theirs = find_registry(child)
+        within.update(_within(child) if theirs is None else {child: theirs})
+    return within
 
 
-def _functions(found: Registry, made: Plan) -> dict[str, Any]:
+def _functions(registry: Registry, made: Plan) -> dict[str, Any]:
     """Each site's forward; one object for equal sites, so that compiled code serves all adapters of a layout."""
     out = {}
     for site in made.sites:
         key = (made.spec.method, repr(site))
-        if key not in found.forwards:
-            found.forwards[key] = plugins.call(made.spec.method, "peft_forward", site=site)
-        out[site.path] = found.forwards[key]
+        if key not in registry.forwards:
+            registry.forwards[key] = plugins.call(made.spec.method, "peft_forward", site=site)
+        out[site.path] = registry.forwards[key]
     return out
 
 
 def _adapt_layers(bank: Bank, functions: Mapping[str, Any]) -> None:
     """Make the sites adapted layers, and the modules to train in full ones that can be, and tell them of this adapter."""
     model, made = bank.root, bank.plan
-    found = registry(model)
-    assert found is not None
+    registry = registry_of(model)
     shared = {
-        f"{group.name}.{name}": found.gradients.setdefault(bank.root_name(f"{group.name}.{name}"), SharedGradient())
+        f"{group.name}.{name}": registry.gradients.setdefault(bank.root_name(f"{group.name}.{name}"), SharedGradient())
         for group in made.groups
         if len(group.members) > 1
         for name in group.tensors
@@ -246,8 +243,8 @@ def _refuse_conflicts(new: Bank) -> None:
                 "one, or detach its adapters first"
             )
     mine = made.spec.capabilities.owns_base_weight
-    found = registry(model)
-    for other, bank in found.banks.items() if found else ():
+    registry = find_registry(model)
+    for other, bank in registry.banks.items() if registry else ():
         theirs = bool(bank.owned)
         taken = bank.sites.keys()
         both = sorted((new.sites.keys() | new.trained.keys()) & taken) if mine or theirs else []

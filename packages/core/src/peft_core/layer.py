@@ -21,7 +21,7 @@ from .dropout import dropped
 from .errors import AdapterError, PluginError
 from .fused import Use
 from .method import BASE_WEIGHT
-from .registry import registry
+from .registry import registry_of
 from .slots import SLOT, Slot, TrainedSlot, renew
 from .subclassing import Mixin, plain_class, specialize
 
@@ -51,10 +51,9 @@ class AdaptedLinear(Mixin):
         """As the layer's own; its adapters hear of it."""
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
         slot: Slot = self.__dict__[SLOT]
-        found = registry(slot.root)
-        assert found is not None
+        banks = registry_of(slot.root).banks
         for member in slot.members.values():
-            found.banks[member.adapter].loaded_into(self, member.site)
+            banks[member.adapter].loaded_into(self, member.site)
 
 
 class HookedLinear(AdaptedLinear):

@@ -30,7 +30,7 @@ from . import plugins
 from .bank import Bank
 from .errors import OptimizerStepError
 from .method import OptimizerStep, StepMember
-from .registry import registry
+from .registry import registry_of
 
 WARN_AFTER = 256
 _WRAPPERS = register_optimizer_step_pre_hook.__code__.co_filename  # torch's wrapper around `step` is in there
@@ -47,9 +47,7 @@ def watch(bank: Bank) -> None:
 def forget(bank: Bank) -> None:
     """Stop watching."""
     _watches.pop(bank, None)
-    found = registry(bank.root)
-    if found is not None:
-        found.watches.pop(bank.name, None)
+    registry_of(bank.root).watches.pop(bank.name, None)
 
 
 def check_stepped(bank: Bank) -> None:
@@ -81,9 +79,7 @@ class _Watch:
         self.hooked = WeakIdKeyDictionary()
         self.counted: weakref.ref[Tensor] | None = None
         _watches[bank] = self
-        found = registry(bank.root)
-        assert found is not None
-        found.watches[bank.name] = self
+        registry_of(bank.root).watches[bank.name] = self
 
     def hook_gradients(self) -> None:
         """Hook parameters that are not hooked yet: those of a copy, or set to train later."""
@@ -235,8 +231,7 @@ def _served(optimizer: Optimizer) -> Iterator[tuple[Bank, list[StepMember]]]:
         watched.hook_gradients()
         if not any(id(p) in held and p.grad is not None for _, p in bank.named_parameters()):
             continue
-        found = registry(bank.root)
-        if bank.owned and found is not None and found.is_merged(bank.name):
+        if bank.owned and registry_of(bank.root).is_merged(bank.name):
             raise OptimizerStepError(
                 f"adapter '{bank.name}' is merged, and method '{bank.plan.spec.method}' changes the weight that it was merged "
                 "into; unmerge it before the optimizer steps"

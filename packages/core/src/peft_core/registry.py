@@ -73,14 +73,22 @@ class Registry:
         return {**self.__dict__, "forwards": {}}
 
 
-def registry(model: nn.Module, create: bool = False) -> Registry | None:
+def find_registry(model: nn.Module) -> Registry | None:
     """The model's registry, if it has adapters."""
-    found: Registry | None = model.__dict__.get(_REGISTRY)
-    if found is None and create:
-        found = model.__dict__[_REGISTRY] = Registry()
-    return found
+    return model.__dict__.get(_REGISTRY)
 
 
-def forget(model: nn.Module) -> None:
+def registry_of(model: nn.Module) -> Registry:
+    """The registry of a model that has adapters."""
+    return model.__dict__[_REGISTRY]
+
+
+def create_registry(model: nn.Module) -> Registry:
+    """A registry for a model that is to have its first adapter."""
+    created = model.__dict__[_REGISTRY] = Registry()
+    return created
+
+
+def remove_registry(model: nn.Module) -> None:
     """Remove the registry of a model that has no adapter left."""
-    model.__dict__.pop(_REGISTRY, None)
+    del model.__dict__[_REGISTRY]

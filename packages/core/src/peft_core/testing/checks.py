@@ -17,7 +17,6 @@ from peft_core.bases import ROOT_PREFIX
 from peft_core.kernels import obstacle
 from peft_core.layer import seen_weight
 from peft_core.method import Gradient
-from peft_core.registry import registry
 
 from .families import Family
 
@@ -102,11 +101,8 @@ def adapted(
 
 def borrowed(adapter: pc.Adapter, path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What a site borrows by name, and its binding: detached copies."""
-    held = registry(adapter.model)
-    assert held is not None
-    bank = held.banks[adapter.name]
-    tensors = {name: tensor.detach().clone() for name, tensor in bank.tensors(path).items()}
-    return tensors, {name: tensor.clone() for name, tensor in bank.binding(path).items()}
+    tensors = {name: tensor.detach().clone() for name, tensor in adapter.bank.tensors(path).items()}
+    return tensors, {name: tensor.clone() for name, tensor in adapter.bank.binding(path).items()}
 
 
 def base_weight(model: nn.Module, site: pc.Site) -> Tensor:

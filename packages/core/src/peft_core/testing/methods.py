@@ -18,7 +18,6 @@ from torch import Tensor
 import peft_core as pc
 from peft_core import plugins
 from peft_core.initial_values import homes, initial_fixed
-from peft_core.registry import registry
 
 if TYPE_CHECKING:
     import pytest
@@ -351,10 +350,8 @@ def _register_on_layer(adapter: pc.Adapter) -> None:
 
 
 def _draw_again(adapter: pc.Adapter) -> None:
-    held = registry(adapter.model)
-    assert held is not None
     drawn = initial_fixed(adapter.model, adapter.plan, 0, homes(adapter.model, adapter.plan))
-    held.banks[adapter.name].register({}, drawn, trainable=False)
+    adapter.bank.register({}, drawn, trainable=False)
 
 
 def _scale(site: pc.Site) -> float:
