@@ -101,12 +101,11 @@ class Adapter:
         Raises:
             MergeError, AdapterError: it is merged, or owns its base weight, and the original was not kept.
         """
-        registry = self._registry()
         if self.merged:
-            with merge.left_out(self.model, registry, self.bank):
+            with merge.left_out(self.bank):
                 yield
             return
-        before = dict(registry.active)
+        before = dict(self._registry().active)
         set_active(self.model, {name: scale for name, scale in before.items() if name != self.name})
         try:
             yield
@@ -128,7 +127,7 @@ class Adapter:
         if self.merged:
             raise AdapterError(f"adapter '{self.name}' is merged already")
         scale = registry.active.get(self.name, 1.0)
-        merge.merge(self.model, registry, self.bank, scale, keep)
+        merge.merge(self.bank, scale, keep)
         set_active(self.model, {name: scale for name, scale in registry.active.items() if name != self.name})
 
     def unmerge(self) -> None:
@@ -143,7 +142,7 @@ class Adapter:
             raise AdapterError(f"adapter '{self.name}' is not merged")
         active = {**registry.active, self.name: self.bank.merged_scale}
         refuse_together(registry, active)
-        merge.unmerge(self.model, registry, self.bank)
+        merge.unmerge(self.bank)
         set_active(self.model, active)
 
     def merge_and_detach(self) -> nn.Module:
@@ -152,12 +151,11 @@ class Adapter:
         Returns:
             The model, for convenience: it is changed in place.
         """
-        model = self.model
         if not self.merged:
             self.merge(keep="none")
-        merge.settle(model, self.bank, self._registry())
-        remove(model, self.bank)
-        return model
+        merge.settle(self.bank)
+        remove(self.bank)
+        return self.model
 
     def detach(self) -> None:
         """Leave the model as it was, without a trace.
@@ -170,7 +168,7 @@ class Adapter:
         if lost := [path for path, owned in self.bank.owned.items() if owned.original is None]:
             raise MergeError(f"'{lost[0]}': the original weight was not kept (attach with keep='host' to detach)")
         self.bank.show_owned(False)
-        remove(self.model, self.bank)
+        remove(self.bank)
 
     def __repr__(self) -> str:
         if self.name not in getattr(find_registry(self.model), "banks", {}):

@@ -64,7 +64,7 @@ def install(
         set_active(model, {bank.name: 1.0})
     except BaseException:
         bank.show_owned(False)
-        remove(model, bank)
+        remove(bank)
         if registry.banks:
             set_active(model, before)
         raise
@@ -76,9 +76,9 @@ def install(
     optim.watch(bank)
 
 
-def remove(model: nn.Module, bank: Bank) -> None:
+def remove(bank: Bank) -> None:
     """Take an adapter off: its tensors, its members, and with the last one every trace."""
-    registry = registry_of(model)
+    model, registry = bank.root, registry_of(bank.root)
     optim.forget(bank)
     for owned in bank.owned.values():
         drop(owned.original)

@@ -17,15 +17,17 @@ _REGISTRY = "_peft_adapters"
 
 @dataclass
 class Merged:
-    """What merging changed at one place, a site's weight or a parameter of a module trained in full.
+    """What merging changed at one parameter.
 
     Attributes:
+        site: path of the site whose weight it is; nothing for a parameter of a module trained in full.
         original: what stood there before; None: it was not kept, or there is none to keep.
         packed: it is a quantized weight, which merging leaves alone: a dense one stands in for it.
         adapters: merged on top of the original, in order. beneath: merged into what `original` holds: their own original was
             not kept.
     """
 
+    site: str = ""
     original: Kept = None
     packed: bool = False
     adapters: list[str] = field(default_factory=list)
@@ -44,7 +46,7 @@ class Registry:
         banks: by name, in the order of attaching. active: name → run-time scale, in the order of application.
         requires_grad: the base's flags before the first adapter came. save_pretrained: the instance's own, if it had one.
         packing: see `quantized.make_trainable`.
-        merged_sites, merged_parameters: path of a site, name of a parameter → what merging changed there.
+        merged: name of a parameter → what merging changed there.
         left_out: merged adapters that are disabled for the moment.
         gradients: name on the root → where a shared tensor's gradient is summed. forwards: what plugins gave, by kind of site.
         watches: adapter → what notices its gradients, see `optim`.
@@ -56,8 +58,7 @@ class Registry:
         self.requires_grad: dict[str, bool] = {}
         self.save_pretrained: Any = None
         self.packing: list[str] = []
-        self.merged_sites: dict[str, Merged] = {}
-        self.merged_parameters: dict[str, Merged] = {}
+        self.merged: dict[str, Merged] = {}
         self.left_out: set[str] = set()
         self.gradients: dict[str, SharedGradient] = {}
         self.forwards: dict[Any, Forward] = {}
@@ -65,8 +66,7 @@ class Registry:
 
     def is_merged(self, name: str) -> bool:
         """Whether an adapter is merged into the base's weights."""
-        places = (*self.merged_sites.values(), *self.merged_parameters.values())
-        return any(name in merged.adapters or name in merged.beneath for merged in places)
+        return any(name in merged.adapters or name in merged.beneath for merged in self.merged.values())
 
     def __getstate__(self) -> dict[str, Any]:
         # Functions of plugins do not pickle; layers ask for them again.
