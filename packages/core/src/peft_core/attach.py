@@ -13,7 +13,7 @@ from .adapter_file import owned_key, read_header, spec_of
 from .bank import Bank
 from .errors import AdapterError
 from .initial_values import homes, initial_fixed, initial_state, initial_tensors
-from .install import install, refuse_divided
+from .install import install, refuse_several_devices
 from .matching import check_fit, check_plan
 from .plan import plan
 from .registry import find_registry
@@ -42,7 +42,7 @@ def attach(
     model = bases.unwrap(model, to_attach=True)
     _check_name(model, name)
     made = plan(model, spec)
-    refuse_divided(model, made)
+    refuse_several_devices(model, made)
     bank = Bank(model, name, made, seed)
     bank.state = initial_state(made, seed)
     home = homes(model, made)
@@ -74,7 +74,7 @@ def load(
     check_fit(directory, header, model)
     made = plan(model, spec_of(header))
     check_plan(directory, header, made)
-    refuse_divided(model, made)
+    refuse_several_devices(model, made)
     stored = checkpoint.read(directory, header)
     bank = Bank(model, name, made, header.seed)
     bank.progress.steps = header.steps

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import bases, merge, optim, plugins, quantized
+from . import bases, optim, plugins, quantized
 from .activation import set_active
 from .bank import Bank
 from .bases import ROOT_PREFIX
@@ -26,6 +26,7 @@ from .registry import Registry, create_registry, find_registry, registry_of, rem
 from .sites import Site
 from .slots import SLOT, Member, Slot, TrainedSlot
 from .subclassing import restore_class
+from .writable import refuse_unwritable
 
 
 def install(
@@ -197,7 +198,7 @@ def _take_over(bank: Bank, owned: Mapping[str, Tensor], keep: str | Path) -> Non
         if bases.is_quantized(module) or module.weight.device.type == "meta":
             what = "quantized" if bases.is_quantized(module) else "on the meta device"
             raise AdapterError(f"'{site.path}' is {what}; method '{bank.plan.spec.method}' needs to write its weight")
-    merge.refuse_unwritable(bank.root, list(bank.sites))
+    refuse_unwritable(bank.root, list(bank.sites))
     if keep == "none":  # there will be no way back: see first that the method can do it everywhere
         for site in bank.plan.sites:
             _moved(bank, site, owned)
@@ -261,7 +262,7 @@ def _refuse_conflicts(new: Bank) -> None:
             )
 
 
-def refuse_divided(model: nn.Module, made: Plan) -> None:
+def refuse_several_devices(model: nn.Module, made: Plan) -> None:
     """A tensor lies on one device; sites on several cannot borrow it."""
     for group in [group for group in made.groups if len(group.members) > 1]:
         devices = {path: device_of(model, path) for path in group.members}

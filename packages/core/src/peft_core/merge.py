@@ -22,10 +22,10 @@ from .layer import adapt
 from .method import Tensors
 from .originals import check, check_choice, drop, look_up, put_aside
 from .registry import Merged, Registry, registry_of
-from .sharded import divided, whole
+from .sharded import whole
 from .sites import Site
 from .slots import SLOT, Slot
-from .subclassing import plain_class
+from .writable import refuse_divided, refuse_ties, refuse_unwritable
 
 
 class Contribution(NamedTuple):
@@ -85,7 +85,7 @@ def merge(bank: Bank, scale: float, keep: str | Path) -> None:
     check_choice(keep)
     bank.check_in_place()
     root, registry = bank.root, registry_of(bank.root)
-    _refuse_divided(root)
+    refuse_divided(root)
     sites = {path: root.get_submodule(path) for path in bank.sites}
     for path, module in sites.items():
         if module.weight.device.type == "meta":
@@ -95,7 +95,7 @@ def merge(bank: Bank, scale: float, keep: str | Path) -> None:
             )
     written = [path for path, module in sites.items() if not bases.is_quantized(module)]
     refuse_unwritable(root, written)
-    _refuse_ties(root, list(bank.stand_ins), bank.plan.trained, "name both in train_modules")
+    refuse_ties(root, list(bank.stand_ins), bank.plan.trained, "name both in train_modules")
     bank.merged_scale = scale
     if keep == "none":  # there will be no way back: see first that every site can be merged
         for path in sites:
@@ -226,7 +226,7 @@ def _check_restorable(bank: Bank) -> None:
         if bank.name in merged.adapters:
             check(merged.original)
     bank.check_in_place()
-    _refuse_divided(bank.root)
+    refuse_divided(bank.root)
 
 
 def _rewrite(bank: Bank) -> None:
@@ -302,68 +302,3 @@ def _model_dtype(root: nn.Module) -> torch.dtype:
         (p.dtype for name, p in root.named_parameters() if p.is_floating_point() and not name.startswith(ROOT_PREFIX)),
         torch.float32,
     )
-
-
-def _refuse_divided(root: nn.Module) -> None:
-    """Refuse weights of which every process has a part: what is written while they are gathered is lost with the next step.
-
-    Raises:
-        MergeError: names the module and the remedy.
-    """
-    if place := divided(root):
-        raise MergeError(
-            f"{place} is divided between processes (FSDP or tensor parallelism), so its weights "
-            "cannot be changed for good; save the adapter and merge it into the checkpoint's files (peft-core merge), or load "
-            "both in one process"
-        )
-
-
-def refuse_unwritable(root: nn.Module, paths: Sequence[str]) -> None:
-    """Refuse layers whose weight cannot be given another value without more being changed.
-
-    Raises:
-        MergeError: names the layer, and the other holder of its weight.
-    """
-    for path in paths:
-        module = root.get_submodule(path)
-        if module._parameters.get("weight") is None:
-            raise MergeError(
-                f"'{path}': its weight is recomputed at every forward (weight_norm, pruning or another parametrization), so "
-                "nothing can be merged into it; make it a plain parameter first, or exclude the layer"
-            )
-        if not _is_product(module):
-            raise MergeError(
-                f"'{path}' is a {plain_class(type(module)).__name__}, whose own forward gives something else than x Wᵀ + b, so "
-                "nothing can be merged into its weight; leave the adapter unmerged, or exclude the layer"
-            )
-    _refuse_ties(root, [f"{path}.weight" for path in paths], (), "exclude the tied layer")
-
-
-@torch.no_grad()
-def _is_product(module: nn.Module) -> bool:
-    """Whether a layer gives x Wᵀ + b: known of most, tried on a few inputs where it has a forward of its own."""
-    base = bases.describe(module)
-    assert base is not None
-    if base.fused:
-        return True
-    weight, bias, training = bases.dense_weight(module), getattr(module, "bias", None), module.training
-    x = torch.randn(4, base.in_features, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(weight)
-    module.training = False
-    try:
-        expected = nn.functional.linear(x, weight, bias)
-        found = plain_class(type(module)).forward(module, x)
-        return bool((found - expected).norm() <= torch.finfo(weight.dtype).eps ** 0.5 * expected.norm())
-    except Exception:  # whatever a forward raises that takes something else than x
-        return False
-    finally:
-        module.training = training
-
-
-def _refuse_ties(root: nn.Module, names: Sequence[str], within: Iterable[str], remedy: str) -> None:
-    """Refuse to change a parameter that another module holds, too, beside those that lie `within` one of these.
-
-    Raises:
-        MergeError: names both holders and the remedy.
-    """
-    for name, other in bases.tied(root, names, within).items():
-        raise MergeError(f"'{name}' is the same tensor as '{other}': merging would change both; {remedy}")
