@@ -12,7 +12,7 @@ from .adapter import Adapter
 from .adapter_file import owned_key, read_header, spec_of
 from .bank import Bank
 from .errors import AdapterError
-from .initial_values import homes, initial_fixed, initial_state, initial_tensors
+from .initial_values import homes, initial_state, initial_values
 from .install import install, refuse_several_devices
 from .matching import check_fit, check_plan
 from .plan import plan
@@ -45,9 +45,7 @@ def attach(
     refuse_several_devices(model, made)
     bank = Bank(model, name, made, seed)
     bank.state = initial_state(made, seed)
-    home = homes(model, made)
-    tensors, fixed = initial_tensors(model, made, seed, home), initial_fixed(model, made, seed, home)
-    install(bank, tensors, fixed, trainable=True, keep=keep, owned={})
+    install(bank, initial_values(model, made, seed), trainable=True, keep=keep, owned={})
     return Adapter(bank)
 
 
@@ -80,11 +78,9 @@ def load(
     bank.progress.steps = header.steps
     if trainable:
         bank.state = checkpoint.read_state(directory, header, made)
-    home = {key: "cpu" if device.type == "meta" else device for key, device in homes(model, made).items()}
-    tensors = {key: stored[key].to(home[key]) for key, _ in made.tensors()}
-    fixed = {key: stored[key].to(home[key]) for key, _ in made.fixed()}
+    values = {key: stored[key].to("cpu" if home.type == "meta" else home) for key, home in homes(model, made).items()}
     owned = {path: stored[owned_key(path)] for path in header.owned}
-    install(bank, tensors, fixed, trainable=trainable, keep=keep, owned=owned)
+    install(bank, values, trainable=trainable, keep=keep, owned=owned)
     return Adapter(bank)
 
 

@@ -156,12 +156,14 @@ class Bank:
         groups = (group for group in self.plan.groups if path in group.members)
         return {name: self.state[f"{group.name}.{name}"] for group in groups for name in group.state}
 
-    def register(self, tensors: Mapping[str, Tensor], fixed: Mapping[str, Tensor], trainable: bool) -> None:
-        """Put the adapter's values on the root model, by key; what is fixed in non-persistent buffers."""
-        for key, value in tensors.items():
-            self.root._parameters[self.root_name(key)] = nn.Parameter(value, requires_grad=trainable)
-        for key, value in fixed.items():
-            self.root._buffers[self.root_name(key)] = value
+    def register(self, values: Mapping[str, Tensor], trainable: bool) -> None:
+        """Put the adapter's values, by key, on the root model: what is trained as parameters, what is fixed as non-persistent
+        buffers.
+        """
+        for key, _ in self.plan.tensors():
+            self.root._parameters[self.root_name(key)] = nn.Parameter(values[key], requires_grad=trainable)
+        for key, _ in self.plan.fixed():
+            self.root._buffers[self.root_name(key)] = values[key]
             self.root._non_persistent_buffers_set.add(self.root_name(key))
 
     def unregister(self) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -24,28 +22,23 @@ def homes(root: nn.Module, plan: Plan) -> dict[str, torch.device]:
     return out
 
 
-def initial_tensors(root: nn.Module, plan: Plan, seed: int, home: Mapping[str, torch.device]) -> dict[str, Tensor]:
-    """First values of the trainable tensors, by key. `home`: see `homes`."""
-    return {
-        (key := f"{group.name}.{name}"): _first(root, spec, plan, home[key], seed, group.name, name)
-        for group in plan.groups
-        for name, spec in group.tensors.items()
-    }
+def initial_values(root: nn.Module, plan: Plan, seed: int) -> dict[str, Tensor]:
+    """First values of every tensor, trainable or fixed, by key, where it belongs (see `homes`).
 
-
-def initial_fixed(root: nn.Module, plan: Plan, seed: int, home: Mapping[str, torch.device]) -> dict[str, Tensor]:
-    """First values of the fixed tensors, by key: drawn once in an adapter's life. `home`: see `homes`."""
-    own = {
-        (key := own_key(path, name)): _first(root, spec, plan, home[key], seed, "binding", path, name)
-        for path, named in plan.bindings.items()
-        for name, spec in named.items()
-    }
-    shared = {
-        (key := f"{group.name}.{name}"): _first(root, spec, plan, home[key], seed, group.name, name)
-        for group in plan.groups
-        for name, spec in group.fixed.items()
-    }
-    return {**own, **shared}
+    Raises:
+        AdapterError: a tensor starts from a weight that is offloaded. PluginError: an initialiser made another shape.
+    """
+    home = homes(root, plan)
+    values = {}
+    for group in plan.groups:
+        for name, spec in (*group.tensors.items(), *group.fixed.items()):
+            key = f"{group.name}.{name}"
+            values[key] = _first(root, spec, plan, home[key], seed, group.name, name)
+    for path, named in plan.bindings.items():
+        for name, spec in named.items():
+            key = own_key(path, name)
+            values[key] = _first(root, spec, plan, home[key], seed, "binding", path, name)
+    return values
 
 
 def initial_state(plan: Plan, seed: int) -> dict[str, Tensor]:

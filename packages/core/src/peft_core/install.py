@@ -31,8 +31,7 @@ from .writable import refuse_unwritable
 
 def install(
     bank: Bank,
-    tensors: Mapping[str, Tensor],
-    fixed: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
     trainable: bool,
     keep: str | Path,
     owned: Mapping[str, Tensor],
@@ -40,8 +39,8 @@ def install(
     """Put an adapter on its model, and make it the only active one.
 
     Args:
-        tensors, fixed: the values of its trainable and fixed tensors, by key. keep: where the originals of weights that the
-            method owns wait. owned: site path → such a weight as it was stored; empty: the method computes it.
+        values: of its trainable and fixed tensors, by key. keep: where the originals of weights that the method owns wait.
+        owned: site path → such a weight as it was stored; empty: the method computes it.
 
     Raises:
         AdapterError, MergeError: see `attach`. The model is unchanged then.
@@ -56,7 +55,7 @@ def install(
         _remember(model, registry)
         registry.packing = quantized.make_trainable(model)
     registry.banks[bank.name] = bank
-    bank.register(tensors, fixed, trainable)
+    bank.register(values, trainable)
     adapt_root(model)
     try:
         _adapt_layers(bank, _functions(registry, made))
