@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from .gradients import SharedGradient
 from .initial_values import device_of
 from .kernels import read_environment
 from .layer import adapt, adapt_root, train_in_full
+from .method import Forward
 from .originals import check_choice, drop, put_aside
 from .owned import OwnedWeight
 from .plan import Plan
@@ -58,7 +58,7 @@ def install(
     bank.register(values, trainable)
     adapt_root(model)
     try:
-        _adapt_layers(bank, _functions(registry, made))
+        _adapt_layers(bank, registry)
         if made.spec.capabilities.owns_base_weight:
             _take_over(bank, owned, keep)
         set_active(model, {bank.name: 1.0})
@@ -95,8 +95,6 @@ def remove(bank: Bank) -> None:
         else:
             restore_class(module)
             module.__dict__.pop(SLOT, None)
-    for key in [key for key in registry.gradients if key.startswith(f"{ROOT_PREFIX}{bank.name}/")]:
-        del registry.gradients[key]
     bank.unregister()
     if not registry.banks:
         _give_back(model, registry)
@@ -144,23 +142,19 @@ def _within(model: nn.Module) -> dict[nn.Module, Registry]:
     return within
 
 
-def _functions(registry: Registry, made: Plan) -> dict[str, Any]:
-    """Each site's forward; one object for equal sites, so that compiled code serves all adapters of a layout."""
-    out = {}
-    for site in made.sites:
-        key = (made.spec.method, repr(site))
-        if key not in registry.forwards:
-            registry.forwards[key] = plugins.call(made.spec.method, "peft_forward", site=site)
-        out[site.path] = registry.forwards[key]
-    return out
+def _forward(registry: Registry, method: str, site: Site) -> Forward:
+    """A method's forward at a site: one object for all adapters of a layout, so that compiled code serves them all."""
+    key = method, repr(site)
+    if key not in registry.forwards:
+        registry.forwards[key] = plugins.call(method, "peft_forward", site=site)
+    return registry.forwards[key]
 
 
-def _adapt_layers(bank: Bank, functions: Mapping[str, Any]) -> None:
+def _adapt_layers(bank: Bank, registry: Registry) -> None:
     """Make the sites adapted layers, and the modules to train in full ones that can be, and tell them of this adapter."""
     model, made = bank.root, bank.plan
-    registry = registry_of(model)
     shared = {
-        f"{group.name}.{name}": registry.gradients.setdefault(bank.root_name(f"{group.name}.{name}"), SharedGradient())
+        f"{group.name}.{name}": SharedGradient()
         for group in made.groups
         if len(group.members) > 1
         for name in group.tensors
@@ -171,15 +165,15 @@ def _adapt_layers(bank: Bank, functions: Mapping[str, Any]) -> None:
             base = bases.describe(module)
             assert base is not None
             adapt(module, Slot(model, base.transposed, base.fused))
-        keys = bank.site_keys(site.path)
+        keys = bank.borrowed[site.path]
         module.__dict__[SLOT].members[bank.name] = Member(
             adapter=bank.name,
             method=made.spec.method,
             site=site,
-            functions=functions[site.path],
+            functions=_forward(registry, made.spec.method, site),
             can=made.spec.info.can(site.options),
             names=[(name, bank.root_name(key)) for name, key in keys.items()],
-            fixed=[(name, bank.root_name(key)) for name, key in bank.bound_keys(site.path).items()],
+            fixed=[(name, bank.root_name(key)) for name, key in bank.bound[site.path].items()],
             shared={name: shared[key] for name, key in keys.items() if key in shared},
             dropout=made.spec.dropout,
         )

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from .bank import Bank
-from .gradients import SharedGradient
 from .method import Forward
 from .originals import Kept
 
@@ -48,7 +47,7 @@ class Registry:
         packing: see `quantized.make_trainable`.
         merged: name of a parameter → what merging changed there.
         left_out: merged adapters that are disabled for the moment.
-        gradients: name on the root → where a shared tensor's gradient is summed. forwards: what plugins gave, by kind of site.
+        forwards: what plugins gave, by method and site.
         watches: adapter → what notices its gradients, see `optim`.
     """
 
@@ -60,8 +59,7 @@ class Registry:
         self.packing: list[str] = []
         self.merged: dict[str, Merged] = {}
         self.left_out: set[str] = set()
-        self.gradients: dict[str, SharedGradient] = {}
-        self.forwards: dict[Any, Forward] = {}
+        self.forwards: dict[tuple[str, str], Forward] = {}
         self.watches: dict[str, Any] = {}
 
     def is_merged(self, name: str) -> bool:

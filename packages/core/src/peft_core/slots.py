@@ -65,10 +65,6 @@ class Member:
         self.__dict__.update(state)
         self.functions = plugins.call(self.method, "peft_forward", site=self.site)
 
-    def borrow(self, held: dict[str, Any]) -> dict[str, Tensor]:
-        """The parameters as the root holds them now."""
-        return {name: held[there] for name, there in self.names}
-
 
 class Slot:
     """What an adapted layer knows of its adapters: kept in the layer's plain `__dict__`, so that a copy has its own.
@@ -129,7 +125,7 @@ class Slot:
         return [
             Use(
                 member.functions,
-                member.borrow(self.parameters),
+                {name: self.parameters[there] for name, there in member.names},  # type: ignore[misc]
                 {name: self.buffers[there] for name, there in member.fixed},  # type: ignore[misc]
                 member.shared,
                 scale,
