@@ -41,7 +41,8 @@ def watch(bank: Bank) -> None:
     """See to it that every real optimizer step on this adapter's parameters reaches its method."""
     if not bank.plan.spec.capabilities.optimizer_step:
         return
-    _Watch(bank).hook_gradients()
+    watched = registry_of(bank.root).watches[bank.name] = _Watch(bank)
+    watched.hook_gradients()
 
 
 def forget(bank: Bank) -> None:
@@ -70,16 +71,18 @@ def check_stepped(bank: Bank) -> None:
 
 
 class _Watch:
-    """Notices the gradients of one adapter. The registry holds it, so that a copy of the model gets one of its own."""
+    """Notices the gradients of one adapter. The registry holds it, so that a copy of the model gets one of its own.
 
-    def __init__(self, bank: Bank) -> None:
-        _install()
+    The model of a `copied` bank may not be complete yet: its parameters are hooked later.
+    """
+
+    def __init__(self, bank: Bank, copied: bool = False) -> None:
+        _register_hooks()
         self.bank = weakref.ref(bank)
-        self.copied = False
+        self.copied = copied
         self.hooked = WeakIdKeyDictionary()
         self.counted: weakref.ref[Tensor] | None = None
         _watches[bank] = self
-        registry_of(bank.root).watches[bank.name] = self
 
     def hook_gradients(self) -> None:
         """Hook parameters that are not hooked yet: those of a copy, or set to train later."""
@@ -116,21 +119,12 @@ class _Watch:
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Watch:
-        return _rewatch(deepcopy(self.bank(), memo))
+        bank = self.bank()
+        assert bank is not None
+        return _Watch(deepcopy(bank, memo), copied=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rewatch, (self.bank(),)
-
-
-def _rewatch(bank: Bank | None) -> _Watch:
-    """A watch for a copied bank, whose model is not complete yet: its parameters are hooked later."""
-    assert bank is not None
-    watched = _Watch.__new__(_Watch)
-    watched.bank, watched.copied = weakref.ref(bank), True
-    watched.hooked, watched.counted = WeakIdKeyDictionary(), None
-    _install()
-    _watches[bank] = watched
-    return watched
+        return _Watch, (self.bank(), True)
 
 
 class _Running(NamedTuple):
@@ -151,7 +145,7 @@ _local = _Local()
 
 
 @functools.cache
-def _install() -> None:
+def _register_hooks() -> None:
     # Here and not as decorators: the compiler takes seconds to import, and only who trains may need it.
     register_optimizer_step_pre_hook(torch.compiler.disable(_before))
     register_optimizer_step_post_hook(torch.compiler.disable(_after))
@@ -164,10 +158,11 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     _local.running[:] = [outer for outer in _local.running if outer.frame in stack]  # without those that failed
     busy = {id(bank) for outer in _local.running for bank, _ in outer.served}
     served: list[tuple[Bank, OptimizerStep]] = []
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if (args[1] if len(args) > 1 else kwargs.get("closure")) is not None:
-        _refuse_closure(optimizer, busy)
+        _refuse_closure(held, busy)
     with ExitStack() as contexts:
-        for bank, members in _served(optimizer):
+        for bank, members in _served(held):
             if id(bank) in busy:  # a step within a step: a subclass that calls super().step(), a sharding wrapper
                 continue
             _refuse_half_resumed(bank, optimizer)
@@ -220,13 +215,15 @@ def _index(bank: Bank, optimizer: Optimizer) -> int:
     return bank.progress.steps - 1
 
 
-def _served(optimizer: Optimizer) -> Iterator[tuple[Bank, list[StepMember]]]:
-    """Adapters, and their sites, whose parameters this optimizer is about to step.
+def _served(held: set[int]) -> Iterator[tuple[Bank, list[StepMember]]]:
+    """Adapters, each with the sites whose parameters are about to be stepped.
+
+    Args:
+        held: ids of the parameters that the optimizer holds.
 
     Raises:
         OptimizerStepError: a site's parameters are divided between optimizers; an adapter that owns weights is merged.
     """
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for bank, watched in sorted(_watches.items(), key=lambda item: item[0].name):
         watched.hook_gradients()
         if not any(id(p) in held and p.grad is not None for _, p in bank.named_parameters()):
@@ -258,9 +255,8 @@ def _served(optimizer: Optimizer) -> Iterator[tuple[Bank, list[StepMember]]]:
             yield bank, members
 
 
-def _refuse_closure(optimizer: Optimizer, busy: set[int]) -> None:
-    """Refuse a closure, which computes the gradients inside the step, for any adapter that this optimizer trains."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+def _refuse_closure(held: set[int], busy: set[int]) -> None:
+    """Refuse a closure, which computes the gradients inside the step, for any adapter whose parameters the optimizer holds."""
     for bank in _watches:
         if id(bank) not in busy and any(id(p) in held and p.requires_grad for _, p in bank.named_parameters()):
             raise OptimizerStepError(
