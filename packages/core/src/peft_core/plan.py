@@ -194,9 +194,9 @@ def _trained_modules(
     model: nn.Module, spec: AdapterSpec
 ) -> tuple[tuple[SharingGroup, ...], dict[str, dict[str, str]], tuple[str, ...]]:
     """Groups that hold copies of modules trained in full. Parameters tied in the base stay tied: one group borrows."""
-    owners: dict[int, str] = {}
+    owners: dict[int, tuple[str, str]] = {}  # parameter → the first module that has it, and its name there
     groups: dict[str, dict[str, TensorSpec]] = {}
-    members: dict[str, list[str]] = {}
+    members: dict[str, dict[str, None]] = {}  # an ordered set
     trained: dict[str, dict[str, str]] = {}
     for path in find_modules(model, spec.train_modules):
         module = model.get_submodule(path)
@@ -210,15 +210,12 @@ def _trained_modules(
         for name, parameter in module.named_parameters():
             if not parameter.is_floating_point():
                 raise PlanError(f"train_modules: '{path}.{name}' is quantized and cannot be trained in full")
-            if id(parameter) not in owners:
-                owners[id(parameter)] = f"{path}.{name}"
-                groups.setdefault(path, {})[name] = TensorSpec(tuple(parameter.shape), FromBase(f"{path}.{name}"))
-                members[path] = [path]
-            key = owners[id(parameter)]
+            owner, local = owners.setdefault(id(parameter), (path, name))
+            key = f"{owner}.{local}"
+            if owner == path:
+                groups.setdefault(path, {})[name] = TensorSpec(tuple(parameter.shape), FromBase(key))
+            members.setdefault(owner, {})[path] = None
             trained[path][name] = key
-            owner = next(p for p in groups if key.startswith(p + ".") and key.removeprefix(p + ".") in groups[p])
-            if path not in members[owner]:
-                members[owner].append(path)
     made = tuple(SharingGroup(path, tuple(members[path]), tensors) for path, tensors in groups.items())
     notes = tuple(
         f"'{group.name}' and '{group.members[1]}' share their weight and stay tied"
