@@ -8,9 +8,9 @@ from numbers import Real
 
 from torch import nn
 
-from . import bases
 from .errors import AdapterError, suggestion
 from .registry import Registry, find_registry, registry_of
+from .unwrapping import unwrap
 
 
 def activate(model: nn.Module, names: str | Sequence[str] | Mapping[str, float]) -> None:
@@ -20,7 +20,7 @@ def activate(model: nn.Module, names: str | Sequence[str] | Mapping[str, float])
         AdapterError: no such adapter, a merged one, one named twice, two that one site cannot carry together, or a scale that
             is not a finite number.
     """
-    model = bases.unwrap(model)
+    model = unwrap(model)
     wanted = _scales(names)
     registry = find_registry(model)
     known = registry.banks if registry else {}

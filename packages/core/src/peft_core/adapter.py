@@ -8,12 +8,13 @@ from pathlib import Path
 
 from torch import nn
 
-from . import bases, checkpoint, merge
+from . import checkpoint, merge
 from .activation import refuse_together, set_active
 from .bank import Bank
 from .errors import AdapterError, MergeError
 from .install import remove
 from .registry import Registry, find_registry
+from .unwrapping import unwrap
 
 
 class Adapter:
@@ -185,5 +186,5 @@ class Adapter:
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapters on a model by name, in the order in which they came."""
-    registry = find_registry(bases.unwrap(model))
+    registry = find_registry(unwrap(model))
     return {name: Adapter(bank) for name, bank in registry.banks.items()} if registry else {}

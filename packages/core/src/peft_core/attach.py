@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from . import bases, checkpoint
+from . import checkpoint
 from .adapter import Adapter
 from .adapter_file import owned_key, read_header, spec_of
 from .bank import Bank
@@ -18,6 +18,7 @@ from .matching import check_fit, check_plan
 from .plan import plan
 from .registry import find_registry
 from .spec import AdapterSpec
+from .unwrapping import unwrap_to_attach
 
 
 def attach(
@@ -39,7 +40,7 @@ def attach(
         tensors are on several devices, or a weight that the method starts from is offloaded. MergeError: the originals
         cannot be kept there. PluginError: an initialiser made another shape. The model is unchanged then.
     """
-    model = bases.unwrap(model, to_attach=True)
+    model = unwrap_to_attach(model)
     _check_name(model, name)
     made = plan(model, spec)
     refuse_several_devices(model, made)
@@ -66,7 +67,7 @@ def load(
         PluginError: its method is not installed. AdapterError: the name is taken, or the model is wrapped for parallel
             training already.
     """
-    model = bases.unwrap(model, to_attach=True)
+    model = unwrap_to_attach(model)
     _check_name(model, name)
     header = read_header(directory)
     check_fit(directory, header, model)

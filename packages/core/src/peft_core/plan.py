@@ -22,6 +22,7 @@ from .sharing import FromBase, Layout, SharingGroup, TensorSpec, borrowed, bound
 from .sites import Site
 from .spec import AdapterSpec
 from .targets import choose, find_modules
+from .unwrapping import unwrap
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def plan(model: nn.Module | str | Path, spec: AdapterSpec) -> Plan:
     """
     if not isinstance(spec, AdapterSpec):
         raise SpecError(f"plan needs an AdapterSpec, got {spec!r:.80}; build one with AdapterSpec.model_validate(...)")
-    model = bases.unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
+    model = unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
     choice = choose(model, spec)
     if spec.capabilities.owns_base_weight:
         for site in choice.sites:
