@@ -65,13 +65,14 @@ def write(
     Raises:
         CheckpointError: the directory cannot be written; what was there is unchanged.
     """
-    with files.whole_directory(directory, (HEADER, TENSORS, STATE, *_own_card(Path(directory)))) as temporary:
+    card = _own_card(Path(directory))
+    with files.whole_directory(directory, (HEADER, TENSORS, STATE, *card)) as temporary:
         checksums = {TENSORS: files.write_tensors(temporary / TENSORS, tensors, {"format": "pt"})}
         if state:
             checksums[STATE] = files.write_tensors(temporary / STATE, state, {"format": "pt"})
         header = describe(plan, base, tensors, checksums, seed, steps)
         (temporary / HEADER).write_text(header.model_dump_json(indent=1), encoding="utf-8")
-        if _own_card(Path(directory)):
+        if card:
             (temporary / CARD).write_text(model_card(header), encoding="utf-8")
 
 
