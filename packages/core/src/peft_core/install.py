@@ -16,13 +16,14 @@ from .errors import AdapterError, PluginError
 from .gradients import SharedGradient
 from .initial_values import device_of
 from .kernels import read_environment
-from .layer import adapt, adapt_root, train_in_full
+from .layer import adapt
 from .method import Forward
 from .originals import check_choice, drop, put_aside
 from .owned import OwnedWeight
 from .plan import Plan
 from .pretrained import AdapterSaver
 from .registry import Registry, create_registry, find_registry, registry_of, remove_registry
+from .root import adapt_root, train_in_full
 from .sites import Site
 from .slots import SLOT, Member, Slot, TrainedSlot
 from .subclassing import restore_class
