@@ -178,6 +178,11 @@ class Adapter:
         return f"Adapter('{self.name}', {self.plan.spec.method}, {self.num_trainable:,} parameters, {state})"
 
     def _registry(self) -> Registry:
+        """The model's registry, in which this adapter stands.
+
+        Raises:
+            AdapterError: it has been detached.
+        """
         registry = find_registry(self.model)
         if registry is None or registry.banks.get(self.name) is not self.bank:
             raise AdapterError(f"adapter '{self.name}' has been detached")

@@ -123,8 +123,8 @@ class AdapterFile(_Stored):
         """Site path → name of a fixed tensor → key in the file."""
         own: dict[str, list[str]] = {}
         for key in self.tensors:
-            if key.startswith(sharing.OWN):
-                path, _, name = key.removeprefix(sharing.OWN).rpartition(".")
+            if key.startswith(sharing.BINDING):
+                path, _, name = key.removeprefix(sharing.BINDING).rpartition(".")
                 own.setdefault(path, []).append(name)
         return sharing.bound(self.groups, self._paths, own, HEADER)
 

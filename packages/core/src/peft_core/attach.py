@@ -12,7 +12,7 @@ from .adapter import Adapter
 from .adapter_file import owned_key, read_header, spec_of
 from .bank import Bank
 from .errors import AdapterError
-from .initial_values import homes, initial_state, initial_values
+from .initial_values import initial_state, initial_values, tensor_devices
 from .install import install, refuse_several_devices
 from .matching import check_fit, check_plan
 from .plan import plan
@@ -79,7 +79,10 @@ def load(
     bank.progress.steps = header.steps
     if trainable:
         bank.state = checkpoint.read_state(directory, header, made)
-    values = {key: stored[key].to("cpu" if home.type == "meta" else home) for key, home in homes(model, made).items()}
+    values = {
+        key: stored[key].to("cpu" if device.type == "meta" else device)
+        for key, device in tensor_devices(model, made).items()
+    }
     owned = {path: stored[owned_key(path)] for path in header.owned}
     install(bank, values, trainable=trainable, keep=keep, owned=owned)
     return Adapter(bank)

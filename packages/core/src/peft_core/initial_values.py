@@ -8,36 +8,36 @@ from torch import Tensor, nn
 from .errors import AdapterError
 from .layer import seen_weight
 from .plan import Plan
-from .sharing import FromBase, FromWeight, TensorSpec, as_declared, draw, own_key
+from .sharing import FromBase, FromWeight, TensorSpec, as_declared, binding_key, draw
 
 
-def homes(root: nn.Module, plan: Plan) -> dict[str, torch.device]:
+def tensor_devices(root: nn.Module, plan: Plan) -> dict[str, torch.device]:
     """Key of every tensor, trainable or fixed → where it belongs: the device of its first borrower."""
     out = {}
     for group in plan.groups:
         device = device_of(root, group.members[0])
         out.update({f"{group.name}.{name}": device for name in (*group.tensors, *group.fixed)})
     for path, named in plan.bindings.items():
-        out.update({own_key(path, name): device_of(root, path) for name in named})
+        out.update({binding_key(path, name): device_of(root, path) for name in named})
     return out
 
 
 def initial_values(root: nn.Module, plan: Plan, seed: int) -> dict[str, Tensor]:
-    """First values of every tensor, trainable or fixed, by key, where it belongs (see `homes`).
+    """First values of every tensor, trainable or fixed, by key, where it belongs (see `tensor_devices`).
 
     Raises:
         AdapterError: a tensor starts from a weight that is offloaded. PluginError: an initialiser made another shape.
     """
-    home = homes(root, plan)
+    devices = tensor_devices(root, plan)
     values = {}
     for group in plan.groups:
         for name, spec in (*group.tensors.items(), *group.fixed.items()):
             key = f"{group.name}.{name}"
-            values[key] = _first(root, spec, plan, home[key], seed, group.name, name)
+            values[key] = _first(root, spec, plan, devices[key], seed, group.name, name)
     for path, named in plan.bindings.items():
         for name, spec in named.items():
-            key = own_key(path, name)
-            values[key] = _first(root, spec, plan, home[key], seed, "binding", path, name)
+            key = binding_key(path, name)
+            values[key] = _first(root, spec, plan, devices[key], seed, "binding", path, name)
     return values
 
 

@@ -18,7 +18,7 @@ from .base_model import BaseInfo, base_info, meta_model
 from .errors import PlanError, SpecError, size
 from .layout_checks import check_layout
 from .plan_table import table_of
-from .sharing import FromBase, Layout, SharingGroup, TensorSpec, borrowed, bound, own_key, stand_ins
+from .sharing import FromBase, Layout, SharingGroup, TensorSpec, binding_key, borrowed, bound, stand_ins
 from .sites import Site
 from .spec import AdapterSpec
 from .targets import choose, find_modules
@@ -84,7 +84,7 @@ class Plan:
         """(key, tensor) of every tensor that is saved but never trained; see `bound` for the key."""
         for path, named in self.bindings.items():
             for name, tensor in named.items():
-                yield own_key(path, name), tensor
+                yield binding_key(path, name), tensor
         for group in self.groups:
             for name, tensor in group.fixed.items():
                 yield f"{group.name}.{name}", tensor

@@ -170,7 +170,7 @@ class Layout:
     notes: tuple[str, ...] = ()
 
 
-OWN = "binding/"
+BINDING = "binding/"
 
 
 class Lender(Protocol):
@@ -206,15 +206,15 @@ def bound(
     Raises:
         PlanError: `where` gives a site two of one name.
     """
-    lent = {path: {name: own_key(path, name) for name in own.get(path, ())} for path in paths}
+    lent = {path: {name: binding_key(path, name) for name in own.get(path, ())} for path in paths}
     for group in groups:
         _lend(group, group.fixed, lent, where, "has two fixed tensors")
     return lent
 
 
-def own_key(path: str, name: str) -> str:
+def binding_key(path: str, name: str) -> str:
     """Key of a fixed tensor that a single site has for itself."""
-    return f"{OWN}{path}.{name}"
+    return f"{BINDING}{path}.{name}"
 
 
 def stand_ins(trained: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
