@@ -172,9 +172,10 @@ class Adapter:
         remove(self.bank)
 
     def __repr__(self) -> str:
-        if self.name not in getattr(find_registry(self.model), "banks", {}):
+        try:
+            state = "merged" if self.merged else "active" if self.active else "inactive"
+        except AdapterError:
             return f"Adapter('{self.name}', detached)"
-        state = "merged" if self.merged else "active" if self.active else "inactive"
         return f"Adapter('{self.name}', {self.plan.spec.method}, {self.num_trainable:,} parameters, {state})"
 
     def _registry(self) -> Registry:
