@@ -55,7 +55,7 @@ class StoredGroup(_Stored):
 
 
 class StoredBase(_Stored):
-    """The base model that the adapter was trained on. `quantization`: see `plan.BaseInfo`."""
+    """The base model that the adapter was trained on. `quantization`: see `BaseInfo`."""
 
     name: str
     architecture: str
@@ -201,6 +201,7 @@ def spec_of(header: AdapterFile) -> AdapterSpec:
 
 
 def stored_sites(sites: Iterable[Site]) -> tuple[StoredSite, ...]:
+    """Sites as the file describes them."""
     return tuple(
         StoredSite(
             path=site.path,
@@ -215,6 +216,7 @@ def stored_sites(sites: Iterable[Site]) -> tuple[StoredSite, ...]:
 
 
 def stored_groups(plan: Plan) -> tuple[StoredGroup, ...]:
+    """A plan's groups as the file describes them."""
     return tuple(
         StoredGroup(
             name=group.name,
@@ -227,6 +229,7 @@ def stored_groups(plan: Plan) -> tuple[StoredGroup, ...]:
 
 
 def stored_tensors(tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+    """Tensors by key as the file describes them."""
     return {key: StoredTensor(shape=tuple(t.shape), dtype=name_of(t.dtype)) for key, t in tensors.items()}
 
 

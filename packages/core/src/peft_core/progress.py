@@ -11,8 +11,8 @@ class Progress:
 
     Attributes:
         steps: real optimizer steps, over resumes. total_steps: length of the run in such steps, if known.
-        backwards: gradients that came while attached. stepped_by: ids of the optimizers that stepped the latest of them.
-        fresh_gradient: whether one came since.
+        backwards: backward passes that gave it gradients, while attached. stepped_by: ids of the optimizers that stepped the
+            latest of them. fresh_gradient: whether a gradient came since.
     """
 
     steps: int = 0
