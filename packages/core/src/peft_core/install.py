@@ -25,7 +25,7 @@ from .pretrained import AdapterSaver
 from .registry import Registry, create_registry, find_registry, registry_of, remove_registry
 from .root import adapt_root, train_in_full
 from .sites import Site
-from .slots import SLOT, Member, Slot, TrainedSlot
+from .slots import SLOT, Member
 from .subclassing import restore_class
 from .writable import refuse_unwritable
 
@@ -162,12 +162,9 @@ def _adapt_layers(bank: Bank, registry: Registry) -> None:
     }
     for site in made.sites:
         module = model.get_submodule(site.path)
-        if SLOT not in module.__dict__:
-            base = bases.describe(module)
-            assert base is not None
-            adapt(module, Slot(model, base.transposed, base.fused))
+        slot = module.__dict__.get(SLOT) or adapt(module, model)
         keys = bank.borrowed[site.path]
-        module.__dict__[SLOT].members[bank.name] = Member(
+        slot.members[bank.name] = Member(
             adapter=bank.name,
             method=made.spec.method,
             site=site,
@@ -180,9 +177,8 @@ def _adapt_layers(bank: Bank, registry: Registry) -> None:
         )
     for path, named in bank.trained.items():
         module = model.get_submodule(path)
-        if SLOT not in module.__dict__:
-            train_in_full(module, TrainedSlot(model))
-        module.__dict__[SLOT].members[bank.name] = named
+        in_full = module.__dict__.get(SLOT) or train_in_full(module, model)
+        in_full.members[bank.name] = named
 
 
 def _take_over(bank: Bank, owned: Mapping[str, Tensor], keep: str | Path) -> None:

@@ -24,7 +24,7 @@ from .registry import registry_of
 from .slots import SLOT, Slot
 from .subclassing import Mixin, plain_class, specialize
 
-_DENSE = (nn.Parameter, Tensor)
+_PLAIN = (nn.Parameter, Tensor)
 
 
 class AdaptedLinear(Mixin):
@@ -92,10 +92,13 @@ def _named(x: Tensor | None) -> Tensor:
     return x
 
 
-def adapt(module: nn.Module, slot: Slot) -> None:
-    """Make this layer an adapted one."""
+def adapt(module: nn.Module, root: nn.Module) -> Slot:
+    """Make this layer of a model an adapted one. Returns its slot, which has no adapters yet."""
+    base = bases.describe(module)
+    assert base is not None
     specialize(module, HookedLinear if "forward" in module.__dict__ else AdaptedLinear)
-    module.__dict__[SLOT] = slot
+    slot = module.__dict__[SLOT] = Slot(root, base.transposed, base.fused)
+    return slot
 
 
 def add_to(module: Any, slot: Slot, uses: list[Use], x: Tensor, y: Tensor) -> Tensor:
@@ -186,7 +189,7 @@ def _fused(module: Any, slot: Slot, uses: list[Use], x: Tensor) -> Tensor | None
     held = module._parameters  # a weight or bias that is none of these is computed by somebody (a parametrization)
     weight, bias, device = held.get("weight"), held.get("bias"), x.device
     if (
-        type(weight) not in _DENSE
+        type(weight) not in _PLAIN
         or "bias" not in held
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)

@@ -24,7 +24,7 @@ from .originals import check, check_choice, drop, look_up, put_aside
 from .registry import Merged, Registry, registry_of
 from .sharded import whole
 from .sites import Site
-from .slots import SLOT, Slot
+from .slots import SLOT
 from .writable import refuse_divided, refuse_ties, refuse_unwritable
 
 
@@ -171,12 +171,7 @@ def settle(bank: Bank) -> None:
     quantized.make_dense(root, {path: slot.dense for path, slot in merged_into.items()})
     registry.packing.clear()  # bitsandbytes would save the layers that are left with wrong scales once they are packed
     for path, slot in merged_into.items():
-        plain = root.get_submodule(path)
-        base = bases.describe(plain)
-        assert base is not None
-        carried = Slot(root, base.transposed, base.fused)
-        carried.members = slot.members
-        adapt(plain, carried)
+        adapt(root.get_submodule(path), root).members = slot.members
 
 
 def _put_on(bank: Bank, name: str, site: str, keep: str | Path) -> Merged:

@@ -118,10 +118,11 @@ class AdaptedGenerator(AdaptedRoot):
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 
-def train_in_full(module: nn.Module, slot: TrainedSlot) -> None:
-    """Let the bank's copies stand in for this module's own parameters."""
+def train_in_full(module: nn.Module, root: nn.Module) -> TrainedSlot:
+    """Make this module of a model one for whose parameters copies can stand in. Returns its slot, which has no adapters yet."""
     specialize(module, TrainedModule)
-    module.__dict__[SLOT] = slot
+    slot = module.__dict__[SLOT] = TrainedSlot(root)
+    return slot
 
 
 def adapt_root(model: nn.Module) -> None:

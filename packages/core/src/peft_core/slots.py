@@ -67,7 +67,7 @@ class Member:
 
 
 class Slot:
-    """What an adapted layer knows of its adapters: kept in the layer's plain `__dict__`, so that a copy has its own.
+    """What an adapted layer knows of its adapters.
 
     Attributes:
         parameters, buffers: the root's own dictionaries, compared at every forward. members: by adapter.
