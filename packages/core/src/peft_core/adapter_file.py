@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,11 @@ class AdapterFile(_Stored):
     owned: tuple[str, ...]
     tensors: dict[str, StoredTensor]
     checksums: dict[str, str]
+
+    @property
+    def num_trainable(self) -> int:
+        """Trainable parameters, each counted once."""
+        return sum(math.prod(shape) for group in self.groups for shape in group.tensors.values())
 
     def site_list(self) -> tuple[Site, ...]:
         """The sites, with validated options.

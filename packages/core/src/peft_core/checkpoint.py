@@ -125,12 +125,9 @@ def _values(bank: Bank) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a tensor is on the meta device.
     """
-    tensors: dict[str, Tensor] = {}
-    for key, parameter in bank.named_parameters():
-        tensors[key] = whole(parameter)
-    tensors.update(bank.named_fixed())
-    for path in bank.owned:
-        tensors[owned_key(path)] = bank.owned_weight(bank.sites[path])
+    tensors = {key: whole(parameter) for key, parameter in bank.named_parameters()}
+    tensors |= bank.named_fixed()
+    tensors |= {owned_key(path): bank.owned_weight(bank.sites[path]) for path in bank.owned}
     if empty := [key for key, tensor in tensors.items() if tensor.is_meta]:
         raise CheckpointError(
             f"'{empty[0]}' is on the meta device, where it can hold no values; attach to a model that has its weights"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -328,8 +327,7 @@ def _dtype(name: str, device: str) -> torch.dtype:
 
 def _show_header(directory: Path, header: AdapterFile, size: int, damaged: list[str]) -> None:
     summary = Table(title=f"Adapter: {escape(str(directory))}", title_justify="left", show_header=False)
-    trainable = sum(math.prod(shape) for group in header.groups for shape in group.tensors.values())
-    share = 100 * trainable / max(1, header.base.num_parameters)
+    share = 100 * header.num_trainable / max(1, header.base.num_parameters)
     rows = {
         "method": f"{header.method.name} ({header.method.distribution} {header.method.version})",
         "base model": f"{header.base.architecture} {header.base.name}".strip(),
@@ -337,7 +335,7 @@ def _show_header(directory: Path, header: AdapterFile, size: int, damaged: list[
         "options": ", ".join(f"{k}={json.dumps(v)}" for k, v in header.spec.get("options", {}).items()),
         "adapted layers": str(len(header.sites)),
         "trained in full": ", ".join(header.trained) or "none",
-        "parameters": f"{trainable:,} ({share:.3f} % of the base)",
+        "parameters": f"{header.num_trainable:,} ({share:.3f} % of the base)",
         "tensors": f"{len(header.tensors)} in {size / 1e6:.1f} MB",
         "damaged files": ", ".join(damaged) or "none",
         "seed": str(header.seed),
