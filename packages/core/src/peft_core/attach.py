@@ -12,10 +12,10 @@ from .adapter import Adapter
 from .adapter_file import owned_key, read_header, spec_of
 from .bank import Bank
 from .errors import AdapterError
-from .initial_values import initial_state, initial_values, tensor_devices
-from .install import install, refuse_several_devices
+from .initial_values import device_of, initial_state, initial_values, tensor_devices
+from .install import install
 from .matching import check_fit, check_plan
-from .plan import plan
+from .plan import Plan, plan
 from .registry import find_registry
 from .spec import AdapterSpec
 from .unwrapping import unwrap_to_attach
@@ -43,7 +43,7 @@ def attach(
     model = unwrap_to_attach(model)
     _check_name(model, name)
     made = plan(model, spec)
-    refuse_several_devices(model, made)
+    _refuse_several_devices(model, made)
     bank = Bank(model, name, made, seed)
     bank.state = initial_state(made, seed)
     install(bank, initial_values(model, made, seed), trainable=True, keep=keep, owned={})
@@ -73,7 +73,7 @@ def load(
     check_fit(directory, header, model)
     made = plan(model, spec_of(header))
     check_plan(directory, header, made)
-    refuse_several_devices(model, made)
+    _refuse_several_devices(model, made)
     stored = checkpoint.read(directory, header)
     bank = Bank(model, name, made, header.seed)
     bank.progress.steps = header.steps
@@ -94,3 +94,16 @@ def _check_name(model: nn.Module, name: str) -> None:
     registry = find_registry(model)
     if registry and name in registry.banks:
         raise AdapterError(f"an adapter '{name}' is attached already; detach it or choose another name")
+
+
+def _refuse_several_devices(model: nn.Module, made: Plan) -> None:
+    """A tensor lies on one device; sites on several cannot borrow it."""
+    for group in [group for group in made.groups if len(group.members) > 1]:
+        devices = {path: device_of(model, path) for path in group.members}
+        real = {(device.type, device.index or 0): path for path, device in devices.items() if device.type != "meta"}
+        if len(real) > 1:
+            here, there, *_ = real.values()
+            raise AdapterError(
+                f"'{here}' is on {devices[here]} and '{there}' on {devices[there]}, and method '{made.spec.method}' shares "
+                "tensors between them; put the model on one device, or choose targets on a single device"
+            )

@@ -14,13 +14,11 @@ from .bank import Bank
 from .bases import ROOT_PREFIX
 from .errors import AdapterError, PluginError
 from .gradients import SharedGradient
-from .initial_values import device_of
 from .kernels import read_environment
 from .layer import adapt
 from .method import Forward
 from .originals import check_choice, drop, put_aside
 from .owned import OwnedWeight
-from .plan import Plan
 from .pretrained import AdapterSaver
 from .registry import Registry, create_registry, find_registry, registry_of, remove_registry
 from .root import adapt_root, train_in_full
@@ -249,17 +247,4 @@ def _refuse_conflicts(new: Bank) -> None:
         if crossed:
             raise AdapterError(
                 f"the adapters '{other}' and '{new.name}' cannot share '{crossed[0]}': one trains it in full, the other adapts it"
-            )
-
-
-def refuse_several_devices(model: nn.Module, made: Plan) -> None:
-    """A tensor lies on one device; sites on several cannot borrow it."""
-    for group in [group for group in made.groups if len(group.members) > 1]:
-        devices = {path: device_of(model, path) for path in group.members}
-        real = {(device.type, device.index or 0): path for path, device in devices.items() if device.type != "meta"}
-        if len(real) > 1:
-            here, there, *_ = real.values()
-            raise AdapterError(
-                f"'{here}' is on {devices[here]} and '{there}' on {devices[there]}, and method '{made.spec.method}' shares "
-                "tensors between them; put the model on one device, or choose targets on a single device"
             )
