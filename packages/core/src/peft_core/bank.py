@@ -55,6 +55,7 @@ class Bank:
         return f"{ROOT_PREFIX}{self.name}/{escaped.replace('.', '/')}"
 
     def _stand_ins_by_owner(self) -> Iterator[tuple[str, dict[str, str]]]:
+        """The items of `trained`: a tied parameter is one object under several names, and found by it under each."""
         for path, named in self.plan.trained.items():
             top = self.root.get_submodule(path)
             keys = {id(top.get_parameter(local)): key for local, key in named.items()}

@@ -93,7 +93,7 @@ def remove(bank: Bank) -> None:
             slot.activate(registry.active)
         else:
             restore_class(module)
-            module.__dict__.pop(SLOT, None)
+            del module.__dict__[SLOT]
     bank.unregister()
     if not registry.banks:
         _give_back(model, registry)
