@@ -209,7 +209,7 @@ def _stack() -> list[FrameType]:
 
 
 def _index(bank: Bank, optimizer: Optimizer) -> int:
-    """The number of this logical step: a second optimizer that steps the same gradients belongs to the same one."""
+    """The number of this logical step: a second optimizer that steps the same gradients belongs to the step of the first."""
     if bank.progress.fresh_gradient or not bank.progress.stepped_by or id(optimizer) in bank.progress.stepped_by:
         return bank.progress.steps
     return bank.progress.steps - 1
@@ -289,7 +289,9 @@ def _write_back(bank: Bank, step: OptimizerStep) -> None:
 
 
 def _skipped(optimizer: Optimizer) -> bool:
-    """Whether a gradient scaler lets this optimizer skip inside (fused ones are called all the same)."""
+    """Whether this optimizer skips the step inside, since a gradient scaler has told it of infinite gradients: fused ones are
+    called all the same.
+    """
     return _number(getattr(optimizer, "found_inf", None), 0.0) != 0.0
 
 

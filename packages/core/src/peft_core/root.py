@@ -30,10 +30,10 @@ _running = _Running()
 
 
 def _noting(name: str) -> Callable[..., Any]:
-    """The method of this name, which notes that a forward runs."""
+    """A method that calls the module's own of this name, and notes that a forward runs. See `_NotesForward`."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, _NotesForward):
+        if not isinstance(self, _NotesForward):  # a plain module, whose adapters have gone
             return getattr(self, name)(*args, **kwargs)
         outer, _running.forward = _running.forward, True
         try:
@@ -47,8 +47,9 @@ def _noting(name: str) -> Callable[..., Any]:
 class _NotesForward(Mixin):
     """Notes that its forward runs.
 
-    Compiled code keeps the first of these methods (torch.compile) or the second (nn.Module.compile) for good: a plain module's
-    reaches the other of ours once the module is adapted, and ours are called with a plain one once its adapters have gone.
+    Compiled code keeps for good the `__call__` (torch.compile) or the `_call_impl` (nn.Module.compile) that the module had when
+    it was compiled. A plain module's calls the other one, which is ours once the module is adapted. Ours is called with a plain
+    module once the adapters have gone.
     """
 
     __call__ = _noting("__call__")
@@ -71,6 +72,7 @@ class TrainedModule(_NotesForward):
 
 
 def _in_backward() -> bool:
+    """Whether a backward pass runs in this thread: one that checkpoints activations computes forwards again."""
     return not torch.compiler.is_compiling() and _torch.backward_number() >= 0
 
 

@@ -19,8 +19,8 @@ SLOT = "_peft_site"
 
 
 def swapped(root: nn.Module) -> bool:
-    """Whether compiled code must look this root's tensors up by name: FSDP2 replaces them at every step, `functional_call` for
-    this one.
+    """Whether this root's tensors are replaced for a while, so that compiled code must look them up by name: FSDP2 does so at
+    every step, `functional_call` for one call.
     """
     return hasattr(root, "unshard") or _torch.compiles_functional_call()
 
