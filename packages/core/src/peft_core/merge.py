@@ -93,7 +93,9 @@ def merge(bank: Bank, scale: float, keep: str | Path) -> None:
                 f"'{path}': the weight is offloaded or on the meta device; load the model without offloading, "
                 "or merge the checkpoint files with peft-export"
             )
-    written = [path for path, module in sites.items() if not bases.is_quantized(module)]
+    written = [
+        path for path, module in sites.items() if not bases.is_quantized(module)
+    ]  # beside those, a dense one is kept
     refuse_unwritable(root, written)
     refuse_ties(root, list(bank.stand_ins), bank.plan.trained, "name both in train_modules")
     bank.merged_scale = scale
@@ -101,7 +103,7 @@ def merge(bank: Bank, scale: float, keep: str | Path) -> None:
         for path in sites:
             merged = registry.merged.get(f"{path}.weight", Merged(path))
             _combined(root, registry, merged, [*merged.adapters, bank.name])
-    hidden = not all(owned.shown for owned in bank.owned.values())
+    shown = all(owned.shown for owned in bank.owned.values())
     # A method that owns the weight is merged into what it moved, not into what the base held before.
     bank.show_owned(True)
     places = {**{f"{path}.weight": path for path in sites}, **dict.fromkeys(bank.stand_ins, "")}
@@ -113,7 +115,7 @@ def merge(bank: Bank, scale: float, keep: str | Path) -> None:
                 bank.owned[site].cover(merged.original)
     except BaseException:
         _take_out(bank)
-        bank.show_owned(not hidden)
+        bank.show_owned(shown)
         raise
 
 
