@@ -161,6 +161,13 @@ def test_detached_handle(adapter, refused) -> None:
             use()
 
 
+def test_a_detached_handle_says_so_beside_a_new_adapter_of_its_name(blocks, spec, adapter) -> None:
+    adapter.detach()
+    again = pc.attach(blocks, spec)
+    assert repr(adapter) == "Adapter('default', detached)"
+    assert "active" in repr(again)
+
+
 def test_merging_into_a_tied_weight_is_refused(gpt2, refused) -> None:
     adapter = pc.attach(gpt2, AdapterSpec(method="sound", targets=["lm_head"]))
     before = Snapshot.of(gpt2)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import peft_core as pc
-from peft_core.initial_values import homes, initial_fixed
+from peft_core.initial_values import initial_values
 from peft_method_mos.kernels import gather_factors
 from peft_method_mos.layout import Shards
 from peft_method_mos.naive import factors
@@ -42,7 +42,7 @@ def attached(seed=0, **options):
 
 def bound(model, plan, seed=0):
     """Each site's binding, as first drawn."""
-    drawn = initial_fixed(model, plan, seed, homes(model, plan))
+    drawn = initial_values(model, plan, seed)
     return {path: {name: drawn[key] for name, key in named.items()} for path, named in plan.bound().items()}
 
 

@@ -8,9 +8,9 @@ from numbers import Real
 
 from torch import nn
 
-from . import bases
 from .errors import AdapterError, suggestion
-from .registry import Registry, registry
+from .registry import Registry, find_registry, registry_of
+from .unwrapping import unwrap
 
 
 def activate(model: nn.Module, names: str | Sequence[str] | Mapping[str, float]) -> None:
@@ -20,16 +20,16 @@ def activate(model: nn.Module, names: str | Sequence[str] | Mapping[str, float])
         AdapterError: no such adapter, a merged one, one named twice, two that one site cannot carry together, or a scale that
             is not a finite number.
     """
-    model = bases.unwrap(model)
+    model = unwrap(model)
     wanted = _scales(names)
-    found = registry(model)
-    known = found.banks if found else {}
+    registry = find_registry(model)
+    known = registry.banks if registry else {}
     for name in wanted:
         if name not in known:
             raise AdapterError(
                 f"no adapter '{name}' on this model{suggestion(name, known)}; there are: {', '.join(known) or 'none'}"
             )
-        if found and found.is_merged(name):
+        if registry and registry.is_merged(name):
             raise AdapterError(f"adapter '{name}' is merged; unmerge it to make it active")
     set_active(model, wanted)
 
@@ -61,28 +61,27 @@ def set_active(model: nn.Module, scales: dict[str, float]) -> None:
         AdapterError: one site cannot carry two of them, an adapter that owns its base weights cannot be switched off, or a layer
             was replaced since. Nothing has changed then.
     """
-    found = registry(model)
-    assert found is not None
-    refuse_together(found, scales)
+    registry = registry_of(model)
+    refuse_together(registry, scales)
     # Sites at which nothing was active and nothing will be are left alone: the cost does not grow with idle adapters.
-    concerned = [found.banks[name] for name in {**found.active, **scales}]
+    concerned = [registry.banks[name] for name in {**registry.active, **scales}]
     places = {path: bank for bank in concerned for path in (*bank.sites, *bank.trained)}
     slots = [bank.slot(path) for path, bank in places.items()]
-    owning = [bank for bank in concerned if bank.owned and not found.is_merged(bank.name)]
+    owning = [bank for bank in concerned if bank.owned and not registry.is_merged(bank.name)]
     for bank in owning:
-        hides = bank.name in found.active and bank.name not in scales
+        hides = bank.name in registry.active and bank.name not in scales
         if hides and any(owned.original is None for owned in bank.owned.values()):
             raise AdapterError(
                 f"adapter '{bank.name}' owns its base weights and the originals were not kept (attach with keep='host')"
             )
     for bank in owning:
         bank.show_owned(bank.name in scales)
-    found.active = scales
+    registry.active = scales
     for slot in slots:
         slot.activate(scales)
 
 
-def refuse_together(found: Registry, scales: Mapping[str, float]) -> None:
+def refuse_together(registry: Registry, scales: Mapping[str, float]) -> None:
     """Refuse adapters that one site cannot carry at once.
 
     Raises:
@@ -90,12 +89,12 @@ def refuse_together(found: Registry, scales: Mapping[str, float]) -> None:
     """
     carried: dict[str, str] = {}
     for name in scales:
-        bank = found.banks[name]
+        bank = registry.banks[name]
         for path in bank.sites:
             other = carried.setdefault(path, name)
             if other == name:
                 continue
-            for one in (found.banks[other], bank):
+            for one in (registry.banks[other], bank):
                 if one.plan.spec.info.can(one.sites[path].options).exclusive:
                     raise AdapterError(
                         f"'{path}' cannot carry '{other}' and '{name}' at once: method '{one.plan.spec.method}' is not an "

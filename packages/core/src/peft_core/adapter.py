@@ -10,12 +10,13 @@ from pathlib import Path
 
 from torch import nn
 
-from . import bases, checkpoint, merge
+from . import checkpoint, merge
 from .activation import refuse_together, set_active
 from .bank import Bank
 from .errors import AdapterError, MergeError
 from .install import remove
-from .registry import Registry, registry
+from .registry import Registry, find_registry
+from .unwrapping import unwrap
 
 
 class Adapter:
@@ -112,12 +113,11 @@ class Adapter:
         Raises:
             MergeError, AdapterError: it is merged, or owns its base weight, and the original was not kept.
         """
-        found = self._registry()
         if self.merged:
-            with merge.left_out(self.model, found, self.bank):
+            with merge.left_out(self.bank):
                 yield
             return
-        before = dict(found.active)
+        before = dict(self._registry().active)
         set_active(self.model, {name: scale for name, scale in before.items() if name != self.name})
         try:
             yield
@@ -135,12 +135,12 @@ class Adapter:
                 another layer, offloaded, or divided between processes, or the originals cannot be kept there. Nothing has changed
                 then.
         """
-        found = self._registry()
+        registry = self._registry()
         if self.merged:
             raise AdapterError(f"adapter '{self.name}' is merged already")
-        scale = found.active.get(self.name, 1.0)
-        merge.merge(self.model, found, self.bank, scale, keep)
-        set_active(self.model, {name: scale for name, scale in found.active.items() if name != self.name})
+        scale = registry.active.get(self.name, 1.0)
+        merge.merge(self.bank, scale, keep)
+        set_active(self.model, {name: scale for name, scale in registry.active.items() if name != self.name})
 
     def unmerge(self) -> None:
         """Restore the base's weights bit for bit, and make the adapter active again.
@@ -149,12 +149,12 @@ class Adapter:
             AdapterError: it is not merged, or an active adapter cannot be carried beside it. MergeError: the original
                 weights were not kept. Nothing has changed then.
         """
-        found = self._registry()
+        registry = self._registry()
         if not self.merged:
             raise AdapterError(f"adapter '{self.name}' is not merged")
-        active = {**found.active, self.name: self.bank.merged_scale}
-        refuse_together(found, active)
-        merge.unmerge(self.model, found, self.bank)
+        active = {**registry.active, self.name: self.bank.merged_scale}
+        refuse_together(registry, active)
+        merge.unmerge(self.bank)
         set_active(self.model, active)
 
     def merge_and_detach(self) -> nn.Module:
@@ -163,12 +163,11 @@ class Adapter:
         Returns:
             The model, for convenience: it is changed in place.
         """
-        model = self.model
         if not self.merged:
             self.merge(keep="none")
-        merge.settle(model, self.bank, self._registry())
-        remove(model, self.bank)
-        return model
+        merge.settle(self.bank)
+        remove(self.bank)
+        return self.model
 
     def detach(self) -> None:
         """Leave the model as it was, without a trace.
@@ -181,22 +180,28 @@ class Adapter:
         if lost := [path for path, owned in self.bank.owned.items() if owned.original is None]:
             raise MergeError(f"'{lost[0]}': the original weight was not kept (attach with keep='host' to detach)")
         self.bank.show_owned(False)
-        remove(self.model, self.bank)
+        remove(self.bank)
 
     def __repr__(self) -> str:
-        if self.name not in getattr(registry(self.model), "banks", {}):
+        try:
+            state = "merged" if self.merged else "active" if self.active else "inactive"
+        except AdapterError:
             return f"Adapter('{self.name}', detached)"
-        state = "merged" if self.merged else "active" if self.active else "inactive"
         return f"Adapter('{self.name}', {self.plan.spec.method}, {self.num_trainable:,} parameters, {state})"
 
     def _registry(self) -> Registry:
-        found = registry(self.model)
-        if found is None or found.banks.get(self.name) is not self.bank:
+        """The model's registry, in which this adapter stands.
+
+        Raises:
+            AdapterError: it has been detached.
+        """
+        registry = find_registry(self.model)
+        if registry is None or registry.banks.get(self.name) is not self.bank:
             raise AdapterError(f"adapter '{self.name}' has been detached")
-        return found
+        return registry
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapters on a model by name, in the order in which they came."""
-    found = registry(bases.unwrap(model))
-    return {name: Adapter(bank) for name, bank in found.banks.items()} if found else {}
+    registry = find_registry(unwrap(model))
+    return {name: Adapter(bank) for name, bank in registry.banks.items()} if registry else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class StoredGroup(_Stored):
 
 
 class StoredBase(_Stored):
-    """The base model that the adapter was trained on. `quantization`: see `plan.BaseInfo`."""
+    """The base model that the adapter was trained on. `quantization`: see `BaseInfo`."""
 
     name: str
     architecture: str
@@ -98,6 +99,11 @@ class AdapterFile(_Stored):
     tensors: dict[str, StoredTensor]
     checksums: dict[str, str]
 
+    @property
+    def num_trainable(self) -> int:
+        """Trainable parameters, each counted once."""
+        return sum(math.prod(shape) for group in self.groups for shape in group.tensors.values())
+
     def site_list(self) -> tuple[Site, ...]:
         """The sites, with validated options.
 
@@ -125,8 +131,8 @@ class AdapterFile(_Stored):
         """Site path → name of a fixed tensor → key in the file."""
         own: dict[str, list[str]] = {}
         for key in self.tensors:
-            if key.startswith(sharing.OWN):
-                path, _, name = key.removeprefix(sharing.OWN).rpartition(".")
+            if key.startswith(sharing.BINDING):
+                path, _, name = key.removeprefix(sharing.BINDING).rpartition(".")
                 own.setdefault(path, []).append(name)
         return sharing.bound(self.groups, self._paths, own, HEADER)
 
@@ -210,6 +216,7 @@ def spec_of(header: AdapterFile) -> AdapterSpec:
 
 
 def stored_sites(sites: Iterable[Site]) -> tuple[StoredSite, ...]:
+    """Sites as the file describes them."""
     return tuple(
         StoredSite(
             path=site.path,
@@ -224,6 +231,7 @@ def stored_sites(sites: Iterable[Site]) -> tuple[StoredSite, ...]:
 
 
 def stored_groups(plan: Plan) -> tuple[StoredGroup, ...]:
+    """A plan's groups as the file describes them."""
     return tuple(
         StoredGroup(
             name=group.name,
@@ -236,6 +244,7 @@ def stored_groups(plan: Plan) -> tuple[StoredGroup, ...]:
 
 
 def stored_tensors(tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+    """Tensors by key as the file describes them."""
     return {key: StoredTensor(shape=tuple(t.shape), dtype=name_of(t.dtype)) for key, t in tensors.items()}
 
 

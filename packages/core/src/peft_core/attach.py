@@ -7,17 +7,18 @@ from pathlib import Path
 
 from torch import nn
 
-from . import bases, checkpoint
+from . import checkpoint
 from .adapter import Adapter
 from .adapter_file import owned_key, read_header, spec_of
 from .bank import Bank
 from .errors import AdapterError
-from .initial_values import homes, initial_fixed, initial_state, initial_tensors
-from .install import install, refuse_divided
+from .initial_values import device_of, initial_state, initial_values, tensor_devices
+from .install import install
 from .matching import check_fit, check_plan
-from .plan import plan
-from .registry import registry
+from .plan import Plan, plan
+from .registry import find_registry
 from .spec import AdapterSpec
+from .unwrapping import unwrap_to_attach
 
 
 def attach(
@@ -39,15 +40,13 @@ def attach(
         tensors are on several devices, or a weight that the method starts from is offloaded. MergeError: the originals
         cannot be kept there. PluginError: an initialiser made another shape. The model is unchanged then.
     """
-    model = bases.unwrap(model, to_attach=True)
+    model = unwrap_to_attach(model)
     _check_name(model, name)
     made = plan(model, spec)
-    refuse_divided(model, made)
+    _refuse_several_devices(model, made)
     bank = Bank(model, name, made, seed)
     bank.state = initial_state(made, seed)
-    home = homes(model, made)
-    tensors, fixed = initial_tensors(model, made, seed, home), initial_fixed(model, made, seed, home)
-    install(bank, tensors, fixed, trainable=True, keep=keep, owned={})
+    install(bank, initial_values(model, made, seed), trainable=True, keep=keep, owned={})
     return Adapter(bank)
 
 
@@ -68,29 +67,43 @@ def load(
         PluginError: its method is not installed. AdapterError: the name is taken, or the model is wrapped for parallel
             training already.
     """
-    model = bases.unwrap(model, to_attach=True)
+    model = unwrap_to_attach(model)
     _check_name(model, name)
     header = read_header(directory)
     check_fit(directory, header, model)
     made = plan(model, spec_of(header))
     check_plan(directory, header, made)
-    refuse_divided(model, made)
+    _refuse_several_devices(model, made)
     stored = checkpoint.read(directory, header)
     bank = Bank(model, name, made, header.seed)
     bank.progress.steps, bank.progress.run_start = header.steps, header.run_start
     if trainable:
         bank.state = checkpoint.read_state(directory, header, made)
-    home = {key: "cpu" if device.type == "meta" else device for key, device in homes(model, made).items()}
-    tensors = {key: stored[key].to(home[key]) for key, _ in made.tensors()}
-    fixed = {key: stored[key].to(home[key]) for key, _ in made.fixed()}
+    values = {
+        key: stored[key].to("cpu" if device.type == "meta" else device)
+        for key, device in tensor_devices(model, made).items()
+    }
     owned = {path: stored[owned_key(path)] for path in header.owned}
-    install(bank, tensors, fixed, trainable=trainable, keep=keep, owned=owned)
+    install(bank, values, trainable=trainable, keep=keep, owned=owned)
     return Adapter(bank)
 
 
 def _check_name(model: nn.Module, name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise AdapterError(f"adapter name '{name}': use letters, digits, '_' and '-'")
-    found = registry(model)
-    if found and name in found.banks:
+    registry = find_registry(model)
+    if registry and name in registry.banks:
         raise AdapterError(f"an adapter '{name}' is attached already; detach it or choose another name")
+
+
+def _refuse_several_devices(model: nn.Module, made: Plan) -> None:
+    """A tensor lies on one device; sites on several cannot borrow it."""
+    for group in [group for group in made.groups if len(group.members) > 1]:
+        devices = {path: device_of(model, path) for path in group.members}
+        real = {(device.type, device.index or 0): path for path, device in devices.items() if device.type != "meta"}
+        if len(real) > 1:
+            here, there, *_ = real.values()
+            raise AdapterError(
+                f"'{here}' is on {devices[here]} and '{there}' on {devices[there]}, and method '{made.spec.method}' shares "
+                "tensors between them; put the model on one device, or choose targets on a single device"
+            )

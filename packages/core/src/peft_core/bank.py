@@ -27,6 +27,7 @@ class Bank:
 
     Attributes:
         root, name, plan, seed: of the adapter. sites: by path. stand_ins: see `sharing.stand_ins`.
+        borrowed, bound: site path → name of a tensor → its key, as `Plan.borrowed` and `Plan.bound` say.
         trained: path of a module trained in full, or of one within that owns parameters → its own parameters' names → name on
             the root of what stands in for them, also where they are tied.
         state: key → training-only tensor (on the CPU). owned: site path → its weight, for methods that own it.
@@ -46,7 +47,7 @@ class Bank:
         self.sites = {site.path: site for site in plan.sites}
         self.stand_ins = stand_ins(plan.trained)
         self.trained = dict(self._stand_ins_by_owner())
-        self._borrowed, self._bound = plan.borrowed(), plan.bound()
+        self.borrowed, self.bound = plan.borrowed(), plan.bound()
 
     def root_name(self, key: str) -> str:
         """The name under which the root model holds a tensor: without dots, and another for every key."""
@@ -54,6 +55,7 @@ class Bank:
         return f"{ROOT_PREFIX}{self.name}/{escaped.replace('.', '/')}"
 
     def _stand_ins_by_owner(self) -> Iterator[tuple[str, dict[str, str]]]:
+        """The items of `trained`: a tied parameter is one object under several names, and found by it under each."""
         for path, named in self.plan.trained.items():
             top = self.root.get_submodule(path)
             keys = {id(top.get_parameter(local)): key for local, key in named.items()}
@@ -63,39 +65,30 @@ class Bank:
                     yield inner, own
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(key, parameter) of every tensor, as they are now: FSDP and others replace them."""
+        """(key, parameter) of every trainable tensor, as they are now: FSDP and others replace them."""
         for key, _ in self.plan.tensors():
             yield key, self.parameter(key)
 
     def parameter(self, key: str) -> nn.Parameter:
-        """One tensor, as it is now."""
-        found = self.root._parameters[self.root_name(key)]
-        assert found is not None
-        return found
+        """One trainable tensor, as it is now."""
+        return self.root._parameters[self.root_name(key)]  # type: ignore[return-value]
 
-    def site_keys(self, path: str) -> Mapping[str, str]:
-        """Tensor name → key, for a site."""
-        return self._borrowed[path]
+    def buffer(self, key: str) -> Tensor:
+        """One fixed tensor, as it is now."""
+        return self.root._buffers[self.root_name(key)]  # type: ignore[return-value]
 
     def tensors(self, path: str) -> dict[str, nn.Parameter]:
         """A site's borrowed parameters by name."""
-        return {name: self.parameter(key) for name, key in self._borrowed[path].items()}
+        return {name: self.parameter(key) for name, key in self.borrowed[path].items()}
 
     def binding(self, path: str) -> dict[str, Tensor]:
         """A site's fixed tensors by name."""
-        buffers = self.root._buffers
-        return {name: buffers[self.root_name(key)] for name, key in self._bound[path].items()}  # type: ignore[misc]
-
-    def bound_keys(self, path: str) -> Mapping[str, str]:
-        """Name in a site's binding → key."""
-        return self._bound[path]
+        return {name: self.buffer(key) for name, key in self.bound[path].items()}
 
     def named_fixed(self) -> Iterator[tuple[str, Tensor]]:
         """(key, buffer) of every fixed tensor, each once."""
         for key, _ in self.plan.fixed():
-            buffer = self.root._buffers[self.root_name(key)]
-            assert buffer is not None
-            yield key, buffer
+            yield key, self.buffer(key)
 
     def owned_weight(self, site: Site) -> Tensor:
         """The weight (out × in) that the method moved into the base at a site. See `OwnedWeight.current`."""
@@ -156,12 +149,14 @@ class Bank:
         groups = (group for group in self.plan.groups if path in group.members)
         return {name: self.state[f"{group.name}.{name}"] for group in groups for name in group.state}
 
-    def register(self, tensors: Mapping[str, Tensor], fixed: Mapping[str, Tensor], trainable: bool) -> None:
-        """Put the adapter's values on the root model, by key; what is fixed in non-persistent buffers."""
-        for key, value in tensors.items():
-            self.root._parameters[self.root_name(key)] = nn.Parameter(value, requires_grad=trainable)
-        for key, value in fixed.items():
-            self.root._buffers[self.root_name(key)] = value
+    def register(self, values: Mapping[str, Tensor], trainable: bool) -> None:
+        """Put the adapter's values, by key, on the root model: what is trained as parameters, what is fixed as non-persistent
+        buffers.
+        """
+        for key, _ in self.plan.tensors():
+            self.root._parameters[self.root_name(key)] = nn.Parameter(values[key], requires_grad=trainable)
+        for key, _ in self.plan.fixed():
+            self.root._buffers[self.root_name(key)] = values[key]
             self.root._non_persistent_buffers_set.add(self.root_name(key))
 
     def unregister(self) -> None:

@@ -75,29 +75,26 @@ def meta_model(source: str | Path) -> nn.Module:
 def base_info(model: nn.Module, name: str | None = None) -> BaseInfo:
     """What to record of a base model. What adapters have registered on it is not part of it."""
     shapes: dict[str, tuple[int, ...]] = {}
-    count = 0
-    seen: set[int] = set()
+    sizes: dict[int, int] = {}  # of each parameter once, by id
     packed: set[str] = set()
     for path, module in model.named_modules():
-        base = bases.describe(module)
         if bases.is_quantized(module):
             packed.add(bases.packing(module))
-        if base:
+        base = bases.describe(module)
+        if base:  # by its sizes: the weight may be transposed, or packed
             shapes[path] = (base.out_features, base.in_features)
         for local, parameter in bases.own_parameters(module):
-            logical = base.in_features * base.out_features if base and local == "weight" else parameter.numel()
-            if not (base and local == "weight"):
+            if base and local == "weight":
+                sizes.setdefault(id(parameter), base.in_features * base.out_features)
+            else:
+                sizes.setdefault(id(parameter), parameter.numel())
                 shapes[f"{path}.{local}" if path else local] = tuple(parameter.shape)
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                count += logical
     config = getattr(model, "config", None)
-    recorded = name or getattr(config, "_name_or_path", "") or ""
     return BaseInfo(
-        recorded,
-        type(model).__name__,
-        getattr(config, "model_type", ""),
-        count,
-        shapes,
-        ", ".join(sorted(packed)),
+        name=name or getattr(config, "_name_or_path", "") or "",
+        architecture=type(model).__name__,
+        model_type=getattr(config, "model_type", ""),
+        num_parameters=sum(sizes.values()),
+        shapes=shapes,
+        quantization=", ".join(sorted(packed)),
     )

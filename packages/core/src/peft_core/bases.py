@@ -1,4 +1,4 @@
-"""Base layers: what is known of each kind, how its weight is read as out × in, and how a new one is put in place."""
+"""Base layers: what is known of each kind, how its weight is read and written as out × in, which parameters are its own."""
 
 from __future__ import annotations
 
@@ -10,23 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import AdapterError
-from .sharded import divided
-from .subclassing import Mixin
+from .subclassing import Mixin, class_names
 
 # Prefix of everything that an adapter registers on the root model; no module path can contain it.
 ROOT_PREFIX = "peft_core/"
 
 # Kinds of Linear, beside routers, whose forward gives more than x Wᵀ + b.
 _NO_PRODUCT = ("DeepseekV4GroupedLinear", "IdeficsDecoupledLinear")
-
-# Wrapper → the name under which it holds the model.
-_WRAPPERS = {
-    "OptimizedModule": "_orig_mod",
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "FullyShardedDataParallel": "_fsdp_wrapped_module",
-}
 
 
 @dataclass(frozen=True)
@@ -63,8 +53,7 @@ def describe(module: nn.Module) -> Base | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return None
-    kind = {cls.__name__ for cls in type(module).__mro__}
-    if "Conv1D" in kind and weight.dim() == 2 and hasattr(module, "nf"):
+    if _is_conv1d(module) and weight.dim() == 2 and hasattr(module, "nf"):
         return Base(weight.shape[0], weight.shape[1], True, True, weight.dtype)
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if not all(isinstance(size, int) for size in sizes):
@@ -80,8 +69,7 @@ def describe(module: nn.Module) -> Base | None:
 
 def gives_more(module: nn.Module) -> bool:
     """Whether this kind of Linear has a forward that gives something else than x Wᵀ + b: a router's, say."""
-    kind = {cls.__name__ for cls in type(module).__mro__}
-    known = any(name.endswith("Router") or name in _NO_PRODUCT for name in kind)
+    known = any(name.endswith("Router") or name in _NO_PRODUCT for name in class_names(module))
     return known and not _has_linear_forward(module)
 
 
@@ -93,7 +81,12 @@ def _has_linear_forward(module: nn.Module) -> bool:
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether this is a bitsandbytes 4- or 8-bit layer."""
-    return any(cls.__name__ in ("Linear4bit", "Linear8bitLt") for cls in type(module).__mro__)
+    return any(name in ("Linear4bit", "Linear8bitLt") for name in class_names(module))
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D, which stores its weight in × out."""
+    return "Conv1D" in class_names(module)
 
 
 def packing(module: Any) -> str:
@@ -134,30 +127,6 @@ def tied(model: nn.Module, names: Iterable[str], within: Iterable[str] = ()) -> 
     return found
 
 
-def unwrap(model: nn.Module, to_attach: bool = False) -> nn.Module:
-    """The model inside the wrappers of torch.compile and of data parallelism.
-
-    Raises:
-        AdapterError: it is `to_attach` an adapter to, but is not a loaded model, or is wrapped or divided for parallel training:
-            what does that has its list of parameters already, and would leave new ones alone.
-    """
-    if to_attach and not isinstance(model, nn.Module):
-        raise AdapterError(f"attach and load need a loaded model (a torch.nn.Module), they were given {model!r:.80}")
-    while (found := _WRAPPERS.get(type(model).__name__)) is not None and found in model._modules:
-        if to_attach and found != "_orig_mod":
-            raise AdapterError(
-                f"the model is wrapped in {type(model).__name__}, which would not synchronise the adapter's gradients; attach "
-                "or load first, then wrap"
-            )
-        model = model.get_submodule(found)
-    if to_attach and (place := divided(model)):
-        raise AdapterError(
-            f"{place} is divided between processes, which would not synchronise the adapter's gradients; attach or load first, "
-            "then fully_shard (tensor parallelism is not supported)"
-        )
-    return model
-
-
 def dense_weight(module: Any) -> Tensor:
     """The weight as out × in, dequantized if need be; a view of the parameter where possible."""
     if is_quantized(module):
@@ -170,7 +139,7 @@ def dense_weight(module: Any) -> Tensor:
         dense = codes.to(torch.float32) * (scales.to(torch.float32).unsqueeze(1) / 127)
         return dense.to(_dequantized_dtype(module))
     weight: Tensor = module.weight.detach()
-    return weight.T if any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) else weight
+    return weight.T if _is_conv1d(module) else weight
 
 
 def unpack(module: Any) -> None:

@@ -58,9 +58,9 @@ def _only_read(kind: type) -> frozenset[str]:
     for cls in kind.__mro__:
         if cls in (nn.Module, object):
             continue
-        for function in _functions(cls):
-            visitor = _Uses(function.name in _SETS_UP)
-            visitor.visit(function)
+        for method in _methods(cls):
+            visitor = _Uses(method.name in _SETS_UP)
+            visitor.visit(method)
             if visitor.anything:  # it reaches its children by names that are not in its code
                 return frozenset()
             read |= visitor.read
@@ -91,7 +91,7 @@ class _Uses(ast.NodeVisitor):
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         inner = node.value
-        if isinstance(inner, ast.Attribute) and _child(inner):  # self.child.something
+        if isinstance(inner, ast.Attribute) and _is_child(inner):  # self.child.something
             if node.attr not in _HARMLESS:
                 self.used.add(inner.attr)
             elif node.attr == "weight" and isinstance(node.ctx, ast.Load) and not self.sets_up:
@@ -99,7 +99,7 @@ class _Uses(ast.NodeVisitor):
             return
         if isinstance(inner, ast.Attribute) and inner.attr == "weight" and node.attr in _DESCRIBES:
             return  # self.child.weight.dtype
-        if _child(node):
+        if _is_child(node):
             self.anything |= node.attr in _LOOKS_AROUND
             if isinstance(node.ctx, ast.Load):
                 self.used.add(node.attr)
@@ -111,11 +111,12 @@ def _is_self(node: ast.AST) -> bool:
     return isinstance(node, ast.Name) and node.id == "self"
 
 
-def _child(node: ast.Attribute) -> bool:
+def _is_child(node: ast.Attribute) -> bool:
+    """Whether this reads `self.something`."""
     return _is_self(node.value)
 
 
-def _functions(cls: type) -> Iterator[ast.FunctionDef]:
+def _methods(cls: type) -> Iterator[ast.FunctionDef]:
     """The methods of a class as they stand in its file; none where there is no file."""
     found = _classes(cls.__module__).get(cls.__qualname__)
     methods = (node for node in (found.body if found else ()) if isinstance(node, ast.FunctionDef))

@@ -68,13 +68,14 @@ def write(
     Raises:
         CheckpointError: the directory cannot be written; what was there is unchanged.
     """
-    with files.whole_directory(directory, (HEADER, TENSORS, STATE, *_own_card(Path(directory)))) as temporary:
+    card = _own_card(Path(directory))
+    with files.whole_directory(directory, (HEADER, TENSORS, STATE, *card)) as temporary:
         checksums = {TENSORS: files.write_tensors(temporary / TENSORS, tensors, {"format": "pt"})}
         if state:
             checksums[STATE] = files.write_tensors(temporary / STATE, state, {"format": "pt"})
         header = describe(plan, base, tensors, checksums, seed, steps, run_start)
         (temporary / HEADER).write_text(header.model_dump_json(indent=1), encoding="utf-8")
-        if _own_card(Path(directory)):
+        if card:
             (temporary / CARD).write_text(model_card(header), encoding="utf-8")
 
 
@@ -127,12 +128,9 @@ def _values(bank: Bank) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a tensor is on the meta device.
     """
-    tensors: dict[str, Tensor] = {}
-    for key, parameter in bank.named_parameters():
-        tensors[key] = whole(parameter)
-    tensors.update(bank.named_fixed())
-    for path in bank.owned:
-        tensors[owned_key(path)] = bank.owned_weight(bank.sites[path])
+    tensors = {key: whole(parameter) for key, parameter in bank.named_parameters()}
+    tensors |= bank.named_fixed()
+    tensors |= {owned_key(path): bank.owned_weight(bank.sites[path]) for path in bank.owned}
     if empty := [key for key, tensor in tensors.items() if tensor.is_meta]:
         raise CheckpointError(
             f"'{empty[0]}' is on the meta device, where it can hold no values; attach to a model that has its weights"

@@ -1,31 +1,32 @@
 """The program `peft-core`. Plugins add commands of their own through the hook `peft_cli`.
 
-What takes long to import (transformers) is imported by the command that needs it.
+What takes long to import (transformers, and what is built on it) is imported by the command that needs it.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import typer
 import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from . import files, models, plugins, scaffold
+from .adapter_file import AdapterFile, read_header
+from .attach import load
+from .checkpoint import TENSORS
 from .errors import CheckpointError, DataError, ModelError, PeftCoreError, SpecError, listed, suggestion
-
-if TYPE_CHECKING:
-    import torch
-
-    from .adapter_file import AdapterFile
-    from .spec import AdapterSpec
+from .plan import plan as make_plan
+from .spec import DTYPES, AdapterSpec
+from .training.config import RunConfig
 
 _USER_ERROR, _INTERRUPTED = 2, 130
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which some versions of typer bring along
@@ -83,13 +84,7 @@ def _give_up_output() -> None:
 
 def program() -> typer.Typer:
     """The program with every command, those of plugins included."""
-    from . import plugins
-
-    app = typer.Typer(
-        no_args_is_help=True,
-        pretty_exceptions_enable=False,
-        add_completion=False,
-    )
+    app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
     app.callback()(_program)
     for command in (methods, plan, train, inspect, quickstart, generate, new_method):
         app.command()(command)
@@ -113,8 +108,6 @@ def _program(
 
 def methods(json_: Json = False) -> None:
     """List the installed methods, their options and what they can do."""
-    from . import plugins
-
     found = plugins.methods()
     if json_:
         print_json(
@@ -150,10 +143,7 @@ def plan(
     json_: Json = False,
 ) -> None:
     """Show what a spec does to a model: sites, tensors, parameters, memory. No weights are read."""
-    from .models import base_path
-    from .plan import plan as make_plan
-
-    made = make_plan(base_path(model), _spec_in(spec))
+    made = make_plan(models.base_path(model), _spec_in(spec))
     if json_:
         print_json(made.to_json())
     else:
@@ -170,8 +160,6 @@ def train(
     json_: Json = False,
 ) -> None:
     """Train an adapter on your data, as configured in a file."""
-    from .training.config import RunConfig
-
     config = RunConfig.from_file(run, pretrain)
     try:
         from .training.run import train as train_run
@@ -193,10 +181,6 @@ def inspect(
 
     Its method need not be installed.
     """
-    from . import files
-    from .adapter_file import read_header
-    from .checkpoint import TENSORS
-
     header = read_header(directory)
     file = directory / TENSORS
     if not file.is_file():
@@ -238,8 +222,6 @@ def quickstart(
     json_: Json = False,
 ) -> None:
     """Fine-tune a real model, save, load, merge, and check all of it."""
-    from . import plugins
-
     parsed = parse_options(options or [])
     plugins.method(method)  # a misspelt name is an error before transformers is imported
     from .quickstart.run import Settings, run
@@ -280,10 +262,6 @@ def generate(
     json_: Json = False,
 ) -> None:
     """Continue a prompt with a base model and a saved adapter, always taking the likeliest token."""
-    from .adapter_file import read_header
-    from .attach import load
-    from .models import complete, load_base, whole_text
-
     architecture = read_header(adapter).base.architecture  # what is wrong with it is said before the base is loaded
     import transformers
 
@@ -292,15 +270,15 @@ def generate(
         raise ModelError(
             f"'{adapter}' was trained on a {architecture}, which writes no text; in Python, peft_core.load puts it on its base"
         )
-    text = _from_stdin() if prompt == "-" else whole_text(prompt, "--prompt")
-    model, tokenizer = load_base(base, _dtype(dtype, device), device)
+    text = _from_stdin() if prompt == "-" else models.whole_text(prompt, "--prompt")
+    model, tokenizer = models.load_base(base, _dtype(dtype, device), device)
     load(model, adapter)
     if chat:
         if not tokenizer.chat_template:
             raise ModelError(f"{base} has no chat template; leave out --chat")
         message = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    written = complete(model, tokenizer, text, max_new_tokens)
+    written = models.complete(model, tokenizer, text, max_new_tokens)
     if json_:
         print_json({"prompt": text, "completion": written})
     else:
@@ -312,9 +290,7 @@ def new_method(
     directory: Annotated[Path, typer.Option("--directory", "-d", help="Where to create the package.")] = Path("."),
 ) -> None:
     """Create a package for a method of your own; it passes the conformance suite as it is."""
-    from .scaffold import new_method as make
-
-    root = make(name, directory)
+    root = scaffold.new_method(name, directory)
     typer.echo(
         f'created {root}; next:\n  pip install -e "{root}[testing]"\n  pytest --pyargs peft_core.testing --method {name}'
     )
@@ -340,8 +316,6 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
 
 def _spec_in(file: Path) -> AdapterSpec:
     """The spec in a file of its own, or in a RUN.yaml's section `adapter`."""
-    from .spec import AdapterSpec
-
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):  # said by `from_file`
@@ -360,11 +334,8 @@ def _from_stdin() -> str:
 
 
 def _dtype(name: str, device: str) -> torch.dtype:
-    from .models import checked_device, fast_dtype
-    from .spec import DTYPES
-
     if name == "auto":
-        return fast_dtype(checked_device(device))
+        return models.fast_dtype(models.checked_device(device))
     if name not in DTYPES:
         known = ["auto", *DTYPES]
         raise SpecError(f"unknown dtype {name!r}{suggestion(name, known)}; expected one of {listed(known)}")
@@ -373,8 +344,7 @@ def _dtype(name: str, device: str) -> torch.dtype:
 
 def _show_header(directory: Path, header: AdapterFile, size: int, damaged: list[str]) -> None:
     summary = Table(title=f"Adapter: {escape(str(directory))}", title_justify="left", show_header=False)
-    trainable = sum(math.prod(shape) for group in header.groups for shape in group.tensors.values())
-    share = 100 * trainable / max(1, header.base.num_parameters)
+    share = 100 * header.num_trainable / max(1, header.base.num_parameters)
     rows = {
         "method": f"{header.method.name} ({header.method.distribution} {header.method.version})",
         "base model": f"{header.base.architecture} {header.base.name}".strip(),
@@ -382,7 +352,7 @@ def _show_header(directory: Path, header: AdapterFile, size: int, damaged: list[
         "options": ", ".join(f"{k}={json.dumps(v)}" for k, v in header.spec.get("options", {}).items()),
         "adapted layers": str(len(header.sites)),
         "trained in full": ", ".join(header.trained) or "none",
-        "parameters": f"{trainable:,} ({share:.3f} % of the base)",
+        "parameters": f"{header.num_trainable:,} ({share:.3f} % of the base)",
         "tensors": f"{len(header.tensors)} in {size / 1e6:.1f} MB",
         "damaged files": ", ".join(damaged) or "none",
         "seed": str(header.seed),

@@ -84,6 +84,7 @@ class SharedGradient:
             buffer.add_(gradient)
 
     def _take(self) -> Tensor | None:
+        """The gradient that this backward pass has summed, for autograd; None: no borrower gave any."""
         if _distributed() and not hasattr(self._parameter, "device_mesh") and _torch.in_reentrant_checkpoint():
             warnings.warn(
                 "reentrant checkpointing hands over the gradient of a shared tensor in parts, of which "

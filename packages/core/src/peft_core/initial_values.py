@@ -2,50 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
 from .errors import AdapterError
 from .layer import seen_weight
 from .plan import Plan
-from .sharing import FromBase, FromWeight, TensorSpec, as_declared, draw, own_key
+from .sharing import FromBase, FromWeight, TensorSpec, as_declared, binding_key, draw
 
 
-def homes(root: nn.Module, plan: Plan) -> dict[str, torch.device]:
+def tensor_devices(root: nn.Module, plan: Plan) -> dict[str, torch.device]:
     """Key of every tensor, trainable or fixed → where it belongs: the device of its first borrower."""
     out = {}
     for group in plan.groups:
         device = device_of(root, group.members[0])
         out.update({f"{group.name}.{name}": device for name in (*group.tensors, *group.fixed)})
     for path, named in plan.bindings.items():
-        out.update({own_key(path, name): device_of(root, path) for name in named})
+        out.update({binding_key(path, name): device_of(root, path) for name in named})
     return out
 
 
-def initial_tensors(root: nn.Module, plan: Plan, seed: int, home: Mapping[str, torch.device]) -> dict[str, Tensor]:
-    """First values of the trainable tensors, by key. `home`: see `homes`."""
-    return {
-        (key := f"{group.name}.{name}"): _first(root, spec, plan, home[key], seed, group.name, name)
-        for group in plan.groups
-        for name, spec in group.tensors.items()
-    }
+def initial_values(root: nn.Module, plan: Plan, seed: int) -> dict[str, Tensor]:
+    """First values of every tensor, trainable or fixed, by key, where it belongs (see `tensor_devices`).
 
-
-def initial_fixed(root: nn.Module, plan: Plan, seed: int, home: Mapping[str, torch.device]) -> dict[str, Tensor]:
-    """First values of the fixed tensors, by key: drawn once in an adapter's life. `home`: see `homes`."""
-    own = {
-        (key := own_key(path, name)): _first(root, spec, plan, home[key], seed, "binding", path, name)
-        for path, named in plan.bindings.items()
-        for name, spec in named.items()
-    }
-    shared = {
-        (key := f"{group.name}.{name}"): _first(root, spec, plan, home[key], seed, group.name, name)
-        for group in plan.groups
-        for name, spec in group.fixed.items()
-    }
-    return {**own, **shared}
+    Raises:
+        AdapterError: a tensor starts from a weight that is offloaded. PluginError: an initialiser made another shape.
+    """
+    devices = tensor_devices(root, plan)
+    values = {}
+    for group in plan.groups:
+        for name, spec in (*group.tensors.items(), *group.fixed.items()):
+            key = f"{group.name}.{name}"
+            values[key] = _first(root, spec, plan, devices[key], seed, group.name, name)
+    for path, named in plan.bindings.items():
+        for name, spec in named.items():
+            key = binding_key(path, name)
+            values[key] = _first(root, spec, plan, devices[key], seed, "binding", path, name)
+    return values
 
 
 def initial_state(plan: Plan, seed: int) -> dict[str, Tensor]:

@@ -4,34 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import bases, merge, optim, plugins, quantized
+from . import bases, optim, plugins, quantized
 from .activation import set_active
 from .bank import Bank
 from .bases import ROOT_PREFIX
 from .errors import AdapterError, PluginError
 from .gradients import SharedGradient
-from .initial_values import device_of
 from .kernels import read_environment
-from .layer import adapt, adapt_root, train_in_full
+from .layer import adapt
+from .method import Forward
 from .originals import check_choice, drop, put_aside
 from .owned import OwnedWeight
-from .plan import Plan
 from .pretrained import AdapterSaver
-from .registry import Registry, forget, registry
+from .registry import Registry, create_registry, find_registry, registry_of, remove_registry
+from .root import adapt_root, train_in_full
 from .sites import Site
-from .slots import SLOT, Member, Slot, TrainedSlot
+from .slots import SLOT, Member
 from .subclassing import restore_class
+from .writable import refuse_unwritable
 
 
 def install(
     bank: Bank,
-    tensors: Mapping[str, Tensor],
-    fixed: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
     trainable: bool,
     keep: str | Path,
     owned: Mapping[str, Tensor],
@@ -39,8 +38,8 @@ def install(
     """Put an adapter on its model, and make it the only active one.
 
     Args:
-        tensors, fixed: the values of its trainable and fixed tensors, by key. keep: where the originals of weights that the
-            method owns wait. owned: site path → such a weight as it was stored; empty: the method computes it.
+        values: of its trainable and fixed tensors, by key. keep: where the originals of weights that the method owns wait.
+        owned: site path → such a weight as it was stored; empty: the method computes it.
 
     Raises:
         AdapterError, MergeError: see `attach`. The model is unchanged then.
@@ -49,24 +48,23 @@ def install(
     read_environment()
     check_choice(keep)
     _refuse_conflicts(bank)
-    found = registry(model, create=True)
-    assert found is not None
-    before = found.active
-    if not found.banks:
-        _remember(model, found)
-        found.packing = quantized.make_trainable(model)
-    found.banks[bank.name] = bank
-    bank.register(tensors, fixed, trainable)
+    registry = find_registry(model) or create_registry(model)
+    before = registry.active
+    if not registry.banks:
+        _remember(model, registry)
+        registry.packing = quantized.make_trainable(model)
+    registry.banks[bank.name] = bank
+    bank.register(values, trainable)
     adapt_root(model)
     try:
-        _adapt_layers(bank, _functions(found, made))
+        _adapt_layers(bank, registry)
         if made.spec.capabilities.owns_base_weight:
             _take_over(bank, owned, keep)
         set_active(model, {bank.name: 1.0})
     except BaseException:
         bank.show_owned(False)
-        remove(model, bank)
-        if found.banks:
+        remove(bank)
+        if registry.banks:
             set_active(model, before)
         raise
     for module in model.modules():
@@ -77,37 +75,34 @@ def install(
     optim.watch(bank)
 
 
-def remove(model: nn.Module, bank: Bank) -> None:
+def remove(bank: Bank) -> None:
     """Take an adapter off: its tensors, its members, and with the last one every trace."""
-    found = registry(model)
-    assert found is not None
+    model, registry = bank.root, registry_of(bank.root)
     optim.forget(bank)
     for owned in bank.owned.values():
         drop(owned.original)
-    del found.banks[bank.name]
-    if bank.name in found.active:
-        found.active = {name: scale for name, scale in found.active.items() if name != bank.name}
+    del registry.banks[bank.name]
+    if bank.name in registry.active:
+        registry.active = {name: scale for name, scale in registry.active.items() if name != bank.name}
     for module in model.modules():  # wherever they are now
         slot = module.__dict__.get(SLOT)
         if slot is None or slot.root is not model:
             continue
         slot.members.pop(bank.name, None)
         if slot.members:
-            slot.activate(found.active)
+            slot.activate(registry.active)
         else:
             restore_class(module)
-            module.__dict__.pop(SLOT, None)
-    for key in [key for key in found.gradients if key.startswith(f"{ROOT_PREFIX}{bank.name}/")]:
-        del found.gradients[key]
+            del module.__dict__[SLOT]
     bank.unregister()
-    if not found.banks:
-        _give_back(model, found)
-        quantized.restore(model, found.packing)
+    if not registry.banks:
+        _give_back(model, registry)
+        quantized.restore(model, registry.packing)
         restore_class(model)
-        forget(model)
+        remove_registry(model)
 
 
-def _remember(model: nn.Module, found: Registry) -> None:
+def _remember(model: nn.Module, registry: Registry) -> None:
     """Note what the first adapter changes of the base beside its layers: the parameters' flags, and how the model is saved.
 
     Models within this one may carry adapters too. What they remember of their flags is taken from them, and given back when this
@@ -118,14 +113,14 @@ def _remember(model: nn.Module, found: Registry) -> None:
         for name, parameter in inner.named_parameters():
             if name in theirs.requires_grad:
                 flags[parameter], theirs.requires_grad[name] = theirs.requires_grad[name], False
-    found.requires_grad = {name: flags[p] for name, p in model.named_parameters() if p in flags}
-    found.save_pretrained = model.__dict__.get("save_pretrained")
+    registry.requires_grad = {name: flags[p] for name, p in model.named_parameters() if p in flags}
+    registry.save_pretrained = model.__dict__.get("save_pretrained")
 
 
-def _give_back(model: nn.Module, found: Registry) -> None:
+def _give_back(model: nn.Module, registry: Registry) -> None:
     """Undo `_remember`."""
     named = model.named_parameters()
-    flags = {p: found.requires_grad[name] for name, p in named if name in found.requires_grad}
+    flags = {p: registry.requires_grad[name] for name, p in named if name in registry.requires_grad}
     for inner, theirs in _within(model).items():
         for name, parameter in inner.named_parameters():
             if name in theirs.requires_grad and parameter in flags:
@@ -133,64 +128,55 @@ def _give_back(model: nn.Module, found: Registry) -> None:
     for parameter, flag in flags.items():
         parameter.requires_grad_(flag)
     model.__dict__.pop("save_pretrained", None)
-    if found.save_pretrained is not None:
-        model.__dict__["save_pretrained"] = found.save_pretrained
+    if registry.save_pretrained is not None:
+        model.__dict__["save_pretrained"] = registry.save_pretrained
 
 
 def _within(model: nn.Module) -> dict[nn.Module, Registry]:
     """The models within this one that carry adapters of their own, each once, without those within them in turn."""
-    found = {}
+    within = {}
     for child in model.children():
-        theirs = registry(child)
-        found.update(_within(child) if theirs is None else {child: theirs})
-    return found
+        theirs = find_registry(child)
+        within.update(_within(child) if theirs is None else {child: theirs})
+    return within
 
 
-def _functions(found: Registry, made: Plan) -> dict[str, Any]:
-    """Each site's forward; one object for equal sites, so that compiled code serves all adapters of a layout."""
-    out = {}
-    for site in made.sites:
-        key = (made.spec.method, repr(site))
-        if key not in found.forwards:
-            found.forwards[key] = plugins.call(made.spec.method, "peft_forward", site=site)
-        out[site.path] = found.forwards[key]
-    return out
+def _forward(registry: Registry, method: str, site: Site) -> Forward:
+    """A method's forward at a site: one object for all adapters of a layout, so that compiled code serves them all."""
+    key = method, repr(site)
+    if key not in registry.forwards:
+        registry.forwards[key] = plugins.call(method, "peft_forward", site=site)
+    return registry.forwards[key]
 
 
-def _adapt_layers(bank: Bank, functions: Mapping[str, Any]) -> None:
+def _adapt_layers(bank: Bank, registry: Registry) -> None:
     """Make the sites adapted layers, and the modules to train in full ones that can be, and tell them of this adapter."""
     model, made = bank.root, bank.plan
-    found = registry(model)
-    assert found is not None
     shared = {
-        f"{group.name}.{name}": found.gradients.setdefault(bank.root_name(f"{group.name}.{name}"), SharedGradient())
+        f"{group.name}.{name}": SharedGradient()
         for group in made.groups
         if len(group.members) > 1
         for name in group.tensors
     }
     for site in made.sites:
         module = model.get_submodule(site.path)
-        if SLOT not in module.__dict__:
-            base = bases.describe(module)
-            assert base is not None
-            adapt(module, Slot(model, base.transposed, base.fused))
-        keys = bank.site_keys(site.path)
-        module.__dict__[SLOT].members[bank.name] = Member(
+        slot = module.__dict__.get(SLOT) or adapt(module, model)
+        keys = bank.borrowed[site.path]
+        slot.members[bank.name] = Member(
             adapter=bank.name,
             method=made.spec.method,
             site=site,
-            functions=functions[site.path],
+            functions=_forward(registry, made.spec.method, site),
             can=made.spec.info.can(site.options),
             names=[(name, bank.root_name(key)) for name, key in keys.items()],
-            fixed=[(name, bank.root_name(key)) for name, key in bank.bound_keys(site.path).items()],
+            fixed=[(name, bank.root_name(key)) for name, key in bank.bound[site.path].items()],
             shared={name: shared[key] for name, key in keys.items() if key in shared},
             dropout=made.spec.dropout,
         )
     for path, named in bank.trained.items():
         module = model.get_submodule(path)
-        if SLOT not in module.__dict__:
-            train_in_full(module, TrainedSlot(model))
-        module.__dict__[SLOT].members[bank.name] = named
+        in_full = module.__dict__.get(SLOT) or train_in_full(module, model)
+        in_full.members[bank.name] = named
 
 
 def _take_over(bank: Bank, owned: Mapping[str, Tensor], keep: str | Path) -> None:
@@ -200,7 +186,7 @@ def _take_over(bank: Bank, owned: Mapping[str, Tensor], keep: str | Path) -> Non
         if bases.is_quantized(module) or module.weight.device.type == "meta":
             what = "quantized" if bases.is_quantized(module) else "on the meta device"
             raise AdapterError(f"'{site.path}' is {what}; method '{bank.plan.spec.method}' needs to write its weight")
-    merge.refuse_unwritable(bank.root, list(bank.sites))
+    refuse_unwritable(bank.root, list(bank.sites))
     if keep == "none":  # there will be no way back: see first that the method can do it everywhere
         for site in bank.plan.sites:
             _moved(bank, site, owned)
@@ -246,8 +232,8 @@ def _refuse_conflicts(new: Bank) -> None:
                 "one, or detach its adapters first"
             )
     mine = made.spec.capabilities.owns_base_weight
-    found = registry(model)
-    for other, bank in found.banks.items() if found else ():
+    registry = find_registry(model)
+    for other, bank in registry.banks.items() if registry else ():
         theirs = bool(bank.owned)
         taken = bank.sites.keys()
         both = sorted((new.sites.keys() | new.trained.keys()) & taken) if mine or theirs else []
@@ -261,17 +247,4 @@ def _refuse_conflicts(new: Bank) -> None:
         if crossed:
             raise AdapterError(
                 f"the adapters '{other}' and '{new.name}' cannot share '{crossed[0]}': one trains it in full, the other adapts it"
-            )
-
-
-def refuse_divided(model: nn.Module, made: Plan) -> None:
-    """A tensor lies on one device; sites on several cannot borrow it."""
-    for group in [group for group in made.groups if len(group.members) > 1]:
-        devices = {path: device_of(model, path) for path in group.members}
-        real = {(device.type, device.index or 0): path for path, device in devices.items() if device.type != "meta"}
-        if len(real) > 1:
-            here, there, *_ = real.values()
-            raise AdapterError(
-                f"'{here}' is on {devices[here]} and '{there}' on {devices[there]}, and method '{made.spec.method}' shares "
-                "tensors between them; put the model on one device, or choose targets on a single device"
             )

@@ -1,4 +1,4 @@
-"""The only wrapper: a subclass of the base layer's own class, which the layer is given.
+"""The wrapper of a layer: a subclass of its own class, which the layer is given.
 
 An adapted layer stays the module that it was, in its place, with its parameters and state-dict keys; only its class becomes
 a subclass of its own. Where the base is a frozen dense layer, one autograd.Function computes the base product, lets every
@@ -9,8 +9,7 @@ base's own forward runs and the adapters' naive Δ(x) is added to it.
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,11 +20,11 @@ from .dropout import dropped
 from .errors import AdapterError, PluginError
 from .fused import Use
 from .method import BASE_WEIGHT
-from .registry import registry
-from .slots import SLOT, Slot, TrainedSlot, renew
+from .registry import registry_of
+from .slots import SLOT, Slot
 from .subclassing import Mixin, plain_class, specialize
 
-_DENSE = (nn.Parameter, Tensor)
+_PLAIN = (nn.Parameter, Tensor)
 
 
 class AdaptedLinear(Mixin):
@@ -51,10 +50,9 @@ class AdaptedLinear(Mixin):
         """As the layer's own; its adapters hear of it."""
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
         slot: Slot = self.__dict__[SLOT]
-        found = registry(slot.root)
-        assert found is not None
+        banks = registry_of(slot.root).banks
         for member in slot.members.values():
-            found.banks[member.adapter].loaded_into(self, member.site)
+            banks[member.adapter].loaded_into(self, member.site)
 
 
 class HookedLinear(AdaptedLinear):
@@ -94,124 +92,13 @@ def _named(x: Tensor | None) -> Tensor:
     return x
 
 
-class _Running(threading.local):
-    """Whether this thread is within the forward of a model that carries adapters, or of a module in it trained in full."""
-
-    def __init__(self) -> None:
-        self.forward = False  # of every thread from the start: compiled code notices when it appears
-
-
-_running = _Running()
-
-
-def _noting(name: str) -> Callable[..., Any]:
-    """The method of this name, which notes that a forward runs."""
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, _Called):
-            return getattr(self, name)(*args, **kwargs)
-        outer, _running.forward = _running.forward, True
-        try:
-            return getattr(super(_Called, self), name)(*args, **kwargs)
-        finally:
-            _running.forward = outer
-
-    return call
-
-
-class _Called(Mixin):
-    """Notes that its forward runs.
-
-    Compiled code keeps the first of these methods (torch.compile) or the second (nn.Module.compile) for good: a plain module's
-    reaches the other of ours once the module is adapted, and ours are called with a plain one once its adapters have gone.
-    """
-
-    __call__ = _noting("__call__")
-    _call_impl = _noting("_call_impl")
-
-
-class TrainedModule(_Called):
-    """In front of the class of a module trained in full, and of every module in it that owns parameters: whoever reads one in a
-    forward, or in a backward that computes a forward again, gets the bank's copy, in the base's dtype.
-
-    Nothing is put in the parameters' place: other threads, FSDP2 and Accelerate read and write there, and everything else sees
-    the base's: `state_dict`, optimizers, `tie_weights`. `__dict__[SLOT]` is a `TrainedSlot`.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        slot: TrainedSlot | None = self.__dict__.get(SLOT)
-        if slot is None or name not in slot.active or not (_running.forward or _in_backward()):
-            return super().__getattr__(name)  # type: ignore[misc]
-        own = self.__dict__["_parameters"][name]
-        if hasattr(own, "device_mesh") and _torch.fsdp_looks():
-            return own
-        return slot.stand_in(name).to(own.dtype)
-
-
-def _in_backward() -> bool:
-    return not torch.compiler.is_compiling() and _torch.backward_number() >= 0
-
-
-class AdaptedRoot(_Called):
-    """In front of the root model's class: its own parameters come before those of its adapters, since the first parameter is
-    what `model.dtype` and much user code take for the model's.
-    """
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Behind `to`, `to_empty` and the like, which give the root other buffers, sometimes other parameters."""
-        applied = super()._apply(*args, **kwargs)  # type: ignore[misc]
-        renew(self)  # type: ignore[arg-type]
-        return applied
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Behind `load_state_dict`, which gives the root other parameters with `assign`."""
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
-        renew(self)  # type: ignore[arg-type]
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """See `nn.Module.named_parameters`."""
-        ours = []
-        for name, parameter in super().named_parameters(*args, **kwargs):  # type: ignore[misc]
-            if bases.ROOT_PREFIX in name:
-                ours.append((name, parameter))
-            else:
-                yield name, parameter
-        yield from ours
-
-
-class AdaptedGenerator(AdaptedRoot):
-    """For a root that generates: explains what is not supported, where transformers would only report an unexpected keyword."""
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """See the model's own `generate`.
-
-        Raises:
-            AdapterError: `adapter_names`, an adapter for each row of the batch, is asked for.
-        """
-        if kwargs.get("adapter_names") is not None:
-            raise AdapterError(
-                "generate(adapter_names=...): all rows of a batch go through the same adapters; activate one with "
-                "pc.activate(model, name) and generate for its rows, or serve them with a runtime that batches LoRA"
-            )
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
-
-
-def adapt(module: nn.Module, slot: Slot) -> None:
-    """Make this layer an adapted one."""
+def adapt(module: nn.Module, root: nn.Module) -> Slot:
+    """Make this layer of a model an adapted one. Returns its slot, which has no adapters yet."""
+    base = bases.describe(module)
+    assert base is not None
     specialize(module, HookedLinear if "forward" in module.__dict__ else AdaptedLinear)
-    module.__dict__[SLOT] = slot
-
-
-def train_in_full(module: nn.Module, slot: TrainedSlot) -> None:
-    """Let the bank's copies stand in for this module's own parameters."""
-    specialize(module, TrainedModule)
-    module.__dict__[SLOT] = slot
-
-
-def adapt_root(model: nn.Module) -> None:
-    """Make this model one that carries adapters."""
-    if not isinstance(model, AdaptedRoot):
-        specialize(model, AdaptedGenerator if hasattr(model, "generate") else AdaptedRoot)
+    slot = module.__dict__[SLOT] = Slot(root, base.transposed, base.fused)
+    return slot
 
 
 def add_to(module: Any, slot: Slot, uses: list[Use], x: Tensor, y: Tensor) -> Tensor:
@@ -302,7 +189,7 @@ def _fused(module: Any, slot: Slot, uses: list[Use], x: Tensor) -> Tensor | None
     held = module._parameters  # a weight or bias that is none of these is computed by somebody (a parametrization)
     weight, bias, device = held.get("weight"), held.get("bias"), x.device
     if (
-        type(weight) not in _DENSE
+        type(weight) not in _PLAIN
         or "bias" not in held
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)

@@ -33,21 +33,18 @@ def check_fit(directory: str | Path, header: AdapterFile, model: nn.Module) -> N
         CheckpointError: names the first layer or parameter that differs.
     """
     here, there = base_info(model).shapes, header.base.shapes
-    if dict(here) == there:
+    key = next((key for key in [*there, *here] if here.get(key) != there.get(key)), None)
+    if key is None:
         return
-    name = (
-        f" ({header.base.architecture} '{header.base.name}')" if header.base.name else f" ({header.base.architecture})"
-    )
-    for key in [*there, *here]:
-        mine, theirs = here.get(key), there.get(key)
-        if mine != theirs:
-            if mine is None:
-                what = f"this model has no '{key}'"
-            elif theirs is None:
-                what = f"this model has '{key}', which that base lacks"
-            else:
-                what = f"'{key}' is {list(mine)} here and {list(theirs)} there"
-            raise CheckpointError(f"'{directory}' was trained on another base model{name}: {what}")
+    mine, theirs = here.get(key), there.get(key)
+    if mine is None:
+        what = f"this model has no '{key}'"
+    elif theirs is None:
+        what = f"this model has '{key}', which that base lacks"
+    else:
+        what = f"'{key}' is {list(mine)} here and {list(theirs)} there"
+    name = f"{header.base.architecture} '{header.base.name}'" if header.base.name else header.base.architecture
+    raise CheckpointError(f"'{directory}' was trained on another base model ({name}): {what}")
 
 
 def check_plan(directory: str | Path, header: AdapterFile, plan: Plan) -> None:
@@ -64,10 +61,11 @@ def check_plan(directory: str | Path, header: AdapterFile, plan: Plan) -> None:
     owned = owned_sites(plan)
     shapes = {key: {"shape": tuple(tensor.shape)} for key, tensor in (*plan.tensors(), *plan.fixed())}
     shapes |= {owned_key(site.path): {"shape": (site.out_features, site.in_features)} for site in plan.sites if owned}
+    stored = {key: {"shape": tensor.shape} for key, tensor in header.tensors.items()}
     differs = _first_difference(
-        _layout(here, stored_groups(plan), plan.trained, owned),
-        _layout(there, header.groups, header.trained, header.owned),
-    ) or _first_difference([shapes], [{key: {"shape": tensor.shape} for key, tensor in header.tensors.items()}])
+        _layout(here, stored_groups(plan), plan.trained, owned, shapes),
+        _layout(there, header.groups, header.trained, header.owned, stored),
+    )
     if differs:
         info = plan.spec.info
         written, installed = (
@@ -91,13 +89,13 @@ def check_layout(
         raise CheckpointError(
             f"'{directory}' was made by method '{header.method.name}', adapter '{name}' uses '{plan.spec.method}'"
         )
-    tensors = stored_tensors(values)
+    here, there = (
+        {key: tensor.model_dump() for key, tensor in tensors.items()}
+        for tensors in (stored_tensors(values), header.tensors)
+    )
     differs = _first_difference(
-        _layout(stored_sites(plan.sites), stored_groups(plan), plan.trained, owned_sites(plan)),
-        _layout(header.sites, header.groups, header.trained, header.owned),
-    ) or _first_difference(
-        [{key: tensor.model_dump() for key, tensor in tensors.items()}],
-        [{key: tensor.model_dump() for key, tensor in header.tensors.items()}],
+        _layout(stored_sites(plan.sites), stored_groups(plan), plan.trained, owned_sites(plan), here),
+        _layout(header.sites, header.groups, header.trained, header.owned, there),
     )
     if differs:
         raise CheckpointError(
@@ -111,13 +109,15 @@ def _layout(
     groups: Iterable[StoredGroup],
     trained: Mapping[str, Mapping[str, str]],
     owned: Iterable[str],
-) -> list[dict[str, Any]]:
+    tensors: Mapping[str, Any],
+) -> list[Mapping[str, Any]]:
     """What two descriptions of an adapter must agree on, by name."""
     return [
         {site.path: site.model_dump() for site in sites},
         {group.name: {"members": group.members} for group in groups},
         {path: dict(named) for path, named in trained.items()},
         dict.fromkeys(owned, True),
+        tensors,
     ]
 
 

@@ -6,7 +6,7 @@ call it, so that they give the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -21,11 +21,11 @@ from .errors import MergeError
 from .layer import adapt
 from .method import Tensors
 from .originals import check, check_choice, drop, look_up, put_aside
-from .registry import Merged, Registry
-from .sharded import divided, whole
+from .registry import Merged, Registry, registry_of
+from .sharded import whole
 from .sites import Site
-from .slots import SLOT, Slot
-from .subclassing import plain_class
+from .slots import SLOT
+from .writable import refuse_divided, refuse_ties, refuse_unwritable
 
 
 class Contribution(NamedTuple):
@@ -73,98 +73,101 @@ def merged_weight(weight: Tensor, contributions: Iterable[Contribution]) -> Tens
     return merged
 
 
-def merge(root: nn.Module, registry: Registry, bank: Bank, scale: float, keep: str | Path) -> None:
+def merge(bank: Bank, scale: float, keep: str | Path) -> None:
     """Merge one adapter into the base's weights and keep the originals as `keep` says.
+
+    Whatever is raised, by the method too: nothing has changed then.
 
     Raises:
         MergeError: a weight is tied to a layer outside the adapter, offloaded, or divided between processes, a layer gives
             something else than x Wᵀ + b, or `keep` is not a choice. AdapterError: a layer was replaced since.
-    Whatever is raised, by the method too: nothing has changed then.
     """
     check_choice(keep)
     bank.check_in_place()
-    _refuse_divided(root)
-    sites = [(site.path, root.get_submodule(site.path)) for site in bank.plan.sites]
-    for path, module in sites:
+    root, registry = bank.root, registry_of(bank.root)
+    refuse_divided(root)
+    sites = {path: root.get_submodule(path) for path in bank.sites}
+    for path, module in sites.items():
         if module.weight.device.type == "meta":
             raise MergeError(
                 f"'{path}': the weight is offloaded or on the meta device; load the model without offloading, "
                 "or merge the checkpoint files with peft-export"
             )
-    refuse_unwritable(root, [path for path, module in sites if not bases.is_quantized(module)])  # those are not written
-    _refuse_ties(root, list(bank.stand_ins), bank.plan.trained, "name both in train_modules")
+    written = [
+        path for path, module in sites.items() if not bases.is_quantized(module)
+    ]  # beside those, a dense one is kept
+    refuse_unwritable(root, written)
+    refuse_ties(root, list(bank.stand_ins), bank.plan.trained, "name both in train_modules")
     bank.merged_scale = scale
     if keep == "none":  # there will be no way back: see first that every site can be merged
-        for path, _ in sites:
-            merged = registry.merged_sites.get(path, Merged())
-            _combined(root, registry, path, merged, [*merged.adapters, bank.name])
-    hidden = not all(owned.shown for owned in bank.owned.values())
+        for path in sites:
+            merged = registry.merged.get(f"{path}.weight", Merged(path))
+            _combined(root, registry, merged, [*merged.adapters, bank.name])
+    shown = all(owned.shown for owned in bank.owned.values())
     # A method that owns the weight is merged into what it moved, not into what the base held before.
     bank.show_owned(True)
+    # A tied parameter has several names; under the same one for every adapter, what stood there first is kept once.
+    trained = {key: name for name, key in sorted(bank.stand_ins.items(), reverse=True)}.values()
+    places = {**{f"{path}.weight": path for path in sites}, **dict.fromkeys(trained, "")}
     try:
-        for path, module in sites:
-            merged = _put_on(registry.merged_sites, path, module, "weight", bank.name, keep)
-            _write(root, registry, path)
-            if path in bank.owned:
-                bank.owned[path].cover(merged.original)
-        # A tied parameter has several names; under the same one for every adapter, what stood there first is kept once.
-        places = {key: name for name, key in sorted(bank.stand_ins.items(), reverse=True)}
-        for name in places.values():
-            path, _, local = name.rpartition(".")
-            _put_on(registry.merged_parameters, name, root.get_submodule(path), local, bank.name, keep)
-            _write_parameter(root, registry, name)
+        for name, site in places.items():
+            merged = _put_on(bank, name, site, keep)
+            _write(root, registry, name)
+            if site in bank.owned:
+                bank.owned[site].cover(merged.original)
     except BaseException:
-        _take_out(root, registry, bank)
-        bank.show_owned(not hidden)
+        _take_out(bank)
+        bank.show_owned(shown)
         raise
 
 
-def unmerge(root: nn.Module, registry: Registry, bank: Bank) -> None:
+def unmerge(bank: Bank) -> None:
     """Restore the original weights; other merged adapters stay merged.
 
     Raises:
         MergeError: the originals were not kept, or cannot be read. Nothing has changed then.
     """
-    _check_restorable(root, registry, bank)
-    _take_out(root, registry, bank)
+    _check_restorable(bank)
+    _take_out(bank)
 
 
 @contextmanager
-def left_out(root: nn.Module, registry: Registry, bank: Bank) -> Iterator[None]:
+def left_out(bank: Bank) -> Iterator[None]:
     """The weights without this merged adapter; with it again afterwards, in its place among the others, bit for bit.
 
     Raises:
         MergeError: the originals were not kept, or cannot be read. Nothing has changed then.
     """
+    registry = registry_of(bank.root)
     if bank.name in registry.left_out:
         yield
         return
-    _check_restorable(root, registry, bank)
+    _check_restorable(bank)
     if lost := [path for path, owned in bank.owned.items() if owned.original is None]:
         raise MergeError(
             f"'{lost[0]}': the original weight was not kept (attach with keep='host' to disable the adapter)"
         )
     registry.left_out.add(bank.name)
     try:
-        _rewrite(root, registry, bank)
+        _rewrite(bank)
         yield
     finally:
         registry.left_out.discard(bank.name)
-        _rewrite(root, registry, bank)
+        _rewrite(bank)
 
 
-def settle(root: nn.Module, bank: Bank, registry: Registry) -> None:
+def settle(bank: Bank) -> None:
     """After the last merge: forget the originals, and replace quantized layers by dense ones that hold the merged weight, and
     carry what adapters they had.
     """
-    for places, _ in _kinds(registry):
-        for path, merged in list(places.items()):
-            if bank.name in (*merged.adapters, *merged.beneath):
-                drop(merged.original)
-                left = [name for name in (*merged.beneath, *merged.adapters) if name != bank.name]
-                merged.original, merged.packed, merged.adapters, merged.beneath = None, False, left, []
-                if not left:
-                    del places[path]
+    root, registry = bank.root, registry_of(bank.root)
+    for name, merged in list(registry.merged.items()):
+        if bank.name in (*merged.adapters, *merged.beneath):
+            drop(merged.original)
+            left = [other for other in (*merged.beneath, *merged.adapters) if other != bank.name]
+            merged.original, merged.packed, merged.adapters, merged.beneath = None, False, left, []
+            if not left:
+                del registry.merged[name]
     slots = {path: root.get_submodule(path).__dict__.get(SLOT) for path in bank.sites}
     merged_into = {path: slot for path, slot in slots.items() if slot is not None and slot.dense is not None}
     if not merged_into:
@@ -172,83 +175,89 @@ def settle(root: nn.Module, bank: Bank, registry: Registry) -> None:
     quantized.make_dense(root, {path: slot.dense for path, slot in merged_into.items()})
     registry.packing.clear()  # bitsandbytes would save the layers that are left with wrong scales once they are packed
     for path, slot in merged_into.items():
-        plain = root.get_submodule(path)
-        base = bases.describe(plain)
-        assert base is not None
-        carried = Slot(root, base.transposed, base.fused)
-        carried.members = slot.members
-        adapt(plain, carried)
+        adapt(root.get_submodule(path), root).members = slot.members
 
 
-def _put_on(
-    places: dict[str, Merged], path: str, module: nn.Module, local: str, adapter: str, keep: str | Path
-) -> Merged:
-    """Note that an adapter is about to be merged into a parameter, and put aside what stands there, if that is to be kept."""
-    packed = local == "weight" and bases.is_quantized(module)
-    merged = places.get(path, Merged(packed=packed))
+def _put_on(bank: Bank, name: str, site: str, keep: str | Path) -> Merged:
+    """Note that an adapter is about to be merged into a parameter (of a `site`, if it is one), and put aside what stands there,
+    if that is to be kept.
+    """
+    root, registry = bank.root, registry_of(bank.root)
+    packed = bool(site) and bases.is_quantized(root.get_submodule(site))
+    merged = registry.merged.get(name, Merged(site, packed=packed))
     if not merged.restorable and keep != "none":
         # What stands there may hold adapters whose original was not kept; it can be brought back, they cannot be taken out.
-        merged.original = put_aside(module.get_parameter(local), path, keep)
+        merged.original = put_aside(root.get_parameter(name), site or name, keep)
         merged.beneath, merged.adapters = [*merged.beneath, *merged.adapters], []
-    merged.adapters.append(adapter)
-    places[path] = merged
+    merged.adapters.append(bank.name)
+    registry.merged[name] = merged
     return merged
 
 
-def _take_out(root: nn.Module, registry: Registry, bank: Bank) -> None:
-    """Restore every place that this adapter was merged into and whose original was kept."""
-    for places, write in _kinds(registry):
-        for path, merged in list(places.items()):
-            if bank.name not in merged.adapters or not merged.restorable:
-                continue
-            merged.adapters.remove(bank.name)
-            write(root, registry, path)
-            if places is registry.merged_sites and path in bank.owned:
-                bank.owned[path].uncover()
+def _take_out(bank: Bank) -> None:
+    """Restore every parameter that this adapter was merged into and whose original was kept."""
+    registry = registry_of(bank.root)
+    for name, merged in list(registry.merged.items()):
+        if bank.name not in merged.adapters or not merged.restorable:
+            continue
+        merged.adapters.remove(bank.name)
+        _write(bank.root, registry, name)
+        if merged.site in bank.owned:
+            bank.owned[merged.site].uncover()
+        if not merged.adapters:
+            drop(merged.original)
+            merged.original, merged.adapters, merged.beneath = None, merged.beneath, []
             if not merged.adapters:
-                drop(merged.original)
-                merged.original, merged.adapters, merged.beneath = None, merged.beneath, []
-                if not merged.adapters:
-                    del places[path]
+                del registry.merged[name]
 
 
-def _check_restorable(root: nn.Module, registry: Registry, bank: Bank) -> None:
+def _check_restorable(bank: Bank) -> None:
     """See that the weights beneath this merged adapter were kept, are still there, and can be written.
 
     Raises:
         MergeError: names the layer.
     """
-    for path, merged in (*registry.merged_sites.items(), *registry.merged_parameters.items()):
+    for name, merged in registry_of(bank.root).merged.items():
         if bank.name in merged.beneath or (bank.name in merged.adapters and not merged.restorable):
             raise MergeError(
-                f"'{path}': the original weight was not kept (merge with keep='host' to be able to unmerge)"
+                f"'{merged.site or name}': the original weight was not kept (merge with keep='host' to be able to unmerge)"
             )
         if bank.name in merged.adapters:
             check(merged.original)
     bank.check_in_place()
-    _refuse_divided(root)
+    refuse_divided(bank.root)
 
 
-def _rewrite(root: nn.Module, registry: Registry, bank: Bank) -> None:
-    """Write every place that this adapter is merged into anew."""
-    for places, write in _kinds(registry):
-        for path, merged in places.items():
-            if bank.name in merged.adapters:
-                write(root, registry, path)
+def _rewrite(bank: Bank) -> None:
+    """Write every parameter that this adapter is merged into anew."""
+    registry = registry_of(bank.root)
+    for name, merged in registry.merged.items():
+        if bank.name in merged.adapters:
+            _write(bank.root, registry, name)
 
 
-def _kinds(registry: Registry) -> tuple[tuple[dict[str, Merged], Callable[[nn.Module, Registry, str], None]], ...]:
-    """The two kinds of places, each with what writes there."""
-    return (registry.merged_sites, _write), (registry.merged_parameters, _write_parameter)
+def _write(root: nn.Module, registry: Registry, name: str) -> None:
+    """Put a parameter in place, with the adapters that are merged there and not left out."""
+    merged = registry.merged[name]
+    adapters = [adapter for adapter in merged.adapters if adapter not in registry.left_out]
+    if merged.site:
+        _write_weight(root, registry, merged, adapters)
+        return
+    value = merged.original
+    if adapters:  # of several, the last one's copy counts
+        bank = registry.banks[adapters[-1]]
+        value = bank.parameter(bank.stand_ins[name])
+    assert value is not None
+    with torch.no_grad():
+        root.get_parameter(name).copy_(look_up(value))
 
 
-def _write(root: nn.Module, registry: Registry, path: str) -> None:
-    """Put a site's weight in place, with the adapters that are merged there."""
-    module, merged = root.get_submodule(path), registry.merged_sites[path]
+def _write_weight(root: nn.Module, registry: Registry, merged: Merged, adapters: Sequence[str]) -> None:
+    """Put a site's weight in place, with these adapters."""
+    module = root.get_submodule(merged.site)
     slot = module.__dict__[SLOT]
-    names = [name for name in merged.adapters if name not in registry.left_out]
-    if names:
-        weight = _combined(root, registry, path, merged, names)
+    if adapters:
+        weight = _combined(root, registry, merged, adapters)
         if merged.packed:
             slot.dense = weight.to(_model_dtype(root))
         else:
@@ -257,39 +266,25 @@ def _write(root: nn.Module, registry: Registry, path: str) -> None:
         slot.dense = None
     else:
         # Of a method that owns the weight, `original` is what it moved; without the adapter, the base is what it was.
-        owners = (registry.banks[name].owned.get(path) for name in merged.adapters)
+        owners = (registry.banks[name].owned.get(merged.site) for name in merged.adapters)
         original = next((owned.original for owned in owners if owned is not None), merged.original)
         assert original is not None
         bases.write_weight(module, look_up(original), transposed=False)
 
 
-def _write_parameter(root: nn.Module, registry: Registry, name: str) -> None:
-    """Put a parameter of a module trained in full in place: as the last adapter has it that is merged there."""
-    merged = registry.merged_parameters[name]
-    last = next((adapter for adapter in reversed(merged.adapters) if adapter not in registry.left_out), None)
-    if last is not None:
-        bank = registry.banks[last]
-        value: Tensor = bank.parameter(bank.stand_ins[name])
-    else:
-        assert merged.original is not None
-        value = look_up(merged.original)
-    with torch.no_grad():
-        root.get_parameter(name).copy_(value)
-
-
 @torch.no_grad()
-def _combined(root: nn.Module, registry: Registry, path: str, merged: Merged, names: Sequence[str]) -> Tensor:
+def _combined(root: nn.Module, registry: Registry, merged: Merged, adapters: Sequence[str]) -> Tensor:
     """A site's weight (out × in) with these adapters merged: all into the original, or, where that was not kept, the last
     into what stands there.
     """
-    module = root.get_submodule(path)
+    module = root.get_submodule(merged.site)
     start = bases.dense_weight(module)
     if merged.original is not None:
         original = look_up(merged.original).to(start.device)
         start = original.T if module.__dict__[SLOT].transposed else original
     elif not merged.packed:
-        names = names[-1:]
-    return merged_weight(start, [_contribution(registry.banks[name], path) for name in names])
+        adapters = adapters[-1:]
+    return merged_weight(start, [_contribution(registry.banks[name], merged.site) for name in adapters])
 
 
 def _contribution(bank: Bank, path: str) -> Contribution:
@@ -306,68 +301,3 @@ def _model_dtype(root: nn.Module) -> torch.dtype:
         (p.dtype for name, p in root.named_parameters() if p.is_floating_point() and not name.startswith(ROOT_PREFIX)),
         torch.float32,
     )
-
-
-def _refuse_divided(root: nn.Module) -> None:
-    """Refuse weights of which every process has a part: what is written while they are gathered is lost with the next step.
-
-    Raises:
-        MergeError: names the module and the remedy.
-    """
-    if place := divided(root):
-        raise MergeError(
-            f"{place} is divided between processes (FSDP or tensor parallelism), so its weights "
-            "cannot be changed for good; save the adapter and merge it into the checkpoint's files (peft-core merge), or load "
-            "both in one process"
-        )
-
-
-def refuse_unwritable(root: nn.Module, paths: Sequence[str]) -> None:
-    """Refuse layers whose weight cannot be given another value without more being changed.
-
-    Raises:
-        MergeError: names the layer, and the other holder of its weight.
-    """
-    for path in paths:
-        module = root.get_submodule(path)
-        if module._parameters.get("weight") is None:
-            raise MergeError(
-                f"'{path}': its weight is recomputed at every forward (weight_norm, pruning or another parametrization), so "
-                "nothing can be merged into it; make it a plain parameter first, or exclude the layer"
-            )
-        if not _is_product(module):
-            raise MergeError(
-                f"'{path}' is a {plain_class(type(module)).__name__}, whose own forward gives something else than x Wᵀ + b, so "
-                "nothing can be merged into its weight; leave the adapter unmerged, or exclude the layer"
-            )
-    _refuse_ties(root, [f"{path}.weight" for path in paths], (), "exclude the tied layer")
-
-
-@torch.no_grad()
-def _is_product(module: nn.Module) -> bool:
-    """Whether a layer gives x Wᵀ + b: known of most, tried on a few inputs where it has a forward of its own."""
-    base = bases.describe(module)
-    assert base is not None
-    if base.fused:
-        return True
-    weight, bias, training = bases.dense_weight(module), getattr(module, "bias", None), module.training
-    x = torch.randn(4, base.in_features, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(weight)
-    module.training = False
-    try:
-        expected = nn.functional.linear(x, weight, bias)
-        found = plain_class(type(module)).forward(module, x)
-        return bool((found - expected).norm() <= torch.finfo(weight.dtype).eps ** 0.5 * expected.norm())
-    except Exception:  # whatever a forward raises that takes something else than x
-        return False
-    finally:
-        module.training = training
-
-
-def _refuse_ties(root: nn.Module, names: Sequence[str], within: Iterable[str], remedy: str) -> None:
-    """Refuse to change a parameter that another module holds, too, beside those that lie `within` one of these.
-
-    Raises:
-        MergeError: names both holders and the remedy.
-    """
-    for name, other in bases.tied(root, names, within).items():
-        raise MergeError(f"'{name}' is the same tensor as '{other}': merging would change both; {remedy}")

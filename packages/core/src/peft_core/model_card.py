@@ -22,7 +22,6 @@ def hub_name(header: AdapterFile) -> str:
 def model_card(header: AdapterFile) -> str:
     """README.md of an adapter directory, with the front matter that model hubs read."""
     size = sum(math.prod(s.shape) * dtype_of(s.dtype).itemsize for s in header.tensors.values())
-    trainable = sum(math.prod(shape) for g in header.groups for shape in g.tensors.values())
     front = ["---", "library_name: peft-core", "tags:", "- peft-core", f"- {header.method.name}"]
     if name := hub_name(header):
         front.insert(1, f"base_model: {name}")
@@ -37,7 +36,8 @@ def model_card(header: AdapterFile) -> str:
             f"Trained with peft-core and `{package}` {header.method.version} on a "
             f"`{header.base.architecture}`" + (f" (`{header.base.name}`)." if header.base.name else "."),
             "",
-            f"- Trainable parameters: {trainable:,} ({100 * trainable / header.base.num_parameters:.3f} % of the base)",
+            f"- Trainable parameters: {header.num_trainable:,} "
+            f"({100 * header.num_trainable / header.base.num_parameters:.3f} % of the base)",
             f"- Tensors: {len(header.tensors)}, {size:,} bytes",
             f"- Adapted layers: {listed(count_types(site.path for site in header.sites), 20)}",
             *([f"- Trained in full: {', '.join(header.trained)}"] if header.trained else []),

@@ -30,7 +30,7 @@ from . import plugins
 from .bank import Bank
 from .errors import OptimizerStepError
 from .method import OptimizerStep, StepMember
-from .registry import registry
+from .registry import registry_of
 
 WARN_AFTER = 256
 _WRAPPERS = register_optimizer_step_pre_hook.__code__.co_filename  # torch's wrapper around `step` is in there
@@ -41,15 +41,14 @@ def watch(bank: Bank) -> None:
     """See to it that every real optimizer step on this adapter's parameters reaches its method."""
     if not bank.plan.spec.capabilities.optimizer_step:
         return
-    _Watch(bank).hook_gradients()
+    watched = registry_of(bank.root).watches[bank.name] = _Watch(bank)
+    watched.hook_gradients()
 
 
 def forget(bank: Bank) -> None:
     """Stop watching."""
     _watches.pop(bank, None)
-    found = registry(bank.root)
-    if found is not None:
-        found.watches.pop(bank.name, None)
+    registry_of(bank.root).watches.pop(bank.name, None)
 
 
 def check_stepped(bank: Bank) -> None:
@@ -72,18 +71,18 @@ def check_stepped(bank: Bank) -> None:
 
 
 class _Watch:
-    """Notices the gradients of one adapter. The registry holds it, so that a copy of the model gets one of its own."""
+    """Notices the gradients of one adapter. The registry holds it, so that a copy of the model gets one of its own.
 
-    def __init__(self, bank: Bank) -> None:
-        _install()
+    The model of a `copied` bank may not be complete yet: its parameters are hooked later.
+    """
+
+    def __init__(self, bank: Bank, copied: bool = False) -> None:
+        _register_hooks()
         self.bank = weakref.ref(bank)
-        self.copied = False
+        self.copied = copied
         self.hooked = WeakIdKeyDictionary()
         self.counted: weakref.ref[Tensor] | None = None
         _watches[bank] = self
-        found = registry(bank.root)
-        assert found is not None
-        found.watches[bank.name] = self
 
     def hook_gradients(self) -> None:
         """Hook parameters that are not hooked yet: those of a copy, or set to train later."""
@@ -120,21 +119,12 @@ class _Watch:
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Watch:
-        return _rewatch(deepcopy(self.bank(), memo))
+        bank = self.bank()
+        assert bank is not None
+        return _Watch(deepcopy(bank, memo), copied=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rewatch, (self.bank(),)
-
-
-def _rewatch(bank: Bank | None) -> _Watch:
-    """A watch for a copied bank, whose model is not complete yet: its parameters are hooked later."""
-    assert bank is not None
-    watched = _Watch.__new__(_Watch)
-    watched.bank, watched.copied = weakref.ref(bank), True
-    watched.hooked, watched.counted = WeakIdKeyDictionary(), None
-    _install()
-    _watches[bank] = watched
-    return watched
+        return _Watch, (self.bank(), True)
 
 
 class _Running(NamedTuple):
@@ -155,7 +145,7 @@ _local = _Local()
 
 
 @functools.cache
-def _install() -> None:
+def _register_hooks() -> None:
     # Here and not as decorators: the compiler takes seconds to import, and only who trains may need it.
     register_optimizer_step_pre_hook(torch.compiler.disable(_before))
     register_optimizer_step_post_hook(torch.compiler.disable(_after))
@@ -168,10 +158,11 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     _local.running[:] = [outer for outer in _local.running if outer.frame in stack]  # without those that failed
     busy = {id(bank) for outer in _local.running for bank, _ in outer.served}
     served: list[tuple[Bank, OptimizerStep]] = []
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if (args[1] if len(args) > 1 else kwargs.get("closure")) is not None:
-        _refuse_closure(optimizer, busy)
+        _refuse_closure(held, busy)
     with ExitStack() as contexts:
-        for bank, members in _served(optimizer):
+        for bank, members in _served(held):
             if id(bank) in busy:  # a step within a step: a subclass that calls super().step(), a sharding wrapper
                 continue
             _refuse_half_resumed(bank, optimizer)
@@ -219,25 +210,26 @@ def _stack() -> list[FrameType]:
 
 
 def _index(bank: Bank, optimizer: Optimizer) -> int:
-    """The number of this logical step: a second optimizer that steps the same gradients belongs to the same one."""
+    """The number of this logical step: a second optimizer that steps the same gradients belongs to the step of the first."""
     if bank.progress.fresh_gradient or not bank.progress.stepped_by or id(optimizer) in bank.progress.stepped_by:
         return bank.progress.steps
     return bank.progress.steps - 1
 
 
-def _served(optimizer: Optimizer) -> Iterator[tuple[Bank, list[StepMember]]]:
-    """Adapters, and their sites, whose parameters this optimizer is about to step.
+def _served(held: set[int]) -> Iterator[tuple[Bank, list[StepMember]]]:
+    """Adapters, each with the sites whose parameters are about to be stepped.
+
+    Args:
+        held: ids of the parameters that the optimizer holds.
 
     Raises:
         OptimizerStepError: a site's parameters are divided between optimizers; an adapter that owns weights is merged.
     """
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for bank, watched in sorted(_watches.items(), key=lambda item: item[0].name):
         watched.hook_gradients()
         if not any(id(p) in held and p.grad is not None for _, p in bank.named_parameters()):
             continue
-        found = registry(bank.root)
-        if bank.owned and found is not None and found.is_merged(bank.name):
+        if bank.owned and registry_of(bank.root).is_merged(bank.name):
             raise OptimizerStepError(
                 f"adapter '{bank.name}' is merged, and method '{bank.plan.spec.method}' changes the weight that it was merged "
                 "into; unmerge it before the optimizer steps"
@@ -264,9 +256,8 @@ def _served(optimizer: Optimizer) -> Iterator[tuple[Bank, list[StepMember]]]:
             yield bank, members
 
 
-def _refuse_closure(optimizer: Optimizer, busy: set[int]) -> None:
-    """Refuse a closure, which computes the gradients inside the step, for any adapter that this optimizer trains."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+def _refuse_closure(held: set[int], busy: set[int]) -> None:
+    """Refuse a closure, which computes the gradients inside the step, for any adapter whose parameters the optimizer holds."""
     for bank in _watches:
         if id(bank) not in busy and any(id(p) in held and p.requires_grad for _, p in bank.named_parameters()):
             raise OptimizerStepError(
@@ -299,7 +290,9 @@ def _write_back(bank: Bank, step: OptimizerStep) -> None:
 
 
 def _skipped(optimizer: Optimizer) -> bool:
-    """Whether a gradient scaler lets this optimizer skip inside (fused ones are called all the same)."""
+    """Whether this optimizer skips the step inside, since a gradient scaler has told it of infinite gradients: fused ones are
+    called all the same.
+    """
     return _number(getattr(optimizer, "found_inf", None), 0.0) != 0.0
 
 

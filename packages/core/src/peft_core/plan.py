@@ -18,10 +18,11 @@ from .base_model import BaseInfo, base_info, meta_model
 from .errors import PlanError, SpecError, size
 from .layout_checks import check_layout
 from .plan_table import table_of
-from .sharing import FromBase, Layout, SharingGroup, TensorSpec, borrowed, bound, own_key, stand_ins
+from .sharing import FromBase, Layout, SharingGroup, TensorSpec, binding_key, borrowed, bound, stand_ins
 from .sites import Site
 from .spec import AdapterSpec
 from .targets import choose, find_modules
+from .unwrapping import unwrap
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Plan:
         """(key, tensor) of every tensor that is saved but never trained; see `bound` for the key."""
         for path, named in self.bindings.items():
             for name, tensor in named.items():
-                yield own_key(path, name), tensor
+                yield binding_key(path, name), tensor
         for group in self.groups:
             for name, tensor in group.fixed.items():
                 yield f"{group.name}.{name}", tensor
@@ -152,7 +153,7 @@ def plan(model: nn.Module | str | Path, spec: AdapterSpec) -> Plan:
     """
     if not isinstance(spec, AdapterSpec):
         raise SpecError(f"plan needs an AdapterSpec, got {spec!r:.80}; build one with AdapterSpec.model_validate(...)")
-    model = bases.unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
+    model = unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
     choice = choose(model, spec)
     if spec.capabilities.owns_base_weight:
         for site in choice.sites:
@@ -194,9 +195,9 @@ def _trained_modules(
     model: nn.Module, spec: AdapterSpec
 ) -> tuple[tuple[SharingGroup, ...], dict[str, dict[str, str]], tuple[str, ...]]:
     """Groups that hold copies of modules trained in full. Parameters tied in the base stay tied: one group borrows."""
-    owners: dict[int, str] = {}
+    owners: dict[int, tuple[str, str]] = {}  # parameter → the first module that has it, and its name there
     groups: dict[str, dict[str, TensorSpec]] = {}
-    members: dict[str, list[str]] = {}
+    members: dict[str, dict[str, None]] = {}  # an ordered set
     trained: dict[str, dict[str, str]] = {}
     for path in find_modules(model, spec.train_modules):
         module = model.get_submodule(path)
@@ -210,15 +211,12 @@ def _trained_modules(
         for name, parameter in module.named_parameters(remove_duplicate=False):
             if not parameter.is_floating_point():
                 raise PlanError(f"train_modules: '{path}.{name}' is quantized and cannot be trained in full")
-            if id(parameter) not in owners:
-                owners[id(parameter)] = f"{path}.{name}"
-                groups.setdefault(path, {})[name] = TensorSpec(tuple(parameter.shape), FromBase(f"{path}.{name}"))
-                members[path] = [path]
-            key = owners[id(parameter)]
+            owner, local = owners.setdefault(id(parameter), (path, name))
+            key = f"{owner}.{local}"
+            if owner == path:
+                groups.setdefault(path, {})[name] = TensorSpec(tuple(parameter.shape), FromBase(key))
+            members.setdefault(owner, {})[path] = None
             trained[path][name] = key
-            owner = next(p for p in groups if key.startswith(p + ".") and key.removeprefix(p + ".") in groups[p])
-            if path not in members[owner]:
-                members[owner].append(path)
     made = tuple(SharingGroup(path, tuple(members[path]), tensors) for path, tensors in groups.items())
     notes = tuple(
         f"'{group.name}' and '{group.members[1]}' share their weight and stay tied"

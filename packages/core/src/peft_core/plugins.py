@@ -165,11 +165,6 @@ def add_commands(app: Any) -> None:
     manager().hook.peft_cli(app=app)
 
 
-def validate_options(info: MethodInfo, options: dict[str, Any]) -> BaseModel:
-    """The method's options, complete and checked. pydantic's error is the caller's to explain."""
-    return info.options.model_validate(options)
-
-
 def _find(name: str) -> tuple[MethodInfo, object]:
     found = {info.name: (info, plugin) for info, plugin in _methods(manager()).values()}
     if name not in found:
@@ -185,22 +180,26 @@ def _methods(pm: pluggy.PluginManager) -> dict[str, tuple[MethodInfo, object]]:
     """Plugin name → (description, plugin) of the plugins that register a method."""
     found: dict[str, tuple[MethodInfo, object]] = {}
     for implementation in pm.hook.peft_method.get_hookimpls():
-        if implementation.hookwrapper or implementation.wrapper:
-            continue
-        found[implementation.plugin_name] = (_describe(implementation), implementation.plugin)
+        if not _observes(implementation):
+            found[implementation.plugin_name] = (_describe(implementation), implementation.plugin)
     return found
+
+
+def _observes(implementation: pluggy.HookImpl) -> bool:
+    """Whether this wraps the hook of a method instead of being one."""
+    return implementation.hookwrapper or implementation.wrapper
 
 
 @functools.cache
 def _describe(implementation: pluggy.HookImpl) -> MethodInfo:
-    distribution, installed = _provenance(implementation.plugin_name)
-    what = f"plugin '{implementation.plugin_name}' ({f'{distribution} {installed}'.strip() or 'registered by hand'}): peft_method"
+    what = f"{_provider(implementation.plugin_name)}: peft_method"
     try:
         info = implementation.function()
     except Exception as error:
         raise PluginError(f"{what} failed: {error!r}; reinstall or uninstall it") from error
     if not isinstance(info, MethodInfo):
         raise PluginError(f"{what} must return a MethodInfo, it returned {info!r}")
+    distribution, installed = _provenance(implementation.plugin_name)
     return dataclasses.replace(info, distribution=info.distribution or distribution, version=info.version or installed)
 
 
@@ -218,8 +217,7 @@ def _check(pm: pluggy.PluginManager) -> None:
         _check_hooks(info, {caller.name for caller in pm.get_hookcallers(plugin) or ()})
     for hook in _METHOD_HOOKS:
         for implementation in getattr(pm.hook, hook).get_hookimpls():
-            observes = implementation.hookwrapper or implementation.wrapper
-            if not observes and implementation.plugin_name not in owners.values():
+            if not _observes(implementation) and implementation.plugin_name not in owners.values():
                 raise PluginError(
                     f"plugin '{implementation.plugin_name}' implements {hook} but registers no method: "
                     "a plugin that only observes must use @hookimpl(wrapper=True)"
@@ -235,7 +233,7 @@ def _check_options(info: MethodInfo) -> None:
     if required := [name for name, field in info.options.model_fields.items() if field.is_required()]:
         raise PluginError(f"{what} need defaults; '{required[0]}' has none")
     try:
-        validate_options(info, info.options().model_dump(mode="json", warnings=False))
+        info.options.model_validate(info.options().model_dump(mode="json", warnings=False))
     except Exception as error:
         raise PluginError(f"{what} have a default that they refuse themselves: {_finding(error)}") from error
 
@@ -266,7 +264,7 @@ def _trial_capabilities(info: MethodInfo, what: str) -> list[Capabilities]:
     declared = []
     for trial in ({}, *info.trials):
         try:
-            can = info.can(validate_options(info, dict(trial)))
+            can = info.can(info.options.model_validate(dict(trial)))
         except Exception as error:
             raise PluginError(f"{what}: the trial {trial!r} is not valid: {_finding(error)}") from error
         if not isinstance(can, Capabilities):

@@ -11,7 +11,7 @@ from torch import nn
 
 from . import checkpoint
 from .errors import AdapterError
-from .registry import registry
+from .registry import registry_of
 
 
 class AdapterSaver:
@@ -32,10 +32,9 @@ class AdapterSaver:
                 f"{type(trainer).__name__} cannot load an adapter back for load_best_model_at_end; use peft_core.AdapterTrainer "
                 "(or AdapterTrainerMixin before the trainer's class)"
             )
-        found = registry(self.model)
-        assert found is not None
-        for name in found.banks:
-            if found.is_merged(name):
+        registry = registry_of(self.model)
+        for name in registry.banks:
+            if registry.is_merged(name):
                 raise AdapterError(
                     f"save_pretrained: adapter '{name}' is merged but still attached; call merge_and_detach() to save "
                     "the merged model, or adapter.save(directory) for the adapter"
@@ -44,8 +43,8 @@ class AdapterSaver:
             raise AdapterError(
                 "save_pretrained: push_to_hub is not supported for adapters; save to a directory and upload it"
             )
-        for name, bank in found.banks.items():
-            checkpoint.save(bank, save_directory if len(found.banks) == 1 else Path(save_directory) / name)
+        for name, bank in registry.banks.items():
+            checkpoint.save(bank, save_directory if len(registry.banks) == 1 else Path(save_directory) / name)
 
 
 def _plain_trainer() -> Any:

@@ -12,8 +12,8 @@ class Progress:
     Attributes:
         steps: real optimizer steps, over resumes and runs. run_start: as many as there were when the run began.
         total_steps: length of the run in such steps, if known.
-        backwards: gradients that came while attached. stepped_by: ids of the optimizers that stepped the latest of them.
-        fresh_gradient: whether one came since.
+        backwards: backward passes that gave it gradients, while attached. stepped_by: ids of the optimizers that stepped the
+            latest of them. fresh_gradient: whether a gradient came since.
     """
 
     steps: int = 0

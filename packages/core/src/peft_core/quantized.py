@@ -84,8 +84,9 @@ def make_dense(model: Any, weights: Mapping[str, Tensor]) -> None:
 def _trainable(kind: Any) -> Any:
     """The subclass of a quantizer's class that tells transformers' Trainer that the model can be trained.
 
-    Of adapters, the Trainer knows those of Hugging Face PEFT only, by a mark that makes the model's `load_adapter`, its
-    checkpointing and some models' forward look for them. This answer is read nowhere else.
+    The Trainer refuses a quantized model that neither carries Hugging Face PEFT's mark nor has such a quantizer. The mark would
+    make the model's `load_adapter`, its checkpointing and some models' forward look for PEFT's adapters; `is_qat_trainable` is
+    read nowhere else.
     """
     namespace = {
         "__module__": kind.__module__,

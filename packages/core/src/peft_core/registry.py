@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from .bank import Bank
-from .gradients import SharedGradient
 from .method import Forward
 from .originals import Kept
 
@@ -17,15 +16,17 @@ _REGISTRY = "_peft_adapters"
 
 @dataclass
 class Merged:
-    """What merging changed at one place, a site's weight or a parameter of a module trained in full.
+    """What merging changed at one parameter.
 
     Attributes:
+        site: path of the site whose weight it is; nothing for a parameter of a module trained in full.
         original: what stood there before; None: it was not kept, or there is none to keep.
         packed: it is a quantized weight, which merging leaves alone: a dense one stands in for it.
         adapters: merged on top of the original, in order. beneath: merged into what `original` holds: their own original was
             not kept.
     """
 
+    site: str = ""
     original: Kept = None
     packed: bool = False
     adapters: list[str] = field(default_factory=list)
@@ -44,9 +45,9 @@ class Registry:
         banks: by name, in the order of attaching. active: name → run-time scale, in the order of application.
         requires_grad: the base's flags before the first adapter came. save_pretrained: the instance's own, if it had one.
         packing: see `quantized.make_trainable`.
-        merged_sites, merged_parameters: path of a site, name of a parameter → what merging changed there.
+        merged: name of a parameter → what merging changed there.
         left_out: merged adapters that are disabled for the moment.
-        gradients: name on the root → where a shared tensor's gradient is summed. forwards: what plugins gave, by kind of site.
+        forwards: what plugins gave, by method and site.
         watches: adapter → what notices its gradients, see `optim`.
     """
 
@@ -56,31 +57,36 @@ class Registry:
         self.requires_grad: dict[str, bool] = {}
         self.save_pretrained: Any = None
         self.packing: list[str] = []
-        self.merged_sites: dict[str, Merged] = {}
-        self.merged_parameters: dict[str, Merged] = {}
+        self.merged: dict[str, Merged] = {}
         self.left_out: set[str] = set()
-        self.gradients: dict[str, SharedGradient] = {}
-        self.forwards: dict[Any, Forward] = {}
+        self.forwards: dict[tuple[str, str], Forward] = {}
         self.watches: dict[str, Any] = {}
 
     def is_merged(self, name: str) -> bool:
         """Whether an adapter is merged into the base's weights."""
-        places = (*self.merged_sites.values(), *self.merged_parameters.values())
-        return any(name in merged.adapters or name in merged.beneath for merged in places)
+        return any(name in merged.adapters or name in merged.beneath for merged in self.merged.values())
 
     def __getstate__(self) -> dict[str, Any]:
         # Functions of plugins do not pickle; layers ask for them again.
         return {**self.__dict__, "forwards": {}}
 
 
-def registry(model: nn.Module, create: bool = False) -> Registry | None:
+def find_registry(model: nn.Module) -> Registry | None:
     """The model's registry, if it has adapters."""
-    found: Registry | None = model.__dict__.get(_REGISTRY)
-    if found is None and create:
-        found = model.__dict__[_REGISTRY] = Registry()
-    return found
+    return model.__dict__.get(_REGISTRY)
 
 
-def forget(model: nn.Module) -> None:
+def registry_of(model: nn.Module) -> Registry:
+    """The registry of a model that has adapters."""
+    return model.__dict__[_REGISTRY]
+
+
+def create_registry(model: nn.Module) -> Registry:
+    """A registry for a model that is to have its first adapter."""
+    created = model.__dict__[_REGISTRY] = Registry()
+    return created
+
+
+def remove_registry(model: nn.Module) -> None:
     """Remove the registry of a model that has no adapter left."""
-    model.__dict__.pop(_REGISTRY, None)
+    del model.__dict__[_REGISTRY]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .subclassing import class_names
+
 _FSDP = frozenset({"FSDPModule", "FullyShardedDataParallel"})
 
 
@@ -13,8 +15,9 @@ def divided(model: nn.Module) -> str:
     The class tells where FSDP2 has divided them, since a forward may have gathered them for the moment.
     """
     for path, module in model.named_modules():
-        kind = {cls.__name__ for cls in type(module).__mro__}
-        if kind & _FSDP or any(hasattr(parameter, "device_mesh") for parameter in module._parameters.values()):
+        if not _FSDP.isdisjoint(class_names(module)) or any(
+            hasattr(parameter, "device_mesh") for parameter in module._parameters.values()
+        ):
             return f"'{path}'" if path else "the model"
     return ""
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Protocol
 
 import torch
@@ -168,7 +170,7 @@ class Layout:
     notes: tuple[str, ...] = ()
 
 
-OWN = "binding/"
+BINDING = "binding/"
 
 
 class Lender(Protocol):
@@ -192,7 +194,7 @@ def borrowed(groups: Iterable[Lender], paths: Iterable[str], where: str) -> dict
     """
     lent: dict[str, dict[str, str]] = {path: {} for path in paths}
     for group in groups:
-        _lend(group, group.tensors, lent, f"{where}: '%s' borrows two tensors named")
+        _lend(group, group.tensors, lent, where, "borrows two tensors")
     return lent
 
 
@@ -204,15 +206,15 @@ def bound(
     Raises:
         PlanError: `where` gives a site two of one name.
     """
-    lent = {path: {name: own_key(path, name) for name in own.get(path, ())} for path in paths}
+    lent = {path: {name: binding_key(path, name) for name in own.get(path, ())} for path in paths}
     for group in groups:
-        _lend(group, group.fixed, lent, f"{where}: '%s' has two fixed tensors named")
+        _lend(group, group.fixed, lent, where, "has two fixed tensors")
     return lent
 
 
-def own_key(path: str, name: str) -> str:
+def binding_key(path: str, name: str) -> str:
     """Key of a fixed tensor that a single site has for itself."""
-    return f"{OWN}{path}.{name}"
+    return f"{BINDING}{path}.{name}"
 
 
 def stand_ins(trained: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
@@ -220,12 +222,13 @@ def stand_ins(trained: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     return {f"{path}.{local}": key for path, named in trained.items() for local, key in named.items()}
 
 
-def _lend(group: Lender, names: Iterable[str], lent: dict[str, dict[str, str]], twice: str) -> None:
+def _lend(group: Lender, names: Iterable[str], lent: dict[str, dict[str, str]], where: str, twice: str) -> None:
     """Enter the keys of a group's tensors at its members; modules trained in full are not sites, and are passed over."""
-    for member in group.members:
-        for name in names if member in lent else ():
+    for member in [member for member in group.members if member in lent]:
+        for name in names:
             if name in lent[member]:
-                raise PlanError(f"{twice % member} '{name}', from '{lent[member][name]}' and '{group.name}'")
+                sources = f"'{lent[member][name]}' and '{group.name}'"
+                raise PlanError(f"{where}: '{member}' {twice} named '{name}', from {sources}")
             lent[member][name] = f"{group.name}.{name}"
 
 
@@ -259,18 +262,15 @@ def alike(
         (name, sites) in order of first appearance. The name is the module type where that is unambiguous, otherwise
         it carries the shape (`dense.3072x768`) and, if that is not enough, a running number.
     """
-    classes: dict[tuple[object, ...], list[Site]] = {}
+    classes: dict[tuple[str, str, str, Hashable], list[Site]] = {}
     for site in sites:
-        options = repr(site.options)
-        classes.setdefault((site.type, site.out_features, site.in_features, options, key(site)), []).append(site)
-    types = [members[0].type for members in classes.values()]
-    shaped = [f"{m[0].type}.{m[0].out_features}x{m[0].in_features}" for m in classes.values()]
+        shaped = f"{site.type}.{site.out_features}x{site.in_features}"
+        classes.setdefault((site.type, shaped, repr(site.options), key(site)), []).append(site)
+    types = Counter(kind for kind, *_ in classes)
+    shapes = Counter(shaped for _, shaped, *_ in classes)
+    numbers = {shaped: count() for shaped in shapes}
     named: list[tuple[str, tuple[Site, ...]]] = []
-    for position, members in enumerate(classes.values()):
-        name = types[position]
-        if types.count(name) > 1:
-            name = shaped[position]
-        if types.count(types[position]) > 1 and shaped.count(name) > 1:
-            name = f"{name}.{shaped[:position].count(name)}"
+    for (kind, shaped, *_), members in classes.items():
+        name = kind if types[kind] == 1 else shaped if shapes[shaped] == 1 else f"{shaped}.{next(numbers[shaped])}"
         named.append((name, tuple(members)))
     return named

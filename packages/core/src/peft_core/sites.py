@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class Site:
     out_features: int
     transposed: bool
     dtype: torch.dtype
-    options: Any = field(default=None)
+    options: Any = None
 
     @property
     def type(self) -> str:

@@ -19,8 +19,8 @@ SLOT = "_peft_site"
 
 
 def swapped(root: nn.Module) -> bool:
-    """Whether compiled code must look this root's tensors up by name: FSDP2 replaces them at every step, `functional_call` for
-    this one.
+    """Whether this root's tensors are replaced for a while, so that compiled code must look them up by name: FSDP2 does so at
+    every step, `functional_call` for one call.
     """
     return hasattr(root, "unshard") or _torch.compiles_functional_call()
 
@@ -65,13 +65,9 @@ class Member:
         self.__dict__.update(state)
         self.functions = plugins.call(self.method, "peft_forward", site=self.site)
 
-    def borrow(self, held: dict[str, Any]) -> dict[str, Tensor]:
-        """The parameters as the root holds them now."""
-        return {name: held[there] for name, there in self.names}
-
 
 class Slot:
-    """What an adapted layer knows of its adapters: kept in the layer's plain `__dict__`, so that a copy has its own.
+    """What an adapted layer knows of its adapters.
 
     Attributes:
         parameters, buffers: the root's own dictionaries, compared at every forward. members: by adapter.
@@ -129,7 +125,7 @@ class Slot:
         return [
             Use(
                 member.functions,
-                member.borrow(self.parameters),
+                {name: self.parameters[there] for name, there in member.names},  # type: ignore[misc]
                 {name: self.buffers[there] for name, there in member.fixed},  # type: ignore[misc]
                 member.shared,
                 scale,

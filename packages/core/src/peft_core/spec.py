@@ -72,31 +72,40 @@ class AdapterSpec(BaseModel):
             raise ValueError("an empty pattern matches nothing")
         return value
 
-    @model_validator(mode="wrap")
-    @classmethod
-    def _explained(cls, data: Any, handler: Callable[[Any], AdapterSpec]) -> AdapterSpec:
-        try:
-            spec = handler(data)
-        except ValidationError as error:
-            raise SpecError(_explain("AdapterSpec", error, list(cls.model_fields))) from None
-        info = plugins.method(spec.method)
-        options = check_options(info, spec.options)
+    @model_validator(mode="after")
+    def _completed(self) -> AdapterSpec:
+        """With the method's options checked and complete."""
+        info = self.info
+        options = check_options(info, self.options)
         complete, general = options.model_dump(mode="json"), info.can(options)
-        _check_dropout(spec, general, "these options")
-        for pattern, different in spec.overrides.items():
+        self._check_dropout(general, "these options")
+        for pattern, different in self.overrides.items():
             where = f"overrides['{pattern}']"
             can = info.can(check_options(info, {**complete, **different}, where))
-            _check_dropout(spec, can, f"the options of {where}")
+            self._check_dropout(can, f"the options of {where}")
             for whole in ("owns_base_weight", "optimizer_step"):
                 if getattr(can, whole) != getattr(general, whole):
                     raise SpecError(
-                        f"{where}: these options change '{whole}' of method '{spec.method}', which must be the same for the "
+                        f"{where}: these options change '{whole}' of method '{self.method}', which must be the same for the "
                         "whole adapter; attach two adapters, each with its own targets"
                     )
         # Frozen for users; completed here, before anybody sees it.
-        spec.__dict__["options"] = _Options(complete)
-        spec.__dict__["overrides"] = _Options({pattern: _Options(own) for pattern, own in spec.overrides.items()})
-        return spec
+        self.__dict__["options"] = _Options(complete)
+        self.__dict__["overrides"] = _Options({pattern: _Options(own) for pattern, own in self.overrides.items()})
+        return self
+
+    def _check_dropout(self, can: Capabilities, options: str) -> None:
+        if self.dropout and not can.dropout:
+            raise SpecError(f"method '{self.method}' does not allow dropout with {options}; set dropout to 0")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explained(cls, data: Any, handler: Callable[[Any], AdapterSpec]) -> AdapterSpec:
+        """With pydantic's errors in one line."""
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise SpecError(_explain("AdapterSpec", error, list(cls.model_fields))) from None
 
     @property
     def info(self) -> MethodInfo:
@@ -161,11 +170,6 @@ class _Options(dict[str, Any]):
         return _Options, (dict(self),)
 
 
-def _check_dropout(spec: AdapterSpec, can: Capabilities, options: str) -> None:
-    if spec.dropout and not can.dropout:
-        raise SpecError(f"method '{spec.method}' does not allow dropout with {options}; set dropout to 0")
-
-
 def check_options(info: MethodInfo, options: Mapping[str, Any], where: str = "options") -> BaseModel:
     """The method's options, completed and validated.
 
@@ -173,7 +177,7 @@ def check_options(info: MethodInfo, options: Mapping[str, Any], where: str = "op
         SpecError: an option is unknown or has a value that is not allowed.
     """
     try:
-        made = plugins.validate_options(info, dict(options))
+        made = info.options.model_validate(dict(options))
     except ValidationError as error:
         known = list(info.options.model_fields)
         raise SpecError(_explain(f"method '{info.name}': {where}", error, known)) from None

@@ -45,6 +45,11 @@ def restore_class(module: nn.Module) -> None:
         del held["forward"]
 
 
+def class_names(module: nn.Module) -> list[str]:
+    """Names of the module's class and of all that it derives from: to know classes by that are not imported."""
+    return [cls.__name__ for cls in type(module).__mro__]
+
+
 @functools.cache
 def specialized_class(base: Any, mixin: Any) -> Any:
     """The subclass of `base` with this mixin: one per pair, so that models pickle, and with the base's name."""

@@ -56,7 +56,7 @@ def choose(model: nn.Module, spec: AdapterSpec) -> Choice:
     skipped = {path: reader for path in known if (reader := _reader(model, path))}
     notes: list[str] = []
     if spec.targets == "all-linear":
-        heads = heads_and_ties(model, known)
+        heads = _heads_and_ties(model, known)
         chosen = [path for path in known if path not in heads and path not in skipped]
         if passed := [path for path in known if path in skipped]:
             notes.append(
@@ -83,11 +83,8 @@ def choose(model: nn.Module, spec: AdapterSpec) -> Choice:
         raise TargetError(
             f"targets: nothing is left to adapt after exclude, layers and train_modules; {_what_there_is(known)}"
         )
-    own = [path for path in chosen if not known[path].fused and not bases.is_quantized(model.get_submodule(path))]
-    if own:
-        kinds = Counter(plain_class(type(model.get_submodule(path))).__name__ for path in own)
-        counts = listed([f"{kind} ({count})" for kind, count in kinds.items()])
-        notes.append(f"have a forward of their own, and are merged only if it gives x Wᵀ + b: {counts}")
+    if own := _own_forwards(model, chosen, known):
+        notes.append(f"have a forward of their own, and are merged only if it gives x Wᵀ + b: {own}")
     if experts := _expert_tensors(model):
         notes.append(f"not adapted (3-D parameters, not Linear modules): {experts}")
     return Choice(tuple(_sites(chosen, known, spec)), tuple(notes))
@@ -101,28 +98,17 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
             of an embedding.
     """
     found: list[str] = []
-    modules = {path: module for path, module in model.named_modules() if path}
+    every = [path for path, _ in model.named_modules() if path]
     for name in names:
-        paths = [path for path in modules if named(name, path)]
+        paths = [path for path in every if named(name, path)]
         if not paths:
             _refuse_second_path(name, model, "train_modules")
-            types = {module_type(path) for path in modules if not module_type(path).isdigit()}
+            types = {module_type(path) for path in every if not module_type(path).isdigit()}
             raise TargetError(
                 f"train_modules: no module is named '{name}'{suggestion(name, types)}; there are {listed(sorted(types), 20)}"
             )
         for path in paths:
-            if not any(True for _ in modules[path].parameters()):
-                raise TargetError(f"train_modules: '{path}' has no parameters to train")
-            if reader := _reader(model, path):
-                raise TargetError(
-                    f"train_modules: {reader} reads the weights of '{path}' without calling it, so a trained copy may have no "
-                    f"effect; name '{path.rpartition('.')[0]}' instead, or leave it out"
-                )
-            kind = type(modules[path])
-            if kind.forward is nn.Module.forward:
-                raise TargetError(
-                    f"train_modules: '{path}' is a {kind.__name__}, which is never called itself; name the modules in it"
-                )
+            _refuse_untrainable(model, path)
         found += [path for path in paths if path not in found]
     if nested := [path for path in found if any(path.startswith(other + ".") for other in found)]:
         raise TargetError(
@@ -132,7 +118,7 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
     return found
 
 
-def heads_and_ties(model: nn.Module, known: Mapping[str, bases.Base]) -> set[str]:
+def _heads_and_ties(model: nn.Module, known: Mapping[str, bases.Base]) -> set[str]:
     """Layers that 'all-linear' leaves out: the output head, what stands outside the trunk, and tied embeddings."""
     out: set[str] = set()
     head = None
@@ -223,6 +209,23 @@ def _in_layers(paths: list[str], layers: tuple[int, ...]) -> list[str]:
     return [path for path in paths if layer_index(path) in layers]
 
 
+def _refuse_untrainable(model: nn.Module, path: str) -> None:
+    """Refuse a module of which a trained copy would have no effect."""
+    module = model.get_submodule(path)
+    if not any(True for _ in module.parameters()):
+        raise TargetError(f"train_modules: '{path}' has no parameters to train")
+    if reader := _reader(model, path):
+        raise TargetError(
+            f"train_modules: {reader} reads the weights of '{path}' without calling it, so a trained copy may have no "
+            f"effect; name '{path.rpartition('.')[0]}' instead, or leave it out"
+        )
+    kind = type(module)
+    if kind.forward is nn.Module.forward:
+        raise TargetError(
+            f"train_modules: '{path}' is a {kind.__name__}, which is never called itself; name the modules in it"
+        )
+
+
 def _refuse_parts_of_embeddings(model: nn.Module, found: list[str]) -> None:
     """An embedding that a model holds under several names is called under some of them only (never under BART's `shared`)."""
     inside = bases.inside(model, found)
@@ -242,6 +245,13 @@ def _reader(model: nn.Module, path: str) -> str:
     parent_path, _, child = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     return type(parent).__name__ if bypassed(parent, child) else ""
+
+
+def _own_forwards(model: nn.Module, paths: Iterable[str], known: Mapping[str, bases.Base]) -> str:
+    """Dense layers of which core cannot compute the product itself, by class."""
+    modules = [model.get_submodule(path) for path in paths if not known[path].fused]
+    kinds = Counter(plain_class(type(module)).__name__ for module in modules if not bases.is_quantized(module))
+    return listed([f"{kind} ({count})" for kind, count in kinds.items()])
 
 
 def _expert_tensors(model: nn.Module) -> str:

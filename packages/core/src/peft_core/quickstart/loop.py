@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ class TrainingLog:
     @property
     def seconds_per_step(self) -> float:
         """Median seconds of a step: the first, which sets up caches, does not count for more than one."""
-        return sorted(self.seconds)[len(self.seconds) // 2] if self.seconds else math.nan
+        return statistics.median_high(self.seconds) if self.seconds else math.nan
 
 
 def batches(tokens: Sequence[Tokens], size: int, pad_id: int, seed: int) -> Iterator[dict[str, Tensor]]:

@@ -16,8 +16,7 @@ from peft_core import plugins
 from peft_core.bases import ROOT_PREFIX
 from peft_core.kernels import obstacle
 from peft_core.layer import seen_weight
-from peft_core.method import Gradient
-from peft_core.registry import registry
+from peft_core.method import BASE_WEIGHT, Gradient
 
 from .families import Family
 
@@ -102,11 +101,8 @@ def adapted(
 
 def borrowed(adapter: pc.Adapter, path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What a site borrows by name, and its binding: detached copies."""
-    held = registry(adapter.model)
-    assert held is not None
-    bank = held.banks[adapter.name]
-    tensors = {name: tensor.detach().clone() for name, tensor in bank.tensors(path).items()}
-    return tensors, {name: tensor.clone() for name, tensor in bank.binding(path).items()}
+    tensors = {name: tensor.detach().clone() for name, tensor in adapter.bank.tensors(path).items()}
+    return tensors, {name: tensor.clone() for name, tensor in adapter.bank.binding(path).items()}
 
 
 def base_weight(model: nn.Module, site: pc.Site) -> Tensor:
@@ -119,6 +115,12 @@ def functions(trial: Trial, site: pc.Site) -> pc.Forward:
     """The method's forward for a site."""
     found: pc.Forward = plugins.call(trial.method, "peft_forward", site=site)
     return found
+
+
+def naive(trial: Trial, site: pc.Site, x: Tensor, tensors: pc.Tensors, binding: pc.Tensors, weight: Tensor) -> Tensor:
+    """The method's reference Δ(x) at a site; `weight` (out × in) is the base's, for methods that need it."""
+    given = tensors if trial.can.additive else {**tensors, BASE_WEIGHT: weight}
+    return functions(trial, site).naive(x, given, binding)
 
 
 def merged(trial: Trial, site: pc.Site, weight: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> Tensor:

@@ -17,8 +17,7 @@ from torch import Tensor
 
 import peft_core as pc
 from peft_core import plugins
-from peft_core.initial_values import homes, initial_fixed
-from peft_core.registry import registry
+from peft_core.initial_values import initial_values
 
 if TYPE_CHECKING:
     import pytest
@@ -351,10 +350,9 @@ def _register_on_layer(adapter: pc.Adapter) -> None:
 
 
 def _draw_again(adapter: pc.Adapter) -> None:
-    held = registry(adapter.model)
-    assert held is not None
-    drawn = initial_fixed(adapter.model, adapter.plan, 0, homes(adapter.model, adapter.plan))
-    held.banks[adapter.name].register({}, drawn, trainable=False)
+    drawn = initial_values(adapter.model, adapter.plan, seed=0)
+    for key, buffer in adapter.bank.named_fixed():
+        buffer.copy_(drawn[key])
 
 
 def _scale(site: pc.Site) -> float:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 import peft_core as pc
-from peft_core.method import BASE_WEIGHT
 
 from .checks import (
     KERNELS,
@@ -22,6 +21,7 @@ from .checks import (
     doubled,
     functions,
     gradients,
+    naive,
     randomise,
     same_bits,
     weighted,
@@ -62,7 +62,8 @@ def test_input_gradients_equal_the_reference_in_float64(
         x64 = x.detach().double().requires_grad_()
         weight = base_weight(model, site).double()
         bias = 0 if module.bias is None else module.bias.detach().double()
-        y64 = x64 @ weight.T + bias + _delta(trial, adapter, site, x64, weight)
+        tensors, binding = borrowed(adapter, site.path)
+        y64 = x64 @ weight.T + bias + naive(trial, site, x64, doubled(tensors), binding, weight)
         y64.backward(dy.double())
         assert x.grad is not None and x64.grad is not None
         assert_near(y, y64, TOLERANCE[dtype], f"output of '{site.path}'")
@@ -246,7 +247,7 @@ class Reference:
             tensors64 = doubled(tensors)
             weight = base_weight(self.model, site).double()
             for x, dy in self.calls[site.path]:
-                _naive(trial, site, x.double(), tensors64, binding, weight).backward(dy.double())
+                naive(trial, site, x.double(), tensors64, binding, weight).backward(dy.double())
             for local, tensor in tensors64.items():
                 key = keys[site.path][local]
                 gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
@@ -258,20 +259,3 @@ def _keep(calls: list[tuple[Tensor, Tensor]], x: Tensor, output: Tensor) -> None
     if output.requires_grad:
         kept = x.detach().clone()
         output.register_hook(lambda dy: calls.append((kept, dy.detach().clone())))
-
-
-def _naive(
-    trial: Trial,
-    site: pc.Site,
-    x: Tensor,
-    tensors: dict[str, Tensor],
-    binding: dict[str, Tensor],
-    weight: Tensor,
-) -> Tensor:
-    given = tensors if trial.can.additive else {**tensors, BASE_WEIGHT: weight}
-    return functions(trial, site).naive(x, given, binding)
-
-
-def _delta(trial: Trial, adapter: pc.Adapter, site: pc.Site, x: Tensor, weight: Tensor) -> Tensor:
-    tensors, binding = borrowed(adapter, site.path)
-    return _naive(trial, site, x, {name: t.detach() for name, t in doubled(tensors).items()}, binding, weight)

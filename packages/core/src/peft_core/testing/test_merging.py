@@ -5,7 +5,6 @@ import torch
 
 import peft_core as pc
 from peft_core import plugins
-from peft_core.method import BASE_WEIGHT
 
 from .checks import (
     TOLERANCE,
@@ -16,8 +15,8 @@ from .checks import (
     base_weight,
     borrowed,
     doubled,
-    functions,
     merged,
+    naive,
     relative,
     run,
     same_bits,
@@ -38,8 +37,7 @@ def test_merged_weight_computes_what_forward_computes(trial: Trial, family: Fami
         tensors64 = {name: tensor.detach() for name, tensor in doubled(tensors).items()}
         weight = base_weight(model, site).double()
         x = torch.randn(9, site.in_features, dtype=torch.float64)
-        given = tensors64 if trial.can.additive else {**tensors64, BASE_WEIGHT: weight}
-        delta = functions(trial, site).naive(x, given, binding)
+        delta = naive(trial, site, x, tensors64, binding, weight)
         kept = {"weight": weight.clone(), **{name: tensor.clone() for name, tensor in tensors64.items()}}
         result = merged(trial, site, weight, tensors64, binding)
         assert result.shape == weight.shape and result.dtype == torch.float64

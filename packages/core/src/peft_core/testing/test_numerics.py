@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import peft_core as pc
-from peft_core.method import BASE_WEIGHT
 
 from .checks import (
     KERNELS,
@@ -15,8 +14,8 @@ from .checks import (
     assert_near,
     base_weight,
     borrowed,
-    functions,
     gradients,
+    naive,
     randomise,
     relative,
     same_bits,
@@ -148,7 +147,7 @@ def test_dropout_keeps_the_mean_and_stops_in_evaluation(trial: Trial, family: Fa
     with torch.no_grad(), pc.kernels(kernels):
         weight = base_weight(model, site)
         base = nn.functional.linear(row, weight, module.bias)  # type: ignore[arg-type]
-        delta = _delta(trial, adapter, site, row, weight)
+        delta = naive(trial, site, row, *borrowed(adapter, site.path), weight)
         assert_near(module.eval()(row) - base, delta, 1e-4, "Δ in evaluation")
         module.train()
         torch.manual_seed(1)
@@ -198,9 +197,3 @@ def test_run_time_scale_multiplies_what_the_adapter_adds(trial: Trial, family: F
     scaled = gradients(adapter, weighted(module(x)).sum() + 0 * weighted(model(family.inputs()["input"])))
     for key in plain:
         assert_near(scaled[key], 0.3 * plain[key], 1e-5, f"gradient of '{key}' at a scale of 0.3")
-
-
-def _delta(trial: Trial, adapter: pc.Adapter, site: pc.Site, x: Tensor, weight: Tensor) -> Tensor:
-    tensors, binding = borrowed(adapter, site.path)
-    given = tensors if trial.can.additive else {**tensors, BASE_WEIGHT: weight}
-    return functions(trial, site).naive(x, given, binding)

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 import peft_core as pc
-from peft_core.registry import registry
 from peft_core.sharing import FromBase, TensorSpec
 
 from .checks import Trial, borrowed, same_bits
@@ -74,9 +73,7 @@ def test_other_seed_gives_other_values(trial: Trial, family: Family) -> None:
 
 def _values(adapter: pc.Adapter) -> list[tuple[str, Tensor]]:
     """What is trained and what is fixed, by key."""
-    found = registry(adapter.model)
-    assert found is not None
-    return [*adapter.named_parameters(), *found.banks[adapter.name].named_fixed()]
+    return [*adapter.named_parameters(), *adapter.bank.named_fixed()]
 
 
 def _random(spec: TensorSpec) -> bool:

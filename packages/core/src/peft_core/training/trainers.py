@@ -35,8 +35,12 @@ _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with
 class _RunTrainer:
     """Put before a trainer: trains and measures a task as a configuration says.
 
-    Its `in_full` are the paths of the modules that are trained in full, and what is trained of them. Its `seconds_before` are
-    those that the run took up to the checkpoint that it goes on from.
+    Args:
+        in_full: path of a module that is trained in full → what is trained of it.
+
+    Attributes:
+        rates: id of a parameter → its learning rate, where that is not the run's.
+        seconds_before: what the run took up to the checkpoint that it goes on from.
     """
 
     args: Any
