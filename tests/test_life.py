@@ -34,24 +34,25 @@ pytestmark = [
 
 WIDTH, TOGETHER = 24, 4
 TARGETS = ["all-linear", ["q", "k"], ["q", "o", "down"], ["up"], ["v", "head"]]
-TRAINED = [(), (), ("head",), ("norm", "head")]
+TRAINED = [(), (), ("head",), ("norm", "last", "head"), ("last", "norm")]
 which = st.integers(0, TOGETHER - 1)
 scales = st.sampled_from([1.0, 1.0, 0.5, -2.0])
 
 
 class Net(nn.Module):
-    """Three layers that read one input, a transposed one, two of other sizes, a norm and a head."""
+    """Three layers that read one input, a transposed one, two of other sizes, two norms with one weight and a head."""
 
     def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.v = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH)
         self.o = Conv1D(WIDTH, WIDTH)
         self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 12)
+        self.norm, self.last, self.head = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 12)
+        self.last.weight = self.norm.weight
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.o(torch.tanh(self.q(x)) * self.k(x) + self.v(x))
-        return self.head(self.norm(x + self.down(torch.tanh(self.up(x)))))
+        return self.head(self.last(torch.tanh(self.norm(x + self.down(torch.tanh(self.up(x)))))))
 
 
 @dataclass
@@ -108,7 +109,9 @@ class Life(RuleBasedStateMachine):
         super().__init__()
         torch.manual_seed(0)
         self.model: Any = Net().double().eval()
-        self.plain, self.meta = copy.deepcopy(self.model), Net().to("meta")
+        self.plain = copy.deepcopy(self.model)
+        with torch.device("meta"):
+            self.meta = Net()
         self.places = {key: Place(value.clone()) for key, value in self.model.state_dict().items()}
         self.adapters: dict[str, pc.Adapter] = {}
         self.active: dict[str, float] = {}

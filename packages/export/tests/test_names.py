@@ -96,6 +96,31 @@ def test_classifier_trained_on_a_language_model(any_method: Trial, make: Callabl
         assert peft_export.verify(tmp_path / kind, tmp_path / "language").ok
 
 
+def test_classifier_trained_on_one_of_other_classes(
+    any_method: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The base's own head, of another size, is replaced; one that is not replaced is no head of this adapter."""
+    FAMILIES["bert"].build().save_pretrained(tmp_path / "three")
+    cls = transformers.BertForSequenceClassification
+    model = cls.from_pretrained(tmp_path / "three", num_labels=5, ignore_mismatched_sizes=True).eval()
+    made = make(any_method, "bert", model=model, name="five", train_modules=("classifier",))
+    expected = made.output()
+    peft_export.merge(tmp_path / "three", made.adapter, tmp_path / "out")
+    torch.testing.assert_close(
+        made.output(cls.from_pretrained(tmp_path / "out").eval()), expected, atol=1e-5, rtol=1e-5
+    )
+    peft_export.export_lora(tmp_path / "three", made.adapter, tmp_path / "lora")
+    for kind in ("out", "lora"):
+        assert peft_export.verify(tmp_path / kind, tmp_path / "three", made.adapter).mean_kl < 1e-9
+        assert peft_export.verify(tmp_path / kind, tmp_path / "three").ok
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    (tmp_path / "out/config.json").write_text(json.dumps({**config, "hidden_size": 36, "num_attention_heads": 3}))
+    with pytest.raises(
+        pc.ModelError, match=r"cannot load '.*out' as Bert.*: '.*' is \[.*48.*\] in its files and \[.*36.*\] in"
+    ):
+        peft_export.verify(tmp_path / "out", tmp_path / "three", made.adapter)
+
+
 @pytest.mark.parametrize(("kind", "modules"), [("DistilBert", "pre_classifier"), ("DebertaV2", "pooler")])
 def test_classifier_whose_head_has_a_layer_before_the_last(
     kind: str, modules: str, any_method: Trial, make: Callable[..., Any], tmp_path: Path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from peft_core import CheckpointError, MergeError, ModelError
 from peft_core.adapter_file import AdapterFile
 from peft_core.errors import first_line
 from peft_core.models import UNREADABLE, quiet_transformers, why
+from peft_core.sharing import stand_ins
 
 from . import output
 from .checkpoint_files import Reader, read_entries
@@ -138,7 +139,8 @@ def adapted_model(base: Path, adapters: Mapping[str, float], header: AdapterFile
         CheckpointError: an adapter does not fit. ModelError: the base cannot be loaded.
     """
     config = output.read_config(base)
-    model = load_model(base, header.base.architecture, dtype, head_labels(base, header, config))
+    labels = head_labels(base, header, config)
+    model = load_model(base, header.base.architecture, dtype, labels, stand_ins(header.trained))
     active = {f"adapter{number}": weight for number, weight in enumerate(adapters.values())}
     _resize(model, header)
     for name, directory in zip(active, adapters, strict=True):
@@ -174,17 +176,27 @@ def load_merged(directory: Path, architecture: str, dtype: str) -> nn.Module:
     return model
 
 
-def load_model(directory: Path, architecture: str, dtype: str, fields: Mapping[str, Any] | None = None) -> nn.Module:
-    """A transformers model of this class, in this dtype or (`auto`) that of its files. `fields` replace its configuration's.
+def load_model(
+    directory: Path,
+    architecture: str,
+    dtype: str,
+    fields: Mapping[str, Any] | None = None,
+    replaced: Collection[str] = (),
+) -> nn.Module:
+    """A transformers model of this class, in this dtype or (`auto`) that of its files.
+
+    Args:
+        fields: of its configuration, in place of the files'. replaced: parameters that will be given other values, so that the
+            files may have them in another size.
 
     Raises:
         ModelError: transformers has no such class, or cannot load the directory.
     """
-    return _loaded(directory, architecture, dtype, fields or {})[0]
+    return _loaded(directory, architecture, dtype, fields or {}, replaced)[0]
 
 
 def _loaded(
-    directory: Path, architecture: str, dtype: str, fields: Mapping[str, Any]
+    directory: Path, architecture: str, dtype: str, fields: Mapping[str, Any], replaced: Collection[str] = ()
 ) -> tuple[nn.Module, Sequence[str]]:
     """The model, in evaluation mode, and what of it is not in the files."""
     import transformers
@@ -200,10 +212,21 @@ def _loaded(
     )
     try:
         with quiet_transformers():
-            model, found = cls.from_pretrained(directory, dtype=dtype, output_loading_info=True, **labels)
+            model, found = cls.from_pretrained(
+                directory, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **labels
+            )
     except UNREADABLE as error:
         raise ModelError(f"cannot load '{directory}' as {architecture}: {why(error, directory)[:300]}") from error
+    for name, there, here in sorted(found["mismatched_keys"]):
+        if name not in replaced:
+            sizes = f"{list(there)} in its files and {list(here)} in a model of its configuration"
+            raise ModelError(f"cannot load '{directory}' as {architecture}: '{name}' is {sizes}")
     return model.eval(), sorted(found["missing_keys"])
+
+
+def names_in_lora(directory: Path) -> list[str]:
+    """The tensors of a LoRA in PEFT's format as the model calls them; those of modules trained in full are its parameters."""
+    return [key.removeprefix(_PREFIX) for key in read_entries(directory / WEIGHTS)[0]]
 
 
 def with_lora(model: nn.Module, directory: Path) -> nn.Module:

@@ -193,7 +193,8 @@ def _load(kind: str, directory: Path, source: Path | None, architecture: str, dt
         return running.load_merged(directory, architecture, dtype)
     assert source is not None
     fields = output.read_marker(directory)["config"] if (directory / output.MARKER).is_file() else {}
-    return running.with_lora(running.load_model(source, architecture, dtype, fields), directory)
+    model = running.load_model(source, architecture, dtype, fields, running.names_in_lora(directory))
+    return running.with_lora(model, directory)
 
 
 def _greedy(model: nn.Module, ids: Tensor) -> Tensor | None:
