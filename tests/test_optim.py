@@ -488,6 +488,23 @@ def test_a_detached_adapter_is_forgotten(stepper: Any) -> None:
     assert not stepper.log
 
 
+def test_other_threads_attach_and_detach_during_a_step(stepper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step looks at every adapter in the process: those of other models may come and go meanwhile."""
+    (net, adapter), (_, gone) = adapted(), adapted()
+    bank, hook, came = gone.bank, optim._Watch.hook_gradients, []
+
+    def meanwhile(watch: optim._Watch) -> None:
+        if watch.bank() is bank:
+            gone.detach()
+            came.append(adapted())
+        hook(watch)
+
+    monkeypatch.setattr(optim._Watch, "hook_gradients", meanwhile)
+    backward(net)
+    adamw(adapter.parameters()).step()
+    assert adapter.steps == 1 and len(came) == 1
+
+
 def test_training_goes_on_after_loading(stepper: Any, tmp_path: Path) -> None:
     net, adapter = adapted()
     optimizer = adamw(adapter.parameters())

@@ -14,7 +14,8 @@ from .unwrapping import unwrap
 
 
 def activate(model: nn.Module, names: str | Sequence[str] | Mapping[str, float]) -> None:
-    """Choose the adapters that forward applies: one, several in order, or a map from name to a run-time scale.
+    """Choose the adapters that forward applies: one, several in order, or a map from name to a run-time scale. The choice is the
+    model's, in all threads: none may run it meanwhile.
 
     Raises:
         AdapterError: no such adapter, a merged one, one named twice, two that one site cannot carry together, or a scale that

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -225,9 +225,8 @@ def _served(held: set[int]) -> Iterator[tuple[Bank, list[StepMember]]]:
     Raises:
         OptimizerStepError: a site's parameters are divided between optimizers; an adapter that owns weights is merged.
     """
-    for bank, watched in sorted(_watches.items(), key=lambda item: item[0].name):
-        watched.hook_gradients()
-        if not any(id(p) in held and p.grad is not None for _, p in bank.named_parameters()):
+    for bank, parameters in _watched():
+        if not any(id(p) in held and p.grad is not None for p in parameters):
             continue
         if bank.owned and registry_of(bank.root).is_merged(bank.name):
             raise OptimizerStepError(
@@ -256,10 +255,24 @@ def _served(held: set[int]) -> Iterator[tuple[Bank, list[StepMember]]]:
             yield bank, members
 
 
+def _watched() -> list[tuple[Bank, list[nn.Parameter]]]:
+    """The adapters that are watched, by name, and their parameters. Meanwhile other threads attach and detach adapters."""
+    found = []
+    for bank in [bank for reference in _watches.keyrefs() if (bank := reference()) is not None]:
+        try:
+            if (watched := _watches.get(bank)) is not None:
+                watched.hook_gradients()
+                found.append((bank, [parameter for _, parameter in bank.named_parameters()]))
+        except KeyError:  # its model no longer holds its parameters: detached this moment
+            if bank in _watches:
+                raise
+    return sorted(found, key=lambda item: item[0].name)
+
+
 def _refuse_closure(held: set[int], busy: set[int]) -> None:
     """Refuse a closure, which computes the gradients inside the step, for any adapter whose parameters the optimizer holds."""
-    for bank in _watches:
-        if id(bank) not in busy and any(id(p) in held and p.requires_grad for _, p in bank.named_parameters()):
+    for bank, parameters in _watched():
+        if id(bank) not in busy and any(id(p) in held and p.requires_grad for p in parameters):
             raise OptimizerStepError(
                 f"adapter '{bank.name}': method '{bank.plan.spec.method}' needs the gradients before the optimizer "
                 "steps; call backward first and step() without a closure"

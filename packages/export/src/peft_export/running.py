@@ -226,7 +226,7 @@ def _loaded(
 
 def names_in_lora(directory: Path) -> list[str]:
     """The tensors of a LoRA in PEFT's format as the model calls them; those of modules trained in full are its parameters."""
-    return [key.removeprefix(_PREFIX) for key in read_entries(directory / WEIGHTS)[0]]
+    return [key.removeprefix(PREFIX) for key in read_entries(directory / WEIGHTS)[0]]
 
 
 def with_lora(model: nn.Module, directory: Path) -> nn.Module:

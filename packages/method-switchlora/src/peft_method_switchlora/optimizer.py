@@ -161,9 +161,10 @@ def check(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> Non
     """
     known = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD))
     if not known or not all(_is_plain(optimizer.state.get(parameter, {}), parameter) for parameter in parameters):
+        kind = type(optimizer)
         raise pc.OptimizerStepError(
             "SwitchLoRA resets single vectors in the optimizer's state and does not know the state of "
-            f"{type(optimizer).__name__}; use peft_method_switchlora.RowAdamW, or torch's AdamW, Adam or SGD"
+            f"{kind.__module__}.{kind.__name__}; use peft_method_switchlora.RowAdamW, or torch's AdamW, Adam or SGD"
         )
 
 
