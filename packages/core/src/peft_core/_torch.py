@@ -46,14 +46,14 @@ def forward_mode() -> bool:
 
 
 def compiles_functional_call() -> bool:
-    """Whether torch.compile is within a `functional_call`, which gives a module other tensors. Called while it compiles.
-
-    Where this torch does not tell, it may be: the names are looked up then, which costs compilations, but is never wrong.
-    """
+    """Whether torch.compile is within a `functional_call`, which gives a module other tensors. Called while it compiles."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     effects = InstructionTranslator.current_tx().output.side_effects
-    return bool(getattr(effects, "ignore_mutation_on_these_variables", True))
+    ignored = getattr(effects, "ignore_mutation_on_these_variables", None)
+    if ignored is None:  # torch 2.7 and older: whether something that was there before, such as `_parameters`, is changed
+        return any(getattr(kept.mutation_type, "is_modified", False) for kept in effects.id_to_variable.values())
+    return bool(ignored)
 
 
 compiles_functional_call._dynamo_marked_constant = True  # type: ignore[attr-defined]
