@@ -213,7 +213,7 @@ def _trained_modules(
                 raise PlanError(f"train_modules: '{path}.{name}' is quantized and cannot be trained in full")
             owner, local = owners.setdefault(id(parameter), (path, name))
             key = f"{owner}.{local}"
-            if owner == path:
+            if (owner, local) == (path, name):
                 groups.setdefault(path, {})[name] = TensorSpec(tuple(parameter.shape), FromBase(key))
             members.setdefault(owner, {})[path] = None
             trained[path][name] = key
