@@ -51,7 +51,7 @@ def compiles_functional_call() -> bool:
 
     effects = InstructionTranslator.current_tx().output.side_effects
     ignored = getattr(effects, "ignore_mutation_on_these_variables", None)
-    if ignored is None:  # torch 2.7 and older: whether something that was there before, such as `_parameters`, is changed
+    if ignored is None:  # torch 2.7 and older: whether something older than the call, such as `_parameters`, is changed
         return any(getattr(kept.mutation_type, "is_modified", False) for kept in effects.id_to_variable.values())
     return bool(ignored)
 
