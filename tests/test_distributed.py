@@ -27,11 +27,13 @@ OWNING = [n for n, info in pc.methods().items() if info.can(info.options(**info.
 SHARDED = [name for name in pc.methods() if name not in OWNING]
 
 
-def attached(method: str, in_full: str = "lm_head") -> tuple[nn.Module, pc.Adapter]:
-    """A tiny Llama with an adapter whose tensors are not zero, the same in every process."""
+def attached(method: str, *in_full: str) -> tuple[nn.Module, pc.Adapter]:
+    """A tiny Llama with an adapter whose tensors are not zero, the same in every process; its head is trained in full, or what
+    is named.
+    """
     model = FAMILIES["llama"].build()
     options = dict(pc.methods()[method].trials[0])
-    adapter = pc.attach(model, pc.AdapterSpec(method=method, options=options, train_modules=[in_full]))
+    adapter = pc.attach(model, pc.AdapterSpec(method=method, options=options, train_modules=in_full or ("lm_head",)))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -185,12 +187,8 @@ def test_a_divided_model_takes_no_adapter_and_no_merge(
 @pytest.mark.parametrize("gathered_before", [False, True])
 def test_the_base_of_what_is_trained_in_full_stays_its_own_under_fsdp2(gathered_before: bool, mesh: DeviceMesh) -> None:
     """FSDP2 asks modules for their parameters in the first forward, in which the copies that are trained stand in for them."""
-    model = FAMILIES["llama"].build()
-    base, modules = model(IDS).logits, ["lm_head", "model.layers.1.input_layernorm"]
-    adapter = pc.attach(model, pc.AdapterSpec(method=SHARDED[0], train_modules=modules))
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(0.1)
+    base = FAMILIES["llama"].build()(IDS).logits
+    model, adapter = attached(SHARDED[0], "lm_head", "model.layers.1.input_layernorm")
     expected = model(IDS).logits
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)

@@ -93,10 +93,8 @@ def merge(bank: Bank, scale: float, keep: str | Path) -> None:
                 f"'{path}': the weight is offloaded or on the meta device; load the model without offloading, "
                 "or merge the checkpoint files with peft-export"
             )
-    written = [
-        path for path, module in sites.items() if not bases.is_quantized(module)
-    ]  # beside those, a dense one is kept
-    refuse_unwritable(root, written)
+    # A quantized weight is not written: a dense one is kept beside it.
+    refuse_unwritable(root, [path for path, module in sites.items() if not bases.is_quantized(module)])
     refuse_ties(root, list(bank.stand_ins), bank.plan.trained, "name both in train_modules")
     bank.merged_scale = scale
     if keep == "none":  # there will be no way back: see first that every site can be merged
