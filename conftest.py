@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from peft_core.testing.conftest import one_thread  # noqa: F401 - for all tests, as in the conformance suite
+
 
 class Ran(NamedTuple):
     """What a command ended with, and printed."""
@@ -39,17 +41,6 @@ def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return Ran(status, *capsys.readouterr())
 
     return run
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
-    """Tiny products are faster on one thread, the more so beside xdist's other workers."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

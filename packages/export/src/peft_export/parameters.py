@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peft_core import bases
 from peft_core.merge import merged_weight
 
-from .adapter_files import AdapterFiles
+from .adapter_files import open_adapters
 from .checkpoint_files import Reader
 from .merge_plan import Change, collect_changes
 from .reports import Difference
@@ -42,7 +42,7 @@ def expected(model: nn.Module, adapters: Mapping[str, float], dtypes: Sequence[t
     Raises:
         MergeError: the adapters cannot be merged together. CheckpointError: one cannot be read.
     """
-    changes = collect_changes([AdapterFiles(directory, weight) for directory, weight in adapters.items()])
+    changes = collect_changes(open_adapters(adapters))
     out = {}
     with Reader() as reader:
         for name, module, parameter in _parameters(model):

@@ -156,11 +156,14 @@ def _stored_dtypes(directory: Path, source: Path, computed_in: str, dtype: str) 
     """What a merged export's weights may be rounded to; none where a model is run in less than its files hold."""
     with suppress(CheckpointError):  # a base in another format
         own, base = (_precisions("merged", where) for where in (directory, source))
-        runs = [*((stored, computed_in) for stored in base), *((stored, _run_in(own, dtype)) for stored in own)]
-        kept = (torch.promote_types(*map(DTYPE_NAMES.__getitem__, pair)) == DTYPE_NAMES[pair[1]] for pair in runs)
-        if all(kept):
+        if _holds(computed_in, base) and _holds(_run_in(own, dtype), own):
             return [DTYPE_NAMES[name] for name in dict.fromkeys([*own, computed_in])]
     return []
+
+
+def _holds(dtype: str, stored: Sequence[str]) -> bool:
+    """Whether weights of these precisions are the same in this one."""
+    return all(torch.promote_types(DTYPE_NAMES[name], DTYPE_NAMES[dtype]) == DTYPE_NAMES[dtype] for name in stored)
 
 
 def _answers(
