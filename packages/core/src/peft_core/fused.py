@@ -17,11 +17,6 @@ from .errors import AdapterError, PluginError
 from .gradients import SharedGradient
 from .method import Forward, GradInPlace, Rows
 
-FEW = 16
-"""Up to so many tokens a CPU computes thin products in float32 several times as fast as in 16 bits, whose kernels arrange the
-operands anew at every call (docs/performance.md).
-"""
-
 
 class Use(NamedTuple):
     """One active adapter in one forward."""
@@ -41,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, use
     if torch.is_grad_enabled():
         return _apply_linear(x, weight, bias, transposed, uses, dropout, *_edges_of(uses))  # type: ignore[no-any-return]
     y = nn.functional.linear(x, weight.t() if transposed else weight, bias)
-    _add_for_good(uses, x, y, dropout)
+    _add_all(uses, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), dropout)
     return y
 
 
@@ -50,7 +45,7 @@ def delta(x: Tensor, y: Tensor, uses: list[Use], dropout: bool) -> Tensor:
     if torch.is_grad_enabled():
         return FusedDelta.apply(x, y, uses, dropout, *_edges_of(uses))  # type: ignore[no-any-return]
     total = y.clone(memory_format=torch.contiguous_format)
-    _add_for_good(uses, x, total, dropout)
+    _add_all(uses, x.reshape(-1, x.shape[-1]), total.view(-1, y.shape[-1]), dropout)
     return total
 
 
@@ -137,17 +132,6 @@ class _Part(NamedTuple):
     grad_: GradInPlace
     kept: int
     masked: bool
-
-
-def _add_for_good(uses: list[Use], x: Tensor, y: Tensor, dropout: bool) -> None:
-    """Let every adapter add to y [..., out] in place, with no backward to come."""
-    x, y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    if len(x) > FEW or x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
-        _add_all(uses, x, y, dropout)
-        return
-    wide = y.float()
-    _add_all(uses, x.float(), wide, dropout)
-    y.copy_(wide)
 
 
 def _add_all(uses: list[Use], x: Tensor, y: Tensor, dropout: bool) -> tuple[list[Tensor], list[_Part]]:

@@ -14,6 +14,7 @@ import functools
 import torch
 from torch import Tensor
 
+from . import thin
 from .method import AddInPlace, Forward, GradInPlace, Tensors
 
 
@@ -34,8 +35,9 @@ def _pair(scale: float) -> tuple[AddInPlace, GradInPlace]:
     """One for all sites, which then find it in the processor's caches. (torch.compile traces the reference, a site's own.)"""
 
     def add(x: Tensor, y: Tensor, tensors: Tensors, binding: Tensors) -> tuple[Tensor, ...]:
-        A, B = tensors["A"].to(x.dtype), tensors["B"].to(x.dtype)
-        return x, add_(x, y, A, B, scale), A, B
+        wide = thin.widened(x)
+        A, B = tensors["A"].to(wide.dtype), tensors["B"].to(wide.dtype)
+        return x, _add_(wide, y, A, B, scale), A, B
 
     def grad(
         dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: Tensors, binding: Tensors
@@ -53,16 +55,22 @@ def naive(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 
 def add_(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """y += s·(x Aᵀ) Bᵀ in place, x [tokens, in], y [tokens, out]. Returns h = x Aᵀ [tokens, r]."""
-    h = x @ A.to(x.dtype).T
-    y.addmm_(h, B.to(x.dtype).T, alpha=scale)
+    """y += s·(x Aᵀ) Bᵀ in place, x [tokens, in], y [tokens, out]. Returns h = x Aᵀ [tokens, r], in the dtype of `thin`."""
+    x = thin.widened(x)
+    return _add_(x, y, A.to(x.dtype), B.to(x.dtype), scale)
+
+
+def _add_(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    h = x @ A.T
+    thin.add_(y, h, B.T, scale)
     return h
 
 
 def grad_(
     dy: Tensor, dx: Tensor | None, x: Tensor, h: Tensor, A: Tensor, B: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """dx += s·dy B A in place; returns (dA [r, in], dB [out, r]) in the compute dtype."""
+    """dx += s·dy B A in place; returns (dA [r, in], dB [out, r]) in the dtype of `thin`, that of h."""
+    dy, x = thin.widened(dy), thin.widened(x)
     dh = dy @ B.to(dy.dtype)  # [tokens, r]
     if scale != 1.0:
         dh *= scale
@@ -71,7 +79,7 @@ def grad_(
         dB *= scale
     dA = dh.T @ x
     if dx is not None:
-        dx.addmm_(dh, A.to(dy.dtype))
+        thin.add_(dx, dh, A.to(dh.dtype), 1.0)
     return dA, dB
 
 

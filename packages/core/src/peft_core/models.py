@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from .base_model import is_hub_id
 from .errors import DataError, ModelError, first_line, suggestion
+from .thin import cpu_multiplies
 
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
 """What transformers raises for a checkpoint that it cannot load."""
@@ -195,10 +196,7 @@ def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     """The dtype that matrix products are fast in: bfloat16 where the hardware multiplies it, else float32."""
     if torch.device(device).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    # torch computes bfloat16 on every CPU, but without these instructions more slowly than float32.
-    tests = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    fast = any(getattr(torch.cpu, test, lambda: False)() for test in tests)
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if cpu_multiplies(torch.bfloat16) else torch.float32
 
 
 def cache_dir() -> Path:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import peft_core as pc
+from peft_core import thin
 from peft_core.kernels import use_triton
 from peft_core.method import AddInPlace, GradInPlace
 
@@ -54,11 +55,12 @@ class Shards:
     sizes: tuple[int, ...] | None = None
 
     def sum(self, x: Tensor, drop: Drop = KEEP_ALL) -> Tensor:
-        """S_i = Σ x_j over shard i: x [tokens, count] → S [tokens, r]. Only Triton drops."""
+        """S_i = Σ x_j over shard i: x [tokens, count] → S [tokens, r], in the dtype of `thin`. Only Triton drops."""
         if use_triton(x):
             from . import triton_kernels
 
             return triton_kernels.shard_sum(x, self.r, self.interleaved, *self._runs(x), *drop)
+        x = thin.widened(x)
         return torch.mm(x, self._members(x).t())
 
     def expand_add_(self, S: Tensor, y: Tensor, scale: float, drop: Drop = KEEP_ALL) -> None:
@@ -68,7 +70,8 @@ class Shards:
 
             triton_kernels.shard_expand_add_(y, S, self.interleaved, *self._runs(y), scale, *drop)
         else:
-            y.addmm_(S, self._members(y), alpha=scale)
+            S = thin.widened(S)
+            thin.add_(y, S, self._members(S), scale)
 
     def repeat(self, S: Tensor) -> Tensor:
         """y_j = S_i for every column j of shard i, differentiable: S [..., r] → y [..., count]."""
@@ -111,7 +114,7 @@ class _LastSum(threading.local):
         key = shards, stream, x.dtype, x.data_ptr(), x.shape, x.stride(), x._version
         S = self.found() if self.found and self.source and self.source() is source and self.key == key else None
         if S is None:
-            S = shards.sum(x)
+            S = shards.sum(x).to(x.dtype)  # no wider than x: it is kept
             self.key, self.source, self.found = key, weakref.ref(source), weakref.ref(S)
         return S
 
@@ -140,17 +143,18 @@ def efficient_pair(shards: Shards, d: int, scale: float, drop: Drop = KEEP_ALL) 
 
     def add_(x: Tensor, y: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> tuple[Tensor, ...]:
         S = _last.of(x, shards) if drop is KEEP_ALL else shards.sum(x, drop)  # [tokens, r]
-        y.addmm_(S, _tiled(tensors["D"], d, x.dtype), alpha=scale)
+        wide = thin.widened(S)
+        thin.add_(y, wide, _tiled(tensors["D"], d, wide.dtype), scale)
         return (S,)
 
     def grad_(
         dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: pc.Tensors, binding: pc.Tensors
     ) -> dict[str, Tensor]:
-        D = tensors["D"]
+        D, dy = tensors["D"], thin.widened(dy)
         if dx is not None:
             dS = torch.mm(dy, _tiled(D, d, dy.dtype).t())  # [tokens, r]
             shards.expand_add_(dS, dx, scale, drop)
-        dD = torch.mm(saved[0].t(), dy)  # [r, d]
+        dD = torch.mm(thin.widened(saved[0]).t(), dy)  # [r, d]
         if D.shape[1] != d:
             dD = dD.view(shards.r, -1, D.shape[1]).sum(1, dtype=D.dtype)
         return {"D": dD if scale == 1.0 else dD * scale}
@@ -179,17 +183,18 @@ def expand(d: int, r: int, sizes: tuple[int, ...] | None, scale: float) -> pc.Fo
         return naive.expand(x, tensors["D"], shard_of.to(x.device), scale)
 
     def add_(x: Tensor, y: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> tuple[Tensor, ...]:
-        z = torch.mm(x, tensors["D"].to(x.dtype).t())  # [tokens, r]
+        wide = thin.widened(x)
+        z = torch.mm(wide, tensors["D"].to(wide.dtype).t())  # [tokens, r]
         shards.expand_add_(z, y, scale)
         return (x,)
 
     def grad_(
         dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: pc.Tensors, binding: pc.Tensors
     ) -> dict[str, Tensor]:
-        dz = shards.sum(dy)  # [tokens, r]
+        dz = thin.widened(shards.sum(dy))  # [tokens, r]
         if dx is not None:
-            dx.addmm_(dz, tensors["D"].to(dy.dtype), alpha=scale)
-        dD = torch.mm(dz.t(), saved[0])  # [r, in]
+            thin.add_(dx, dz, tensors["D"].to(dz.dtype), scale)
+        dD = torch.mm(dz.t(), thin.widened(saved[0]))  # [r, in]
         return {"D": dD if scale == 1.0 else dD * scale}
 
     return pc.Forward(reference, add_, grad_)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import peft_core as pc
+from peft_core import thin
 from peft_core.kernels import use_triton
 from peft_core.method import AddInPlace, Gradient, GradInPlace
 
@@ -62,8 +63,10 @@ def _pair(alpha: float) -> tuple[AddInPlace, GradInPlace]:
     """One for all sites, which then find it in the processor's caches."""
 
     def add_(x: Tensor, y: Tensor, tensors: pc.Tensors, binding: pc.Tensors) -> tuple[Tensor, ...]:
-        A, B = gather_factors(tensors, binding, x.dtype)
-        return x, pc.lowrank.add_(x, y, A, B, alpha / A.shape[0]), A, B  # [tokens, in], [tokens, r], [r, in], [out, r]
+        wide = thin.widened(x)
+        A, B = gather_factors(tensors, binding, wide.dtype)
+        h = pc.lowrank.add_(wide, y, A, B, alpha / A.shape[0])
+        return x, h, A, B  # [tokens, in], [tokens, r], [r, in], [out, r]
 
     def grad_(
         dy: Tensor, dx: Tensor | None, saved: tuple[Tensor, ...], tensors: pc.Tensors, binding: pc.Tensors
