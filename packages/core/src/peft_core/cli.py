@@ -29,6 +29,7 @@ from .spec import DTYPES, AdapterSpec
 from .training.config import RunConfig
 
 _USER_ERROR, _INTERRUPTED = 2, 130
+_EXPORTS = ("merge", "export", "verify")  # commands of the distribution peft-export; unknown where it is not installed
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which some versions of typer bring along
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
@@ -56,6 +57,9 @@ def main() -> None:
             sys.exit(_USER_ERROR)
         command = error.ctx.command_path if error.ctx else "peft-core"
         status, said = _USER_ERROR, f"{error.format_message().rstrip('.')}; see {command} --help"
+        for name in _EXPORTS:
+            if said.startswith(f"No such command '{name}'"):
+                said = f"the command '{name}' comes with peft-export: pip install peft-export"
     except (KeyboardInterrupt, _Interrupted) as stop:
         status, said = _INTERRUPTED, str(stop)
     except typer.Abort as stop:  # some versions of typer make it of a KeyboardInterrupt, others status 130

@@ -274,7 +274,8 @@ def _tidy_when_terminated() -> Iterator[None]:
 def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar with bytes and rate, on standard error."""
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True)
+    console = Console(stderr=True)  # where it is no terminal, an unseen bar would end with an empty line
+    bar = Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
     with _tidy_when_terminated(), bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
