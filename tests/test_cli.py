@@ -115,7 +115,7 @@ def test_help_lists_the_commands(program) -> None:
     [
         (["plan", "--modle", "x"], ["--modle", "--model", "peft-core plan --help"]),
         (["plan"], ["'--model'", "peft-core plan --help"]),
-        (["plna"], ["'plna'", "peft-core --help"]),
+        (["plna"], ["'plna'", "peft-core --help", "peft-export"]),
         (["generate", "--max-new-tokens", "many"], ["'--max-new-tokens'", "integer"]),
         (["new-method", "fresh", "-d", __file__], ["test_cli.py", "cannot write"]),
     ],

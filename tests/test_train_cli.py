@@ -814,7 +814,13 @@ def test_mistakes_in_the_configuration(
 
 
 @pytest.mark.parametrize(
-    "text, found", [("model: [", "not YAML"), ("- 1", "got list"), (None, "cannot read"), ("", "got NoneType")]
+    "text, found",
+    [
+        ("model: [", "not YAML"),
+        ("- 1", "got list"),
+        (None, "RUN.yaml': No such file or directory"),
+        ("", "got NoneType"),
+    ],
 )
 def test_files_that_are_no_configuration(
     text: str | None, found: str, program: Callable[..., Any], clear: Any, tmp_path: Path
@@ -824,6 +830,7 @@ def test_files_that_are_no_configuration(
     ran = program("train", tmp_path / "RUN.yaml")
     assert ran.status == 2
     clear(ran.err, "RUN.yaml", found)
+    assert ran.err.count("RUN.yaml") == 1
 
 
 def test_damaged_weights_are_named(

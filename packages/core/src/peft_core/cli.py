@@ -23,13 +23,12 @@ from . import files, models, plugins, scaffold
 from .adapter_file import AdapterFile, read_header
 from .attach import load
 from .checkpoint import TENSORS
-from .errors import CheckpointError, DataError, ModelError, PeftCoreError, SpecError, listed, suggestion
+from .errors import CheckpointError, DataError, ModelError, PeftCoreError, SpecError, listed, reason, suggestion
 from .plan import plan as make_plan
 from .spec import DTYPES, AdapterSpec
 from .training.config import RunConfig
 
 _USER_ERROR, _INTERRUPTED = 2, 130
-_EXPORTS = ("merge", "export", "verify")  # commands of the distribution peft-export; unknown where it is not installed
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which some versions of typer bring along
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
@@ -57,9 +56,8 @@ def main() -> None:
             sys.exit(_USER_ERROR)
         command = error.ctx.command_path if error.ctx else "peft-core"
         status, said = _USER_ERROR, f"{error.format_message().rstrip('.')}; see {command} --help"
-        for name in _EXPORTS:
-            if said.startswith(f"No such command '{name}'"):
-                said = f"the command '{name}' comes with peft-export: pip install peft-export"
+        if said.startswith("No such command"):
+            said += "; merge, export and verify are commands of peft-export"
     except (KeyboardInterrupt, _Interrupted) as stop:
         status, said = _INTERRUPTED, str(stop)
     except typer.Abort as stop:  # some versions of typer make it of a KeyboardInterrupt, others status 130
@@ -70,7 +68,7 @@ def main() -> None:
         _give_up_output()
         status = 1  # whoever read the pipe has seen enough
         if not isinstance(error, BrokenPipeError):
-            status, said = _USER_ERROR, f"the output could not be written: {error.strerror or error}"
+            status, said = _USER_ERROR, f"the output could not be written: {reason(error)}"
     if status == _INTERRUPTED:
         said = f"interrupted; {said}".rstrip("; ")
     if said:

@@ -58,6 +58,11 @@ class DataError(PeftCoreError):
     """Training data cannot be read."""
 
 
+def reason(error: Exception) -> str:
+    """Why a file could not be read or written, for a message that names the file already."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def first_line(error: Exception) -> str:
     """What another library says, without the lines that follow: more than one only where the first ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import safetensors.torch
 from torch import Tensor
 
-from .errors import MergeError, suggestion
+from .errors import MergeError, reason, suggestion
 
 CHOICES = ("host", "none")
 
@@ -64,7 +64,7 @@ def put_aside(weight: Tensor, name: str, keep: str | Path) -> Kept:
         file.path.parent.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file({"weight": weight.detach().cpu().contiguous()}, file.path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise MergeError(f"keep='{keep}': the original of '{name}' cannot be written: {error}") from None
+        raise MergeError(f"keep='{keep}': the original of '{name}' cannot be written: {reason(error)}") from None
     return file
 
 
@@ -103,4 +103,4 @@ def _read(kept: KeptFile) -> Iterator[Any]:
         with safetensors.safe_open(kept.path, framework="pt", device="cpu") as file:
             yield file
     except (OSError, safetensors.SafetensorError) as error:
-        raise MergeError(f"the original weight in '{kept.path}' cannot be read: {error}") from None
+        raise MergeError(f"the original weight in '{kept.path}' cannot be read: {reason(error)}") from None

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from . import plugins
-from .errors import SpecError, finding, listed
+from .errors import SpecError, finding, listed, reason
 from .method import Capabilities, MethodInfo
 
 DTYPES = {
@@ -154,7 +154,7 @@ class AdapterSpec(BaseModel):
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise SpecError(f"spec file '{path}' cannot be read: {error}") from None
+            raise SpecError(f"spec file '{path}' cannot be read: {reason(error)}") from None
         return cls.from_json(text) if Path(path).suffix == ".json" else cls.from_yaml(text)
 
 

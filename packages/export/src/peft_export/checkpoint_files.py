@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from peft_core import CheckpointError, SpecError
-from peft_core.errors import listed, suggestion
+from peft_core.errors import listed, reason, suggestion
 from peft_core.spec import DTYPES as DTYPE_NAMES
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -170,7 +170,7 @@ def read_entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
                 raise CheckpointError(f"'{path}' {what}")
             text = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"'{path}' cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(f"'{path}' cannot be read: {reason(error)}") from None
     try:
         header = json.loads(text, object_pairs_hook=_without_duplicates)
         metadata = header.pop("__metadata__", None) or {}

@@ -12,6 +12,7 @@ from typing import Any
 
 from peft_core import CheckpointError, MergeError
 from peft_core.adapter_file import AdapterFile
+from peft_core.errors import reason
 from peft_core.files import whole_directory
 
 MARKER = "export.json"
@@ -101,7 +102,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"'{path}' cannot be read: {error}") from None
+        raise CheckpointError(f"'{path}' cannot be read: {reason(error)}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"'{path}' is not a model configuration")
     return config

@@ -27,7 +27,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from ..errors import PeftCoreError, finding, listed
+from ..errors import PeftCoreError, finding, listed, reason
 from ..spec import AdapterSpec
 from .rows import SUFFIXES
 
@@ -234,7 +234,7 @@ class RunConfig(_Section):
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise RunError(f"cannot read '{path}': {error}") from None
+            raise RunError(f"cannot read '{path}': {reason(error)}") from None
         except yaml.YAMLError as error:
             raise RunError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(data, dict):

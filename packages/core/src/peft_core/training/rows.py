@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import DataError, first_line, listed, suggestion
+from ..errors import DataError, first_line, listed, reason, suggestion
 from ..models import whole_text
 
 COLUMNS = {"messages": ("messages",), "prompt": ("prompt", "completion"), "label": ("text", "label"), "text": ("text",)}
@@ -54,7 +54,7 @@ def read_file(path: Path, suffix: str) -> list[Row]:
     try:
         return _some(_READERS[suffix](path), str(path))
     except OSError as error:
-        raise DataError(f"cannot read '{path}': {error}") from None
+        raise DataError(f"cannot read '{path}': {reason(error)}") from None
 
 
 def format_of(rows: Sequence[Row], wanted: str = "auto") -> str:
