@@ -3,7 +3,8 @@
     tox run -e bench -- generate.py [--rounds 9] [--tokens 24] [--only miss,lora] [--cpu-time]
 
 One sequence, greedily, with a cache: a token at a time, where what a layer costs besides its weights is seen best. The runs
-take turns in one process, on one copy of the base's weights (bf16); the figures are medians of the per-round ratios.
+take turns in one process, on one copy of the base's weights (bfloat16 where the processor has instructions for it); the figures
+are medians of the per-round ratios.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from figures import Figure, show
 from runs import FLOOR, in_turn, median_ratio
 from torch import nn
 from train_step import JUDGED, base_model, makers
+
+from peft_core.dtypes import name_of
+from peft_core.models import fast_dtype
 
 PROMPT = 16
 
@@ -40,7 +44,7 @@ def measure(
     labels: Collection[str], rounds: int, tokens: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
     """Label → seconds of a token against the floor's; the floor's own in seconds."""
-    made = makers(base_model())
+    made = makers(base_model(fast_dtype()))
     models = {label: made[label]().model.eval() for label in made if label in labels}
     seconds: dict[str, list[float]] = {label: [] for label in models}
     for model in models.values():
@@ -77,7 +81,8 @@ def main() -> None:
     found = measure(labels, given.rounds, given.tokens, time.process_time if given.cpu_time else time.perf_counter)
     floor = found.pop(FLOOR)
     print(
-        f"SmolLM2-135M bf16, {given.tokens} tokens, {torch.get_num_threads()} threads; base: {1e3 * floor:.1f} ms a token"
+        f"SmolLM2-135M {name_of(fast_dtype())}, {given.tokens} tokens, {torch.get_num_threads()} threads; "
+        f"base: {1e3 * floor:.1f} ms a token"
     )
     show("A generated token", [Figure(label, ratio) for label, ratio in found.items()])
 

@@ -1,9 +1,10 @@
 """A training step of every installed method and of the field's PEFT library, against the floor, on SmolLM2-135M.
 
-    tox run -e bench -- train_step.py [--rounds 14] [--json FILE] [--short] [--only miss,lora] [--dropout 0.1] [--cpu-time]
+    tox run -e bench -- train_step.py [--rounds 14] [--json FILE] [--short] [--only miss,lora] [--dropout 0.1] [--dtype float32]
 
-The floor is the frozen base with gradients of its inputs only: what no adapter can go below. All runs share one
-process and one copy of the base's weights (bf16). The runs take turns, each once a round, in an order that rotates.
+The floor is the frozen base with gradients of its inputs only: what no adapter can go below. All runs share one process
+and one copy of the base's weights (bfloat16 where the processor has instructions for it). The runs take turns, each
+once a round, in an order that rotates.
 
 Time: forward, loss and backward, as the median of the per-round ratios to the floor and as the ratio of the two
 shortest times; `+ AdamW` is the median with the step of a fused AdamW.
@@ -36,7 +37,8 @@ from runs import FLOOR, Run, copy_of, in_turn, median_ratio, ours, theirs
 from torch import nn
 
 import peft_core as pc
-from peft_core.models import load_base
+from peft_core.dtypes import dtype_of, name_of
+from peft_core.models import fast_dtype, load_base
 
 R = 16
 # Label, method, options: of ours, where they are installed.
@@ -68,9 +70,9 @@ JUDGED = {FLOOR, *TARGETS, *(against for _, _, against in TARGETS.values())}
 MEMORY = ("saved", "peak", "RSS")
 
 
-def base_model() -> nn.Module:
-    """SmolLM2-135M in bf16, frozen, in training mode."""
-    model: nn.Module = load_base("smollm2-135m", dtype=torch.bfloat16)[0]
+def base_model(dtype: torch.dtype) -> nn.Module:
+    """SmolLM2-135M, frozen, in training mode."""
+    model: nn.Module = load_base("smollm2-135m", dtype=dtype)[0]
     return model.requires_grad_(False).train()
 
 
@@ -109,6 +111,7 @@ def resident_bytes(label: str, arguments: argparse.Namespace, times: int = 3) ->
     """Peak resident memory of a process that takes this run's forward and backward three times."""
     command = [sys.executable, __file__, "--rss-of", label]
     command += ["--batch", str(arguments.batch), "--length", str(arguments.length), "--dropout", str(arguments.dropout)]
+    command += ["--dtype", name_of(arguments.dtype)]
     found = [subprocess.run(command, capture_output=True, check=True, text=True) for _ in range(times)]
     return sorted(int(done.stdout.split()[-1]) for done in found)[times // 2]
 
@@ -165,7 +168,7 @@ def token_ids(base: nn.Module, batch: int, length: int) -> torch.Tensor:
 def short() -> list[Figure]:
     """Five rounds of what has a target, and of what it is compared with."""
     warnings.filterwarnings("ignore")
-    base = base_model()
+    base = base_model(fast_dtype())
     ids = token_ids(base, 4, 256)
     found, _ = measure({label: make() for label, make in makers(base).items() if label in JUDGED}, ids, rounds=5)
     out = []
@@ -184,7 +187,7 @@ def show(figures: dict[str, dict[str, float]], floor: list[float], arguments: ar
     """Print the table, and the targets beside their figures. `floor`: its seconds in each round."""
     how = "processor time of one thread" if arguments.cpu_time else f"{torch.get_num_threads()} threads"
     print(
-        f"SmolLM2-135M bf16, {arguments.batch} × {arguments.length} tokens, dropout {arguments.dropout}, "
+        f"SmolLM2-135M {name_of(arguments.dtype)}, {arguments.batch} × {arguments.length} tokens, dropout {arguments.dropout}, "
         f"{arguments.rounds} rounds, {how}; "
         f"floor: median {statistics.median(floor):.3f} s, shortest {min(floor):.3f} s, "
         f"peak {figures[FLOOR]['peak'] / 1e6:.0f} MB"
@@ -215,6 +218,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="sequences (4)")
     parser.add_argument("--length", type=int, default=256, help="tokens in each (256)")
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters' inputs (0)")
+    parser.add_argument("--dtype", type=dtype_of, default=fast_dtype(), help="of the base")
     parser.add_argument("--only", default="", help="labels of the runs beside the floor, separated by commas")
     parser.add_argument("--rss", action="store_true", help="measure RSS, too, of the runs that have a target")
     parser.add_argument("--rss-of", help=argparse.SUPPRESS)
@@ -232,7 +236,7 @@ def main() -> None:
         torch.set_num_threads(1)
         clock = time.process_time
 
-    base = base_model()
+    base = base_model(arguments.dtype)
     ids = token_ids(base, arguments.batch, arguments.length)
     makes = makers(base, arguments.dropout)
     if arguments.rss_of:
