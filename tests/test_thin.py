@@ -49,6 +49,18 @@ def test_on_every_processor(
         assert_near(found[key], expected[key], 4e-2, f"gradient of '{key}'")
 
 
+@pytest.mark.parametrize(("method", "options"), METHODS, ids=[name for name, _ in METHODS])
+def test_compiled(method: str, options: dict[str, object], monkeypatch) -> None:
+    monkeypatch.setattr(thin, "cpu_multiplies", lambda dtype: False)
+    torch.manual_seed(0)
+    model = FAMILIES["odd"].build().bfloat16()
+    randomise(pc.attach(model, pc.AdapterSpec(method=method, options=options), seed=0))
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    for tokens in TOKENS.values():
+        x = torch.randn(tokens, 63).bfloat16()
+        assert_near(compiled(x), model(x), 2e-2, f"{tokens} tokens")
+
+
 def test_a_wider_product_is_rounded_once() -> None:
     torch.manual_seed(0)
     y, a, b = torch.randn(5, 9).bfloat16(), torch.randn(5, 3), torch.randn(3, 9)

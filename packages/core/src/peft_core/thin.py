@@ -23,12 +23,12 @@ _TESTS = {
 
 def widened(x: Tensor) -> Tensor:
     """x [tokens, features] in the dtype to multiply it by a thin matrix in: itself, or float32 for 16 bits on a CPU that is slow
-    in them.
+    in them. Compiled code, which is for any number of tokens, keeps x.
     """
     dtype = x.dtype
-    if dtype not in _TESTS or x.device.type != "cpu" or (len(x) > FEW and cpu_multiplies(dtype)):
+    if dtype not in _TESTS or x.device.type != "cpu" or torch.compiler.is_compiling():
         return x
-    return x.float()
+    return x if len(x) > FEW and cpu_multiplies(dtype) else x.float()
 
 
 def add_(y: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
