@@ -1,6 +1,7 @@
 """A training step of every installed method and of the field's PEFT library, against the floor, on SmolLM2-135M.
 
-    tox run -e bench -- train_step.py [--rounds 14] [--json FILE] [--short] [--only miss,lora] [--dropout 0.1] [--dtype float32]
+    tox run -e bench -- train_step.py [--rounds 14] [--json FILE] [--short] [--only miss,lora] [--dropout 0.1]
+                                      [--dtype float32] [--cpu-time]
 
 The floor is the frozen base with gradients of its inputs only: what no adapter can go below. All runs share one process
 and one copy of the base's weights (bfloat16 where the processor has instructions for it). The runs take turns, each
@@ -218,7 +219,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="sequences (4)")
     parser.add_argument("--length", type=int, default=256, help="tokens in each (256)")
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters' inputs (0)")
-    parser.add_argument("--dtype", type=dtype_of, default=fast_dtype(), help="of the base")
+    parser.add_argument("--dtype", type=dtype_of, default=fast_dtype(), help="of the base (the processor's fast one)")
     parser.add_argument("--only", default="", help="labels of the runs beside the floor, separated by commas")
     parser.add_argument("--rss", action="store_true", help="measure RSS, too, of the runs that have a target")
     parser.add_argument("--rss-of", help=argparse.SUPPRESS)

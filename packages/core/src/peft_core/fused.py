@@ -36,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, use
     if torch.is_grad_enabled():
         return _apply_linear(x, weight, bias, transposed, uses, dropout, *_edges_of(uses))  # type: ignore[no-any-return]
     y = nn.functional.linear(x, weight.t() if transposed else weight, bias)
-    _add_all(uses, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), dropout)
+    _add_all(uses, x, y, dropout)
     return y
 
 
@@ -45,7 +45,7 @@ def delta(x: Tensor, y: Tensor, uses: list[Use], dropout: bool) -> Tensor:
     if torch.is_grad_enabled():
         return FusedDelta.apply(x, y, uses, dropout, *_edges_of(uses))  # type: ignore[no-any-return]
     total = y.clone(memory_format=torch.contiguous_format)
-    _add_all(uses, x.reshape(-1, x.shape[-1]), total.view(-1, y.shape[-1]), dropout)
+    _add_all(uses, x, total, dropout)
     return total
 
 
@@ -85,7 +85,7 @@ class FusedLinear(torch.autograd.Function):
         # A view of something inside linear: callers may not change a function's view in place, a tensor they may.
         if y._is_view():
             y = torch.ops.aten._unsafe_view(y, y.shape)
-        saved, ctx.parts = _add_all(uses, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), dropout)
+        saved, ctx.parts = _add_all(uses, x, y, dropout)
         ctx.save_for_backward(*saved, weight)
         ctx.transposed = transposed
         return y
@@ -112,7 +112,7 @@ class FusedDelta(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, uses: list[Use], dropout: bool, *edges: Tensor) -> Tensor:
         total = y.clone(memory_format=torch.contiguous_format)
-        saved, ctx.parts = _add_all(uses, x.reshape(-1, x.shape[-1]), total.view(-1, y.shape[-1]), dropout)
+        saved, ctx.parts = _add_all(uses, x, total, dropout)
         ctx.save_for_backward(*saved)
         ctx.shape = x.shape
         return total
@@ -135,7 +135,10 @@ class _Part(NamedTuple):
 
 
 def _add_all(uses: list[Use], x: Tensor, y: Tensor, dropout: bool) -> tuple[list[Tensor], list[_Part]]:
-    """Let every adapter add to y [tokens, out] in place. Returns the tensors to save, and what `_grad_all` needs beside them."""
+    """Let every adapter add to y [..., out] in place, x [..., in]. Returns the tensors to save, and what `_grad_all` needs beside
+    them.
+    """
+    x, y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     saved: list[Tensor] = []
     parts: list[_Part] = []
     for use in uses:
