@@ -82,7 +82,6 @@ def test_a_loss_that_diverges_is_an_error(checkpoint: Path) -> None:
 
 
 def test_peak_memory_and_loss_curve(tmp_path: Path) -> None:
-    peak = reporting.peak_memory()
-    assert peak is None or peak > 10_000_000
+    assert 10_000_000 < reporting.peak_memory() < 1 << 40
     reporting.plot_losses([3.0, 2.0, 1.5], tmp_path / "loss.png", "three steps", held_out=(3.1, 1.6))
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -72,6 +72,17 @@ def test_sharded_in_and_out(method: Trial, make: Callable[..., Any], tmp_path: P
     assert_same(tmp_path / "out", made.merged_in_memory(tmp_path / "expected"))
 
 
+def test_without_reading_and_writing_at_a_place(
+    any_method: Trial, make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows."""
+    for name in ("copy_file_range", "pread", "preadv", "pwrite", "pwritev"):
+        monkeypatch.delattr(os, name)
+    made = make(any_method, shards="40KB")
+    peft_export.merge(made.base, made.adapter, tmp_path / "out", max_shard_size="60KB")
+    assert_same(tmp_path / "out", made.merged_in_memory(tmp_path / "expected"))
+
+
 def test_one_file_from_many(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
     made = make(any_method, shards="40KB")
     report = peft_export.merge(made.base, made.adapter, tmp_path / "out")

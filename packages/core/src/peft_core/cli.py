@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import files, models, plugins, scaffold
+from . import files, models, plugins, scaffold, system
 from .adapter_file import AdapterFile, read_header
 from .attach import load
 from .checkpoint import TENSORS
@@ -33,7 +33,7 @@ _UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which some versio
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Base = Annotated[str, typer.Option(help="The base model: a checkpoint directory, or smollm2-135m.")]
-Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps, ...")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: what is fast on the device.")]
 
 
@@ -44,6 +44,7 @@ class _Interrupted(Exception):
 def main() -> None:
     """Run the program. A user's mistake is one line on standard error and exit status 2; so is Ctrl-C, with 130."""
     said = ""
+    system.show_all_text()
     try:
         status = program()(standalone_mode=False)
         if sys.stdout is not None:
@@ -218,7 +219,7 @@ def quickstart(
     seed: Annotated[int, typer.Option(help="Same seed, same numbers.")] = 0,
     lr: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 1e-3,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 8,
-    held_out: Annotated[int, typer.Option(min=1, help="Held-out examples to measure the loss on.")] = 128,
+    held_out: Annotated[int, typer.Option(min=1, help="Held-out examples to measure the loss on.")] = 64,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     json_: Json = False,

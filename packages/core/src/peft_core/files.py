@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import os
@@ -14,19 +13,27 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from . import system
 from .errors import CheckpointError
 
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _ASIDE = ".old.tmp"
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file would be larger than the system allows (see ulimit -f)",
 }
+_SAID = {
+    "os error 28": errno.ENOSPC,
+    "os error 112": errno.ENOSPC,
+    "No space": errno.ENOSPC,
+    "os error 27": errno.EFBIG,
+}
+"""What safetensors says of the system's errors, 112 being Windows'."""
 
 
 @contextmanager
@@ -49,18 +56,18 @@ def whole_directory(target: str | Path, ours: Collection[str]) -> Iterator[Path]
         beside.mkdir(parents=True, exist_ok=True)
         _sweep(target, beside)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.{_writer()}-", suffix=".tmp", dir=beside))
-        os.chmod(temporary, 0o777 & ~_umask())
+        os.chmod(temporary, 0o777 & ~system.umask())
         yield temporary
         if target.exists() and not mounted:
             _carry_over(target, temporary, ours)
         for path in sorted(temporary.rglob("*")):
-            _sync(path)
-        _sync(temporary)
+            system.sync(path)
+        system.sync(temporary)
         if mounted:
             _move_in(temporary, target, ours)
         else:
             _put_in_place(temporary, target)
-        _sync(beside)
+        system.sync(beside)
     except OSError as error:
         # NumPy's own error of a short write, which names no reason.
         short = error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error))
@@ -77,7 +84,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
+    system.sync(temporary)
     temporary.replace(path)
 
 
@@ -87,9 +94,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     try:
         safetensors.torch.save_file(ready, path, metadata=dict(metadata or {}) or None)
     except SafetensorError as error:  # its I/O errors carry no errno
-        code = errno.ENOSPC if "os error 28" in str(error) or "No space" in str(error) else errno.EIO
-        raise OSError(errno.EFBIG if "os error 27" in str(error) else code, str(error)) from error
-    os.chmod(path, 0o666 & ~_umask())  # safetensors lets nobody else read it
+        codes = (code for said, code in _SAID.items() if said in str(error))
+        raise OSError(next(codes, errno.EIO), str(error)) from error
+    os.chmod(path, 0o666 & ~system.umask())  # safetensors lets nobody else read it
     return checksum(path)
 
 
@@ -149,17 +156,9 @@ def _carry_over(source: Path, destination: Path, ours: Collection[str]) -> None:
         if entry.name in ours or there.exists():
             continue
         if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, there, symlinks=True, copy_function=_link)
+            shutil.copytree(entry, there, symlinks=True, copy_function=system.link)
         else:
-            _link(entry, there)
-
-
-def _link(source: str | Path, destination: str | Path) -> str:
-    try:
-        os.link(source, destination, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, destination, follow_symlinks=False)
-    return str(destination)
+            system.link(entry, there)
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:
@@ -167,13 +166,15 @@ def _put_in_place(temporary: Path, target: Path) -> None:
     if not target.exists():
         os.rename(temporary, target)
         return
-    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    names = os.fsencode(temporary), os.fsencode(target)
-    if exchange is not None and exchange(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+    if system.exchange(temporary, target):
         return
     aside = temporary.with_suffix(_ASIDE)
     os.rename(target, aside)
-    os.rename(temporary, target)
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -200,35 +201,9 @@ def _sweep(target: Path, beside: Path) -> None:
     host = _writer().partition(".")[0]
     for left in sorted(beside.glob(f".{target.name}.{host}.*-*.tmp")):
         pid = left.name.removeprefix(f".{target.name}.{host}.").partition("-")[0]
-        if not pid.isdigit() or _alive(int(pid)):
+        if not pid.isdigit() or psutil.pid_exists(int(pid)):
             continue
         if left.name.endswith(_ASIDE) and not target.exists():
             os.rename(left, target)
         else:
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _sync(path: Path) -> None:
-    if path.is_symlink():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

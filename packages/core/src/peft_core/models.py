@@ -187,7 +187,7 @@ def checked_device(device: torch.device | str) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+    except (RuntimeError, AssertionError, ImportError) as error:  # each build of torch has its own
         raise ModelError(f"device {device!s} is not available here: {first_line(error)}") from error
     return found
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -31,21 +32,21 @@ def progress_bar(console: Console | None) -> Progress:
     )
 
 
-def peak_memory() -> int | None:
-    """The most bytes this process has held, on the GPU where one was used; None if unknown."""
+def peak_memory() -> int:
+    """The most bytes this process has held, on the GPU where one was used."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # not a POSIX system
-        return None
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def memory(peak: int | None) -> str:
+def memory(peak: int) -> str:
     """What `peak_memory` found, for a table."""
-    return "unknown" if peak is None else f"{peak / 1e9:.2f} GB"
+    return f"{peak / 1e9:.2f} GB"
 
 
 def share(trainable: int, base: int) -> str:

@@ -1,6 +1,6 @@
 """Model checkpoints as files: what is where, checked against the files, and tensors read by range.
 
-A memory map counts as resident memory for every page that was touched, so tensors are read with plain `pread`.
+A memory map counts as resident memory for every page that was touched, so tensors are read by their place in the file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_core import CheckpointError, SpecError
+from peft_core import CheckpointError, SpecError, system
 from peft_core.errors import listed, reason, suggestion
 from peft_core.spec import DTYPES as DTYPE_NAMES
 
@@ -240,7 +240,7 @@ class Reader:
     def handle(self, file: Path) -> int:
         """A descriptor of the file."""
         if file not in self._handles:
-            self._handles[file] = os.open(file, os.O_RDONLY)
+            self._handles[file] = os.open(file, os.O_RDONLY | system.BINARY)
         return self._handles[file]
 
     def read(self, entry: Entry, into: Tensor | None = None) -> Tensor:
@@ -278,7 +278,7 @@ class Reader:
         view = raw.numpy().data
         done = 0
         while done < len(view):
-            count = os.preadv(self.handle(entry.file), [view[done : done + CHUNK]], entry.start + begin + done)
+            count = system.read_at(self.handle(entry.file), view[done : done + CHUNK], entry.start + begin + done)
             if count == 0:
                 raise CheckpointError(f"'{entry.file}' has become shorter while it was read")
             done += count

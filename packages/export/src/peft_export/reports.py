@@ -88,7 +88,7 @@ class OnnxReport(Report):
     Attributes:
         files: the graphs and their weights. weights: how many the graphs have.
         quantized: share of the weights that is quantized, counted in elements. by_bits: the same by bits of a weight.
-        peak_memory: of the whole process so far, in bytes; None where the system does not tell.
+        peak_memory: of the whole process so far, in bytes.
     """
 
     out: str
@@ -105,7 +105,7 @@ class OnnxReport(Report):
     files: tuple[str, ...]
     bytes: int
     seconds: float
-    peak_memory: int | None
+    peak_memory: int
     notes: tuple[str, ...]
 
     @property

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from peft_core import CheckpointError, SpecError
+from peft_core import CheckpointError, SpecError, system
 
 from .checkpoint_files import CHUNK, DTYPES, INDEX, PIECE, SINGLE, Entry, Reader
 
@@ -147,7 +147,8 @@ class Writer:
     def _handle(self, shard: _Shard) -> int:
         with self._lock:
             if shard.name not in self._handles:
-                handle = os.open(self.directory / shard.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | system.BINARY
+                handle = os.open(self.directory / shard.name, flags, 0o666)
                 self._handles[shard.name] = handle
                 _write_at(handle, 0, memoryview(shard.header))
             return self._handles[shard.name]
@@ -211,7 +212,7 @@ def _shard(name: str, items: list[Item], metadata: Mapping[str, str]) -> _Shard:
 
 def _write_at(handle: int, place: int, view: memoryview) -> None:
     while view:
-        count = os.pwrite(handle, view[:CHUNK], place)
+        count = system.write_at(handle, view[:CHUNK], place)
         view, place = view[count:], place + count
 
 
@@ -225,7 +226,9 @@ def _copy_range(source: int, entry: Entry, target: int, place: int) -> None:
         except (OSError, AttributeError) as error:
             if isinstance(error, OSError) and error.errno not in _NO_COPY:
                 raise
-            copied = os.pwrite(target, os.pread(source, count, entry.start + done), place + done)
+            buffer = memoryview(bytearray(count))
+            found = system.read_at(source, buffer, entry.start + done)
+            copied = system.write_at(target, buffer[:found], place + done) if found else 0
         if copied == 0:
             raise CheckpointError(f"'{entry.file}' has become shorter while it was read")
         done += copied

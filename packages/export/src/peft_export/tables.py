@@ -51,12 +51,11 @@ def lora_table(report: LoraReport) -> Table:
 
 def onnx_table(report: OnnxReport) -> Table:
     """What `export onnx` did."""
-    memory = "" if report.peak_memory is None else f", {size(report.peak_memory)} of memory at most"
     rows = {
         "output": report.out,
         "files": f"{', '.join(report.files)}: {size(report.bytes)}",
         "weights": f"{report.weights:,}, {report.precision}" + (f": {report.blocks}" if report.blocks else ""),
-        "time": f"{report.seconds:.1f} s{memory}",
+        "time": f"{report.seconds:.1f} s, {size(report.peak_memory)} of memory at most",
     }
     return _table("Exported to ONNX", rows, report.notes)
 

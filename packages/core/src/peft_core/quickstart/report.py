@@ -50,7 +50,7 @@ class Report:
     adapter_bytes: int
     seconds_per_step: float
     total_seconds: float
-    peak_memory_bytes: int | None
+    peak_memory_bytes: int
     held_out_before: float
     held_out_after: float
     merge_error: float

@@ -55,7 +55,7 @@ class Settings:
     lr: float = 1e-3
     batch_size: int = 8
     max_length: int = 192
-    held_out: int = 128
+    held_out: int = 64
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 

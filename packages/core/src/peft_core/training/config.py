@@ -69,7 +69,9 @@ class ModelSection(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: the checkpoint's own, but float32 where the machine is slow in 16 bits."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: the GPU, if there is one.")
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field(
+        default="auto", description="auto: the GPU, if there is one; mps is Apple's, xpu Intel's."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -78,10 +80,11 @@ class ModelSection(_Section):
 
     @property
     def used_device(self) -> str:
-        """`cpu` or `cuda`."""
+        """`device`, or what torch finds where that is `auto`."""
         if self.device != "auto":
             return self.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found.type if found else "cpu"
 
 
 class PretrainSection(_Section):

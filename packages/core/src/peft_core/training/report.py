@@ -42,7 +42,7 @@ class TrainReport:
     optimizer: str
     steps: int
     seconds: float
-    peak_memory_bytes: int | None
+    peak_memory_bytes: int
     adapter_bytes: int
     losses: list[float]
     evaluations: list[dict[str, float]]

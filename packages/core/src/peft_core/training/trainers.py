@@ -268,6 +268,6 @@ def _arguments(config: RunConfig, evaluates: bool) -> TrainingArguments:
         disable_tqdm=True,
         remove_unused_columns=False,
         use_cpu=config.model.used_device == "cpu",
-        dataloader_pin_memory=config.model.used_device != "cpu",
+        dataloader_pin_memory=config.model.used_device not in ("cpu", "mps"),
         **chosen,
     )
