@@ -896,9 +896,10 @@ def test_a_bad_line_is_named(tmp_path: Path, refused: Any) -> None:
         read_rows(jsonl(good, "[1]"))
     with refused(pc.DataError, "has no rows"):
         read_rows(jsonl("", ""))
-    (tmp_path / "data.jsonl").write_bytes(good.encode() + b'\n{"text": "\xff"}')
-    with refused(pc.DataError, "data.jsonl, line 2"):
-        read_rows(str(tmp_path / "data.jsonl"))
+    for encoded, place in ((good.encode() + b'\n{"text": "\xff"}', "line 2"), (good.encode("utf-16"), "line 1")):
+        (tmp_path / "data.jsonl").write_bytes(encoded)
+        with refused(pc.DataError, f"data.jsonl, {place} is not UTF-8; save the file as UTF-8"):
+            read_rows(str(tmp_path / "data.jsonl"))
 
     def csv(text: str) -> str:
         (tmp_path / "data.csv").write_bytes(text.encode("latin-1"))
@@ -977,6 +978,8 @@ def test_columns_and_templates_that_do_not_do(chat_directory: Path, llama_direct
     assert format_of(rows, "text") == "text"
     with refused(pc.DataError, "the columns label are not known; expected"):
         format_of([Row({"label": "a"}, "data.csv, line 2")])
+    with refused(pc.DataError, "prompt, ' completion' are not known (did you mean 'completion'?)"):
+        format_of([Row({"prompt": "a", " completion": "b"}, "data.csv, line 2")])
     unlabelled_first = [Row({"text": "w1", "label": label}, "x") for label in (None, "a")]
     assert format_of(unlabelled_first) == "label"
     with refused(pc.DataError, "chat template"):
