@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 import yaml
 from torch import nn
 from transformers import (
@@ -658,6 +661,36 @@ def test_a_folder_of_the_users_own_among_the_checkpoints(llama_directory: Path, 
     whole = started(path)
     (tmp_path / "out" / "checkpoints" / "checkpoint-old").mkdir()
     assert started(path, resume=True).losses == whole.losses
+
+
+def _process(rank: int, port: int, path: Path, resume: bool) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    from peft_core.testing.methods import register_sound
+
+    register_sound()
+    started(path, resume)
+    torch.distributed.destroy_process_group()
+
+
+def test_several_processes_resume_within_a_later_epoch(llama_directory: Path, tmp_path: Path) -> None:
+    training = {"steps": 10, "batch_size": 2, "save_every": 5, "keep": 9}  # of four steps an epoch
+    config = {"model": {"path": str(llama_directory), "device": "cpu"}, "data": {"train": "data.jsonl", "hold_out": 0}}
+    write(tmp_path / "data.jsonl", TEXTS[:16])
+    path = run_file(tmp_path, llama_directory, training=training, **config)
+
+    def losses(resume: bool) -> Any:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        mp.spawn(_process, (port, path, resume), nprocs=2)
+        return json.loads((tmp_path / "out" / "metrics.json").read_text())["losses"]
+
+    whole = losses(resume=False)
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "checkpoint-10")
+    assert losses(resume=True) == whole
 
 
 def test_what_cannot_be_resumed(llama_directory: Path, tmp_path: Path, refused: Any) -> None:
