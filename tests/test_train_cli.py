@@ -952,6 +952,10 @@ def test_a_bad_line_is_named(tmp_path: Path, refused: Any) -> None:
     (tmp_path / "data.parquet").write_bytes(b"PAR1 nothing")
     with refused(pc.DataError, "data.parquet", "parquet"):
         read_rows(str(tmp_path / "data.parquet"))
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    with refused(pc.DataError, "saved", "save_to_disk", "to_parquet"):
+        read_rows(str(tmp_path / "saved"))
     (tmp_path / "data.txt").write_text("text")
     with refused(pc.DataError, "data.txt", ".jsonl, .csv, .parquet"):
         read_rows(str(tmp_path / "data.txt"))

@@ -226,6 +226,8 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _dataset(name: str, subset: str | None, split: str) -> Iterator[Row]:
+    if Path(name, "state.json").is_file():
+        raise DataError(f"'{name}' was written by save_to_disk; write it with to_parquet, and give that .parquet file")
     try:
         import datasets
     except ImportError:
