@@ -247,14 +247,18 @@ def test_only_texts_are_read(run_file: Run, refused: Any) -> None:
 # The example
 
 
-@pytest.fixture
-def example() -> Any:
-    """examples/pretrain/pretrain.py as a module."""
+def example_module() -> Any:
+    """examples/pretrain/pretrain.py, imported anew."""
     spec = importlib.util.spec_from_file_location("pretrain_example", EXAMPLE / "pretrain.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def example() -> Any:
+    return example_module()
 
 
 def test_every_run_of_the_example_can_be_planned(example: Any, lora_method: None) -> None:
@@ -269,6 +273,14 @@ def test_every_run_of_the_example_can_be_planned(example: Any, lora_method: None
     assert all(len(plan.sites) == 7 * 4 for plan in plans.values())
     trained = [path for plan in plans.values() for path in plan.trained]
     assert all(any(path.endswith(name) for path in trained) for name in config.training.module_lr)
+
+
+@pytest.mark.parametrize("fast", [torch.bfloat16, torch.float32])
+def test_the_example_computes_in_what_the_processor_is_fast_in(
+    fast: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft_core.models.fast_dtype", lambda device: fast)
+    assert example_module().RUN["training"]["autocast"] == (fast == torch.bfloat16)
 
 
 def test_the_examples_parts_have_no_package_in_common(example: Any, tmp_path: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 import yaml
 from torch import nn
 from transformers import (
@@ -660,6 +663,36 @@ def test_a_folder_of_the_users_own_among_the_checkpoints(llama_directory: Path, 
     assert started(path, resume=True).losses == whole.losses
 
 
+def _process(rank: int, port: int, path: Path, resume: bool) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    from peft_core.testing.methods import register_sound
+
+    register_sound()
+    started(path, resume)
+    torch.distributed.destroy_process_group()
+
+
+def test_several_processes_resume_within_a_later_epoch(llama_directory: Path, tmp_path: Path) -> None:
+    training = {"steps": 10, "batch_size": 2, "save_every": 5, "keep": 9}  # of four steps an epoch
+    config = {"model": {"path": str(llama_directory), "device": "cpu"}, "data": {"train": "data.jsonl", "hold_out": 0}}
+    write(tmp_path / "data.jsonl", TEXTS[:16])
+    path = run_file(tmp_path, llama_directory, training=training, **config)
+
+    def losses(resume: bool) -> Any:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        mp.spawn(_process, (port, path, resume), nprocs=2)
+        return json.loads((tmp_path / "out" / "metrics.json").read_text())["losses"]
+
+    whole = losses(resume=False)
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "checkpoint-10")
+    assert losses(resume=True) == whole
+
+
 def test_what_cannot_be_resumed(llama_directory: Path, tmp_path: Path, refused: Any) -> None:
     write(tmp_path / "data.jsonl", PAIRS)
     with refused(RunError, "nothing to resume", "without --resume"):
@@ -896,9 +929,10 @@ def test_a_bad_line_is_named(tmp_path: Path, refused: Any) -> None:
         read_rows(jsonl(good, "[1]"))
     with refused(pc.DataError, "has no rows"):
         read_rows(jsonl("", ""))
-    (tmp_path / "data.jsonl").write_bytes(good.encode() + b'\n{"text": "\xff"}')
-    with refused(pc.DataError, "data.jsonl, line 2"):
-        read_rows(str(tmp_path / "data.jsonl"))
+    for encoded, place in ((good.encode() + b'\n{"text": "\xff"}', "line 2"), (good.encode("utf-16"), "line 1")):
+        (tmp_path / "data.jsonl").write_bytes(encoded)
+        with refused(pc.DataError, f"data.jsonl, {place} is not UTF-8; save the file as UTF-8"):
+            read_rows(str(tmp_path / "data.jsonl"))
 
     def csv(text: str) -> str:
         (tmp_path / "data.csv").write_bytes(text.encode("latin-1"))
@@ -918,6 +952,10 @@ def test_a_bad_line_is_named(tmp_path: Path, refused: Any) -> None:
     (tmp_path / "data.parquet").write_bytes(b"PAR1 nothing")
     with refused(pc.DataError, "data.parquet", "parquet"):
         read_rows(str(tmp_path / "data.parquet"))
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    with refused(pc.DataError, "saved", "save_to_disk", "to_parquet"):
+        read_rows(str(tmp_path / "saved"))
     (tmp_path / "data.txt").write_text("text")
     with refused(pc.DataError, "data.txt", ".jsonl, .csv, .parquet"):
         read_rows(str(tmp_path / "data.txt"))
@@ -977,6 +1015,8 @@ def test_columns_and_templates_that_do_not_do(chat_directory: Path, llama_direct
     assert format_of(rows, "text") == "text"
     with refused(pc.DataError, "the columns label are not known; expected"):
         format_of([Row({"label": "a"}, "data.csv, line 2")])
+    with refused(pc.DataError, "prompt, ' completion' are not known (did you mean 'completion'?)"):
+        format_of([Row({"prompt": "a", " completion": "b"}, "data.csv, line 2")])
     unlabelled_first = [Row({"text": "w1", "label": label}, "x") for label in (None, "a")]
     assert format_of(unlabelled_first) == "label"
     with refused(pc.DataError, "chat template"):

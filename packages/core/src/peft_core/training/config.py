@@ -170,7 +170,10 @@ class TrainingSection(_Section):
     optimizer: Literal["auto", "adamw", "adafactor", "sgd"] = Field(
         default="auto", description="auto: the method's own, if it has one, else AdamW."
     )
-    autocast: bool = Field(default=False, description="Compute in bfloat16 where torch's autocast does.")
+    autocast: bool = Field(
+        default=False,
+        description="Compute in bfloat16 where torch's autocast does; slow on a processor without instructions for it.",
+    )
     checkpoint_activations: bool = Field(
         default=False, description="Recompute activations in backward: less memory, more time."
     )

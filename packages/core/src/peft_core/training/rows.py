@@ -70,9 +70,10 @@ def format_of(rows: Sequence[Row], wanted: str = "auto") -> str:
         if set(needed) <= set(columns):
             return name
     known = sorted({column for needed in COLUMNS.values() for column in needed})
-    near = "".join(suggestion(column, known) for column in columns[:1] if column not in known)
+    near = next((suggestion(column, known) for column in columns if column not in known), "")
+    shown = [name if name == name.strip() else f"'{name}'" for name in columns]  # a space that nobody sees
     raise DataError(
-        f"{rows[0].place}: the columns {listed(columns)} are not known{near}; expected text, or prompt and completion, "
+        f"{rows[0].place}: the columns {listed(shown)} are not known{near}; expected text, or prompt and completion, "
         "or messages, or text and label"
     )
 
@@ -171,8 +172,10 @@ def _jsonl(path: Path) -> Iterator[Row]:
             continue
         place = f"{path}, line {number}"
         try:
-            values = json.loads(line)
-        except ValueError as error:  # of JSON, or of UTF-8
+            values = json.loads(line.decode())  # of bytes, it would take other encodings, too, but not of each line
+        except UnicodeDecodeError:
+            raise DataError(f"{place} is not UTF-8; save the file as UTF-8") from None
+        except ValueError as error:
             raise DataError(f"{place} is not JSON: {error}") from None
         if not isinstance(values, dict):
             raise DataError(f"{place}: expected an object with named values, got {type(values).__name__}")
@@ -223,6 +226,8 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _dataset(name: str, subset: str | None, split: str) -> Iterator[Row]:
+    if Path(name, "state.json").is_file():
+        raise DataError(f"'{name}' was written by save_to_disk; write it with to_parquet, and give that .parquet file")
     try:
         import datasets
     except ImportError:

@@ -187,7 +187,10 @@ class FullRunTrainer(_RunTrainer, Trainer):  # type: ignore[misc]
 
 
 class _ProgressCallback(TrainerCallback):  # type: ignore[misc]
-    """Moves the progress bar, evaluates an epoch before a step's checkpoint, and stops a run that has diverged."""
+    """Moves the progress bar, evaluates an epoch before a step's checkpoint, and stops a run that has diverged.
+
+    It also tells the sampler its epoch.
+    """
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -195,6 +198,11 @@ class _ProgressCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The trainer's own call does not reach it where several processes resume within an epoch: batches are skipped by a
+        # loader around this one, and the run would go on in the order of the first epoch.
+        kwargs["train_dataloader"].set_epoch(int(state.epoch))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.update(self.task, completed=state.global_step)
