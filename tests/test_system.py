@@ -87,6 +87,25 @@ def test_a_directory_that_cannot_be_replaced_comes_back(
     assert (target / "ours.txt").read_text() == "one" and list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_two_processes_make_the_same_directory(
+    exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any
+) -> None:
+    if not exchanges:
+        request.getfixturevalue("no_exchange")
+    target = tmp_path / "target"
+    rename = os.rename
+
+    def late(old: Path, new: Path) -> None:
+        monkeypatch.setattr(os, "rename", rename)
+        filled(target, "the other's")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", late)
+    filled(target, "ours")
+    assert (target / "ours.txt").read_text() == "ours" and list(tmp_path.iterdir()) == [target]
+
+
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "copies"])
 def test_a_link_is_linked_as_a_link(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not links:

@@ -675,7 +675,7 @@ def _process(rank: int, port: int, path: Path, resume: bool) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_several_processes_resume_within_a_later_epoch(llama_directory: Path, tmp_path: Path) -> None:
+def test_several_processes_resume_within_a_later_epoch(llama_directory: Path, tmp_path: Path, refused: Any) -> None:
     training = {"steps": 10, "batch_size": 2, "save_every": 5, "keep": 9}  # of four steps an epoch
     config = {"model": {"path": str(llama_directory), "device": "cpu"}, "data": {"train": "data.jsonl", "hold_out": 0}}
     write(tmp_path / "data.jsonl", TEXTS[:16])
@@ -690,6 +690,8 @@ def test_several_processes_resume_within_a_later_epoch(llama_directory: Path, tm
 
     whole = losses(resume=False)
     shutil.rmtree(tmp_path / "out" / "checkpoints" / "checkpoint-10")
+    with refused(RunError, "divided among 2 processes", "this is one of 1", "resume it with 2"):
+        started(path, resume=True)
     assert losses(resume=True) == whole
 
 
@@ -1045,6 +1047,21 @@ def test_a_datasets_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse
     assert rows[2].place == f"{tmp_path / 'corpus'} (train), row 3"
     with refused(pc.DataError, "nobody/nothing", "datasets cannot load it"):
         read_rows("nobody/nothing")
+
+
+def test_a_class_of_datasets_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is stored as a number, -1 for none."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    rows = {"text": ["a", "b", "c"], "label": [1, 0, -1]}
+    (tmp_path / "corpus").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "corpus" / "train.parquet")
+    found = [row.values for row in read_rows(str(tmp_path / "corpus"))]
+    assert found == [{"text": "a", "label": "good"}, {"text": "b", "label": "bad"}, {"text": "c", "label": None}]
 
 
 def test_a_run_that_diverges_says_so(llama_directory: Path, tmp_path: Path, refused: Any) -> None:

@@ -62,7 +62,8 @@ def test_lora_prints_the_flags(any_method: Trial, make: Callable[..., Any], prog
     assert code == 0, err
     assert f"--enable-lora --max-lora-rank {report['rank']}" in report["command"] and report["rank"] >= 8
     code, out, _ = program(*arguments, "--out", tmp_path / "cpp", "--fit", "llama.cpp", "--verify")
-    assert code == 0 and "convert_lora_to_gguf.py" in out and "passed" in out
+    command = f"convert_lora_to_gguf.py --base {made.base} --outfile adapter.gguf {tmp_path / 'cpp'} && llama-server"
+    assert code == 0 and command in out and "passed" in out, "a command is not wrapped"
     code, out, _ = program(*arguments, "--out", tmp_path / "low", "--svd-energy", "0.5", "--svd-rank", "2")
     assert code == 0 and "error" in out
     head = make(any_method, "bert", name="head")

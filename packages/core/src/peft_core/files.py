@@ -164,8 +164,12 @@ def _carry_over(source: Path, destination: Path, ours: Collection[str]) -> None:
 def _put_in_place(temporary: Path, target: Path) -> None:
     """Exchange the two directories in one step; where the system cannot, rename one after the other."""
     if not target.exists():
-        os.rename(temporary, target)
-        return
+        try:
+            os.rename(temporary, target)
+            return
+        except OSError:
+            if not target.exists():  # nor did another process make it meanwhile
+                raise
     if system.exchange(temporary, target):
         return
     aside = temporary.with_suffix(_ASIDE)

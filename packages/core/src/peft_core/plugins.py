@@ -66,7 +66,7 @@ def manager() -> pluggy.PluginManager:
         try:
             plugin = entry.load()
         except Exception as error:
-            raise PluginError(f"{source} cannot be imported: {error!r}; reinstall or uninstall it") from error
+            raise PluginError(f"{source} cannot be imported: {error!r}; mend, reinstall or uninstall it") from error
         try:
             pm.register(plugin, name=entry.name)
             pm.check_pending()
@@ -196,7 +196,7 @@ def _describe(implementation: pluggy.HookImpl) -> MethodInfo:
     try:
         info = implementation.function()
     except Exception as error:
-        raise PluginError(f"{what} failed: {error!r}; reinstall or uninstall it") from error
+        raise PluginError(f"{what} failed: {error!r}; mend, reinstall or uninstall it") from error
     if not isinstance(info, MethodInfo):
         raise PluginError(f"{what} must return a MethodInfo, it returned {info!r}")
     distribution, installed = _provenance(implementation.plugin_name)

@@ -293,7 +293,7 @@ def _notes(source: AdapterFiles, ranks: Mapping[str, int], rank: int, uniform: b
         spread = str(smallest) if smallest == max(ranks.values()) else f"{smallest} to {max(ranks.values())}"
         yield f"ranks of {spread} are filled up with zeros to {rank}"
     if source.header.trained:
-        yield f"{listed(source.header.trained)}, trained in full, are part of the adapter (PEFT's modules_to_save)"
+        yield f"trained in full, and part of the adapter (PEFT's modules_to_save): {listed(source.header.trained)}"
     if found := target_parameters(source):
         yield (
             f"PEFT would take {listed(found, 3)} for experts: they are named by their weights (target_parameters), which "

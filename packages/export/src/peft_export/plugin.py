@@ -128,7 +128,8 @@ def lora(
             overwrite=overwrite,
             progress=progress,
         )
-    _finish(report.to_json(), tables.lora_table(report), out, directory, {str(adapter): 1.0}, verify, json_)
+    start = "" if report.problems or not report.runtime else f"to start {report.runtime}:\n{report.command}"
+    _finish(report.to_json(), tables.lora_table(report), out, directory, {str(adapter): 1.0}, verify, json_, start)
     if report.problems:
         raise typer.Exit(_FAILED)
 
@@ -238,8 +239,9 @@ def _finish(
     adapters: dict[str, float],
     verified: bool,
     json_: bool,
+    then: str = "",
 ) -> None:
-    """Print the report; run the comparison, if it was asked for."""
+    """Print the report; run the comparison, if it was asked for. `then`: how to go on, not wrapped, for copying."""
     checked: VerifyReport | None = None
     if verified:
         checked = peft_export.verify(out, base, adapters)
@@ -249,6 +251,8 @@ def _finish(
         console().print(table)
         if checked:
             console().print(tables.verify_table(checked))
+        if then:
+            typer.echo(then)
     if checked and not checked.ok:
         raise typer.Exit(_FAILED)
 

@@ -38,10 +38,8 @@ def lora_table(report: LoraReport) -> Table:
         else "none: the factors are exact",
         "time": f"{report.seconds:.1f} s",
     }
-    if report.runtime:
-        rows["cannot be served" if report.problems else f"start {report.runtime}"] = (
-            "; ".join(report.problems) or report.command
-        )
+    if report.problems:
+        rows["cannot be served"] = "; ".join(report.problems)
     table = _table("Lowered to LoRA", rows, report.notes)
     for site in sorted(report.sites, key=lambda site: -site.error):
         if site.error:

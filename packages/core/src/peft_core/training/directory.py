@@ -8,6 +8,7 @@ model that it started from in `base/`; without an adapter, `output_dir` itself i
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,13 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..adapter_file import HEADER
-from ..errors import CheckpointError, first_line, listed
+from ..errors import CheckpointError, first_line, listed, reason
 from ..files import write_text
 from ..reporting import TrainingError
 from .config import CONFIG, RunConfig, RunError, differences
 
 CHECKPOINTS, DATA, METRICS, CURVE = "checkpoints", "data.json", "metrics.json", "loss.png"
+_PROCESSES = "processes"
 
 
 def start_or_resume(config: RunConfig, resume: bool) -> str | None:
@@ -38,7 +40,7 @@ def start_or_resume(config: RunConfig, resume: bool) -> str | None:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(f"cannot create output_dir '{out}': {error}") from None
+            raise RunError(f"cannot create output_dir '{out}': {reason(error)}") from None
         return None
     if not (out / CONFIG).is_file():
         raise RunError(f"there is nothing to resume in '{out}': it has no {CONFIG}; start without --resume")
@@ -52,20 +54,22 @@ def start_or_resume(config: RunConfig, resume: bool) -> str | None:
 
 def record(config: RunConfig, data: Mapping[str, Mapping[str, Any]]) -> None:
     """Leave what resuming compares. `data`: key of the configuration → `source` and what `contents_of` its rows says."""
-    write_text(config.output_dir / DATA, json.dumps(data, indent=2) + "\n")
+    write_text(config.output_dir / DATA, json.dumps({**data, _PROCESSES: _processes()}, indent=2) + "\n")
     write_text(config.output_dir / CONFIG, config.to_yaml())
 
 
 def check_data(out: Path, data: Mapping[str, Mapping[str, Any]]) -> None:
-    """Make sure that a run goes on with the data that it began with.
+    """Make sure that a run goes on with the data that it began with, divided among as many processes.
 
-    With other rows, rows that were held out would be trained on, and with other labels, a head would get other classes.
+    With other rows, rows that were held out would be trained on, and with other labels, a head would get other classes. With
+    another number of processes the batches would be others, and the steps so far would stand for other rows.
 
     Raises:
-        RunError: names the file and what changed in it.
+        RunError: names the file and what changed in it, or both numbers of processes.
     """
     try:
         before = json.loads((out / DATA).read_text(encoding="utf-8"))
+        processes = int(before.get(_PROCESSES, _processes()))
         changes = {key: _changes(before[key], found) for key, found in data.items() if before[key] != found}
     except (OSError, ValueError, KeyError, TypeError):
         raise RunError(
@@ -76,6 +80,11 @@ def check_data(out: Path, data: Mapping[str, Mapping[str, Any]]) -> None:
         raise RunError(
             f"{key}: '{data[key]['source']}' has changed since the run in '{out}' began ({changed}); put it back as it "
             "was, or choose another output_dir"
+        )
+    if processes != _processes():
+        raise RunError(
+            f"the run in '{out}' was divided among {processes} processes, and this is one of {_processes()}; resume it with "
+            f"{processes} (torchrun --nproc-per-node), or choose another output_dir"
         )
 
 
@@ -92,6 +101,11 @@ def writing(config: RunConfig) -> Iterator[None]:
         raise TrainingError(
             f"'{config.output_dir}' could not be written (is there room?): {first_line(error)}; {config.go_on}"
         ) from error
+
+
+def _processes() -> int:
+    """As torchrun says it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -107,7 +107,7 @@ def prepare_labelled(
         if name not in index:
             raise DataError(
                 f"{row.place}: the label '{name}' does not occur in the training data, which has {listed(classes, 20)}; add "
-                "rows with it, set data.evaluation, or change training.seed, which draws the rows that are held out"
+                "rows with it, or, where held-out rows are drawn from it, change training.seed or set data.evaluation"
             )
         text = text_of(row)
         whole = len(tokenizer(text, truncation=False, verbose=False)["input_ids"])

@@ -238,8 +238,14 @@ def _dataset(name: str, subset: str | None, split: str) -> Iterator[Row]:
         found = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # its errors are of many kinds
         raise DataError(f"'{name}' is not a data file, and datasets cannot load it: {first_line(error)}") from None
+    classes = {column: kind for column, kind in found.features.items() if isinstance(kind, datasets.ClassLabel)}
     for number, values in enumerate(found, start=1):
-        yield Row(values, f"{name} ({split}), row {number}")
+        # A class is kept as its number, and as -1 where there is none.
+        names = {
+            column: None if values[column] in (None, -1) else kind.int2str(values[column])
+            for column, kind in classes.items()
+        }
+        yield Row({**values, **names}, f"{name} ({split}), row {number}")
 
 
 _READERS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
