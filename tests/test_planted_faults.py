@@ -8,7 +8,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 from peft_core.testing.methods import FAULTS, SOUND
 
@@ -40,15 +39,15 @@ CAUGHT_BY = {
 }
 
 
+# All on one worker of xdist, which runs the suite once.
+pytestmark = pytest.mark.xdist_group("planted faults")
+
+
 @pytest.fixture(scope="session")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    """Method → tests that failed on it, of one run of the suite for all, whichever xdist worker is first."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    report = shared / "planted-faults.xml"
-    with FileLock(shared / "planted-faults.lock"):
-        if not report.exists():
-            _run_suite(report)
+    """Method → tests that failed on it, of one run of the suite for all."""
+    report = tmp_path_factory.mktemp("faults") / "report.xml"
+    _run_suite(report)
     found: dict[str, set[str]] = defaultdict(set)
     for case in ElementTree.parse(report).iter("testcase"):
         test, _, parameters = case.attrib["name"].partition("[")
@@ -70,16 +69,14 @@ def _run_suite(report: Path) -> None:
     ]
     selection = ["-k", "odd and not compil", "-q", "-p", "no:cacheprovider", "--tb=no"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    temporary = report.with_suffix(".tmp.xml")
     run = subprocess.run(
-        [*command, *methods, *selection, f"--junitxml={temporary}"],
+        [*command, *methods, *selection, f"--junitxml={report}"],
         cwd=report.parent,  # as a user's project: this repository's pytest settings do not hold there
         env=environment,
         capture_output=True,
         text=True,
     )
     assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout[-3000:] + run.stderr[-3000:]
-    temporary.rename(report)
 
 
 def test_every_fault_is_expected_somewhere() -> None:

@@ -175,7 +175,8 @@ def train(out: Path, name: str, rate: float, steps: int, seed: int, part: str = 
         where.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
         print(f"{name}, learning rate {rate:g}", flush=True)
-        command = [Path(sys.executable).with_name("peft-core"), "train", file, "--json"]
+        begun = ["--resume"] if (where / "run.yaml").exists() else []
+        command = [sys.executable, "-m", "peft_core", "train", file, "--json", *begun]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     elif file.read_text(encoding="utf-8") != text:
         raise SystemExit(f"{where} holds a run with other settings; remove it, or use another --out")
@@ -363,4 +364,9 @@ def plot_spectra(spectra: dict[str, torch.Tensor], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except subprocess.CalledProcessError as error:  # the run has said why
+        sys.exit(error.returncode)
+    except KeyboardInterrupt:
+        sys.exit(130)
