@@ -5,6 +5,7 @@ What takes long to import (transformers, and what is built on it) is imported by
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -67,8 +68,9 @@ def main() -> None:
         if error.filename is not None:  # opening a file names it, writing does not
             raise
         _give_up_output()
-        status = 1  # whoever read the pipe has seen enough
-        if not isinstance(error, BrokenPipeError):
+        status = 1
+        # Whoever read a pipe has seen enough; Windows says EINVAL of one that is closed.
+        if not isinstance(error, BrokenPipeError) and not (system.WINDOWS and error.errno == errno.EINVAL):
             status, said = _USER_ERROR, f"the output could not be written: {reason(error)}"
     if status == _INTERRUPTED:
         said = f"interrupted; {said}".rstrip("; ")
