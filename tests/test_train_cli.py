@@ -695,6 +695,22 @@ def test_several_processes_resume_within_a_later_epoch(llama_directory: Path, tm
     assert losses(resume=True) == whole
 
 
+def test_a_checkpoint_is_whole_after_the_last_process(
+    llama_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each writes its random states; the trainer's state, by which a checkpoint is told to be whole, waits for them."""
+    seen = []
+
+    def wait(self: Any) -> None:
+        for folder in (tmp_path / "out" / "checkpoints").glob("checkpoint-*"):
+            seen.append([(folder / name).exists() for name in ("rng_state.pth", "trainer_state.json")])
+
+    monkeypatch.setattr("accelerate.Accelerator.wait_for_everyone", wait)
+    write(tmp_path / "data.jsonl", PAIRS)
+    started(run_file(tmp_path, llama_directory, training={"steps": 1, "save_every": 1}))
+    assert [True, False] in seen
+
+
 def test_what_cannot_be_resumed(llama_directory: Path, tmp_path: Path, refused: Any) -> None:
     write(tmp_path / "data.jsonl", PAIRS)
     with refused(RunError, "nothing to resume", "without --resume"):

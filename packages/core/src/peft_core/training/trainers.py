@@ -43,6 +43,7 @@ class _RunTrainer:
         seconds_before: what the run took up to the checkpoint that it goes on from.
     """
 
+    accelerator: Any
     args: Any
     model: Any
     state: Any
@@ -69,6 +70,11 @@ class _RunTrainer:
         self.remove_callback(PrinterCallback)
         self.rates = _rates(config.training.module_lr, in_full)
         self.seconds_before, self.start = 0.0, time.perf_counter()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Every process writes its own; the trainer's state, which tells that a checkpoint is whole, comes after all of them."""
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()
 
     def create_optimizer(self, model: Any = None) -> Any:
         """As the trainer's own, with further groups for other learning rates."""
