@@ -54,6 +54,15 @@ def quiet() -> Iterator[None]:
     logging.set_verbosity(before)
 
 
+@pytest.fixture(autouse=True)
+def new_accelerate() -> Iterator[None]:
+    """Accelerate keeps the dtype and the data loaders of a process's first trainer for later ones; each test begins anew."""
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
+    yield
+
+
 @pytest.fixture
 def in_triton() -> Iterator[None]:
     """Every method's Triton kernels, the same random numbers in every test, no gradients."""
