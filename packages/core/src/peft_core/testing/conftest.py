@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -30,14 +31,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what does not concern a method: `methods(exclusive=False)` is for those whose capabilities say so."""
+    """Leave out what does not concern a method (`methods(exclusive=False)` is for those whose capabilities say so), and kernels
+    of Triton on other layers than the odd-sized ones: interpreted, they take seconds a model, and learn nothing new.
+    """
     concerned: list[pytest.Item] = []
     others: list[pytest.Item] = []
     for item in items:
-        marker, about = item.get_closest_marker("methods"), getattr(item, "callspec", None)
-        can = about.params["trial"].can if marker and about else None
+        marker, params = item.get_closest_marker("methods"), _parameters(item)
+        can = params["trial"].can if marker and params else None
         fits = all(getattr(can, name) == value for name, value in marker.kwargs.items()) if marker else True
-        (concerned if fits else others).append(item)
+        slow = params.get("kernels") == "triton" and params["family"].name != "odd"
+        (concerned if fits and not slow else others).append(item)
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = concerned
@@ -45,11 +49,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Say of each test what it shows, for the table of `--support`."""
-    about = getattr(item, "callspec", None)
-    if item.config.getoption("peft_support") is None or about is None or "trial" not in about.params:
+    params = _parameters(item)
+    if item.config.getoption("peft_support") is None or "trial" not in params:
         return
-    family, module = about.params.get("family"), item.getparent(pytest.Module)
-    trial = about.params["trial"]
+    family, module = params.get("family"), item.getparent(pytest.Module)
+    trial = params["trial"]
     shown = {
         "method": trial.method,
         "can": {
@@ -63,6 +67,10 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         "topic": (getattr(module, "obj", None).__doc__ or "").partition("\n")[0],
     }
     item.user_properties.append(("peft-core", shown))
+
+
+def _parameters(item: pytest.Item) -> dict[str, Any]:
+    return getattr(getattr(item, "callspec", None), "params", {})
 
 
 @functools.cache
