@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertTokenizerFast,
+    TrainingArguments,
 )
 
 import peft_core as pc
@@ -279,7 +280,11 @@ def test_accumulating_gives_the_same_step(llama_directory: Path, bert_directory:
             torch.testing.assert_close(value, saved[1][key], rtol=1e-4, atol=1e-6)
 
 
-def test_the_methods_own_optimizer(stepper: Any, llama_directory: Path, tmp_path: Path) -> None:
+def test_the_methods_own_optimizer(
+    stepper: Any, llama_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It was the default of older torch, by whose name nobody had asked for it.
+    monkeypatch.setattr(TrainingArguments.__dataclass_fields__["optim"], "default", "adamw_torch")
     write(tmp_path / "data.jsonl", PAIRS)
     assert started(run_file(tmp_path, llama_directory, method="stepper")).optimizer == "StepperAdamW"
     path = run_file(tmp_path, llama_directory, method="stepper", training={"optimizer": "adamw"}, output_dir="other")

@@ -87,16 +87,13 @@ def register(plugin: object, name: str) -> None:
         raise PluginError(f"a plugin '{name}' is registered already; unregister it or choose another name")
     try:
         pm.register(plugin, name=name)
-    except (pluggy.PluginValidationError, ValueError) as error:
-        raise PluginError(f"plugin '{name}': {error}") from error
-    try:
         pm.check_pending()
         _check(pm)
     except PluginError:
         unregister(name)
         raise
-    except pluggy.PluginValidationError as error:
-        unregister(name)
+    except (pluggy.PluginValidationError, ValueError) as error:
+        unregister(name)  # pluggy keeps what it had registered before it refused the rest
         raise PluginError(f"plugin '{name}': {error}") from error
 
 

@@ -106,11 +106,14 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
         _check_training(model, self.args)
         return model
 
+    def names_optimizer(self) -> bool:
+        """Whether the arguments name an optimizer: another than their default."""
+        return bool(self.args.optim != _default_optimizer(self.args))
+
     def create_optimizer(self, model: Any = None) -> Any:
         """As the trainer's own, but with the method's optimizer if it has one and the arguments name no other."""
         held = self.model if model is None else model
-        default = type(self.args).__dataclass_fields__["optim"].default
-        chosen = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None or self.args.optim != default
+        chosen = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None or self.names_optimizer()
         make = None if chosen else own_optimizer(in_training(held))
         if make is None:
             return super().create_optimizer(*([] if model is None else [model]))  # older trainers take none
@@ -124,7 +127,7 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
             {"params": [parameter for name, parameter in trained if name not in decaying], "weight_decay": 0.0},
         ]
         # Where the trainer's default is a fused optimizer and the method's can be one, it is.
-        fuses = "fused" in str(default).lower() and "fused" in inspect.signature(make).parameters
+        fuses = "fused" in str(_default_optimizer(self.args)).lower() and "fused" in inspect.signature(make).parameters
         kind = {"fused": True} if fuses else {}
         self.optimizer = make(groups, lr=self.args.learning_rate, weight_decay=self.args.weight_decay, **kind)
         return self.optimizer
@@ -247,6 +250,10 @@ class _AdapterCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for adapter in in_training(kwargs["model"]):
             check_stepped(adapter.bank)
+
+
+def _default_optimizer(args: Any) -> Any:
+    return type(args).__dataclass_fields__["optim"].default
 
 
 def _places(model: nn.Module, directory: Path) -> list[tuple[Adapter, Path]]:

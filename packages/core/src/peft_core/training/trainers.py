@@ -78,7 +78,7 @@ class _RunTrainer:
 
     def create_optimizer(self, model: Any = None) -> Any:
         """As the trainer's own, with further groups for other learning rates."""
-        optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        optimizer = super().create_optimizer(*([] if model is None else [model]))  # type: ignore[misc]
         for group in list(optimizer.param_groups):
             by_rate: dict[float, list[nn.Parameter]] = {}
             for parameter in group["params"]:
@@ -150,6 +150,10 @@ class AdapterRunTrainer(_RunTrainer, AdapterTrainer):
         trained = self.adapter.plan.trained
         in_full = {path: [parameters[key] for key in keys.values()] for path, keys in trained.items()}
         super().__init__(config, task, progress, in_full)
+
+    def names_optimizer(self) -> bool:
+        """Whether the run names one, be it the trainer's default."""
+        return self.config.training.optimizer != "auto"
 
     def facts(self) -> dict[str, Any]:
         """The fields of the report about what is trained."""
