@@ -33,6 +33,7 @@ from peft_core.trainer import AdapterTrainer
 from peft_core.training.batches import CausalCollator, LengthGroupedSampler, PackedCollator
 from peft_core.training.checks import BatchConvention, batch_convention, check_packing
 from peft_core.training.config import RunConfig, RunError, differences
+from peft_core.training.directory import writing
 from peft_core.training.examples import IGNORED, Tokens, pack, prepare_causal, prepare_labelled
 from peft_core.training.losses import evaluate
 from peft_core.training.report import TrainReport
@@ -807,6 +808,17 @@ def test_a_run_that_finds_no_room_loses_nothing(
     monkeypatch.undo()
     rest = started(tmp_path / "broken" / "RUN.yaml", resume=True)
     assert (rest.losses, rest.result) == (whole.losses, whole.result)
+
+
+def test_a_checkpoint_that_waits_for_a_process_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Any
+) -> None:
+    config = RunConfig.from_file(run_file(tmp_path, tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with refused(reporting.TrainingError, "do all processes still run?", "start again"), writing(config):
+        raise RuntimeError("Connection closed by peer")
+    with refused(reporting.TrainingError, "(is there room?)"), writing(config):
+        raise OSError(28, "No space left on device")
 
 
 def test_how_many_checkpoints_are_kept_may_change(

@@ -98,8 +98,10 @@ def writing(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, CheckpointError) as error:  # torch.save fails with a RuntimeError
+        # So does waiting for a process that is gone.
+        awaited = ", do all processes still run" if isinstance(error, RuntimeError) and _processes() > 1 else ""
         raise TrainingError(
-            f"'{config.output_dir}' could not be written (is there room?): {first_line(error)}; {config.go_on}"
+            f"'{config.output_dir}' could not be written (is there room{awaited}?): {first_line(error)}; {config.go_on}"
         ) from error
 
 
