@@ -84,7 +84,8 @@ class Adapter:
         return self.bank.named_parameters()
 
     def save(self, directory: str | Path) -> None:
-        """Write the adapter to a directory; see `peft_core.checkpoint`.
+        """Write the adapter to a directory; see `peft_core.checkpoint`. Where several processes train, all of them call this:
+        it gathers what is sharded, and the first of them writes.
 
         Raises:
             CheckpointError: it cannot be written; what was there is unchanged.

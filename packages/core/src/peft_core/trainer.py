@@ -38,8 +38,9 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
     The adapters in training are those that are trainable and active. A checkpoint holds them (one: in the checkpoint's
     directory itself, several: in a directory each below it) and what the trainer needs to continue: optimizer, scheduler,
     random states. `resume_from_checkpoint` and `load_best_model_at_end` load them back in place; a resumed run is bit for
-    bit the run that was never stopped, any other one begins anew. Each adapter is told how long its run is. A method's own
-    optimizer, if it has one, is used unless the arguments name another than the default.
+    bit the run that was never stopped (as far as transformers repeats its batches), any other one begins anew. Each adapter
+    is told how long its run is. A method's own optimizer, if it has one, is used unless the arguments name another than the
+    default.
 
     A trainer that compares with a reference model (TRL's DPO) gets the model without the adapters in training as its
     reference, unless one is given: no second copy is loaded.
