@@ -127,6 +127,10 @@ class Attention(nn.Module):
         self.project = nn.Linear(24, 24)
 
 
+def test_a_layer_without_outputs_is_left_out() -> None:
+    assert chosen(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 0))) == ["0"]
+
+
 def test_layers_that_their_framework_bypasses_are_refused(refused) -> None:
     model = Attention()
     plan = pc.plan(model, AdapterSpec(method="sound"))

@@ -372,10 +372,13 @@ def test_the_variants_counts(llama_7b: nn.Module, options: dict[str, Any], count
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"r": 64}, "'0': r=64 is more than its 63 inputs; set r ≤ 60, which fits all layers with these options"),
+        (
+            {"r": 64},
+            "'0': r=64 is more than its 63 inputs; exclude it, or set r ≤ 60, which fits all layers with these options",
+        ),
         (
             {"variant": "expand", "r": 61},
-            "'0': r=61 is more than its 60 outputs; set r ≤ 60, which fits all layers with these options",
+            "'0': r=61 is more than its 60 outputs; exclude it, or set r ≤ 60, which fits all layers with these options",
         ),
         (
             {"variant": "expand", "r": 2, "sizes": [30, 31]},

@@ -114,7 +114,10 @@ def block(k=12, d=18, layers=3):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"r": 4, "shards": 4}, ["'proj'", "shards 4", "12 in, 18 out", "values that do: 1, 2, 3, 6"]),
+        (
+            {"r": 4, "shards": 4},
+            ["'proj'", "shards 4", "12 in, 18 out", "values that do: 1, 2, 3, 6 (for", "or exclude it"],
+        ),
         ({"r": 2, "equivalent_rank": 3}, ["equivalent_rank 3", "r 2", "set r ≥ 3"]),
         ({"r": 4, "private_rank": 3}, ["private_rank 3", "equivalent_rank 2", "set private_rank ≤ 2"]),
         ({"r": 4, "private_rank": 2}, ["private_rank 2", "set private_rank ≤ 1 or r = 2"]),

@@ -55,10 +55,9 @@ def describe(module: nn.Module) -> Base | None:
         return None
     if _is_conv1d(module) and weight.dim() == 2 and hasattr(module, "nf"):
         return Base(weight.shape[0], weight.shape[1], True, True, weight.dtype)
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if not all(isinstance(size, int) for size in sizes):
+    inside, outside = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if not (isinstance(inside, int) and isinstance(outside, int) and inside > 0 and outside > 0):
         return None
-    inside, outside = int(sizes[0] or 0), int(sizes[1] or 0)
     if tuple(weight.shape) == (outside, inside) and weight.dtype.is_floating_point:
         plain = type(module).forward is nn.Linear.forward or _has_linear_forward(module)
         return Base(inside, outside, False, plain, weight.dtype)

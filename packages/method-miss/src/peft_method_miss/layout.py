@@ -45,7 +45,8 @@ def _check(site: pc.Site, sites: Sequence[pc.Site]) -> None:
     if r > split:
         most = min(one.out_features if side == "outputs" else one.in_features for one in _like(site, sites))
         raise pc.PlanError(
-            f"'{site.path}': r={r} is more than its {split} {side}; set r ≤ {most}, which fits all layers with these options"
+            f"'{site.path}': r={r} is more than its {split} {side}; exclude it, or set r ≤ {most}, which fits all layers with "
+            "these options"
         )
     if options.sizes is not None and sum(options.sizes) != outputs:
         raise pc.PlanError(

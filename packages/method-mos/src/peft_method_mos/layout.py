@@ -82,7 +82,7 @@ def _check(name: str, members: Sequence[pc.Site], options: Options) -> None:
     if fan_in % options.shards or fan_out % options.shards:
         raise pc.PlanError(
             f"mos: shards {options.shards} does not divide '{name}' ({fan_in} in, {fan_out} out); "
-            f"values that do: {divisors([fan_in, fan_out])}"
+            f"values that do: {divisors([fan_in, fan_out])} (for '{members[0].type}' alone with overrides); or exclude it"
         )
     public = L * (e - p)
     if r - p > public:
