@@ -18,8 +18,8 @@ os.environ.update(
 )
 
 import pytest
-from packages.export.serving.reference import Reference
 
+from packages.export.serving.reference import Reference
 from peft_core.testing.checks import trials
 
 

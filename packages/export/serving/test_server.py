@@ -16,8 +16,8 @@ from pathlib import Path
 
 import openai
 import pytest
-from packages.export.serving.reference import NEW_TOKENS, Made, Reference, Tokens
 
+from packages.export.serving.reference import NEW_TOKENS, Made, Reference, Tokens
 from peft_core.testing.checks import Trial, trials
 from peft_export.cache import Cache
 

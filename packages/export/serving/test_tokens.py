@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from packages.export.serving.reference import NEW_TOKENS, Reference, Tokens
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.lora.request import LoRARequest
 
 import peft_export
+from packages.export.serving.reference import NEW_TOKENS, Reference, Tokens
 from peft_core.testing.checks import Trial, trials
 
 

@@ -1,0 +1,293 @@
+"""`peft-core train`: mistakes in the configuration and in the data, each named in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import (
+    AutoTokenizer,
+)
+
+import peft_core as pc
+from peft_core import reporting
+from peft_core.training.config import RunConfig, differences
+from peft_core.training.examples import prepare_causal, prepare_labelled
+from peft_core.training.rows import Row, classes_of, format_of, hold_out, read_rows
+from tests.train.runs import CHAT, CHATS, LABELLED, PAIRS, run_file, started, write
+
+pytestmark = pytest.mark.usefixtures("quiet")
+
+
+# Mistakes in the configuration
+
+
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        ({"modle": "x"}, ["'modle' is not a key", "did you mean 'model'?"]),
+        ({"data": {"trian": "x"}}, ["'data.trian'", "did you mean 'train'?"]),
+        ({"data": {"train": "data.jsonl", "format": "jsonl"}}, ["'data.format'", "'messages'"]),
+        ({"training": {"learning_rate": 1}}, ["'training.learning_rate'", "the keys are"]),
+        ({"training": {"epoch": 1}}, ["'training.epoch'", "did you mean 'epochs'?"]),
+        ({"training": {"lr": "fast"}}, ["'training.lr'", "'fast'"]),
+        ({"training": {"batch_size": 0}}, ["'training.batch_size'", "got 0"]),
+        ({"training": {"epochs": 1}}, ["epochs and steps", "choose one"]),
+        ({"training": {"best": True, "save_every": 2}}, ["save_every and evaluate_every"]),
+        ({"adapter": {"method": "soundd"}}, ["'soundd'", "did you mean 'sound'?"]),
+        ({"adapter": {"method": "sound", "options": {"rr": 1}}}, ["'rr'", "r, alpha"]),
+        ({"adapter": {"method": "sound", "targets": ["q_prj"]}}, ["'q_prj'", "did you mean 'q_proj'?"]),
+        ({"adapter": "nowhere.yaml"}, ["nowhere.yaml"]),
+        ({"model": "smollm2-135"}, ["did you mean 'smollm2-135m'?"]),
+        ({"model": "package:nothing_here/model"}, ["'nothing_here'"]),
+        ({"model": 3}, ["'model'", "path, dtype, device"]),
+        ({"model": {"path": "x", "dtype": "int8"}}, ["'model.dtype'", "'bfloat16'"]),
+        ({"data": "nowhere.jsonl"}, ["no file", "nowhere.jsonl"]),
+        ({"data": {"train": "data.jsonl", "max_length": 100000}}, ["data.max_length", "100000"]),
+        ({"data": {"train": "data.jsonl", "hold_out": 0}, "training": {"best": True}}, ["training.best", "hold_out"]),
+        ({"output_dir": "data.jsonl/out"}, ["output_dir", "data.jsonl"]),
+        ({"output_dir": None}, ["'output_dir'"]),
+    ],
+    ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
+)
+def test_mistakes_in_the_configuration(
+    change: dict[str, Any],
+    found: list[str],
+    llama_directory: Path,
+    program: Callable[..., Any],
+    clear: Any,
+    tmp_path: Path,
+) -> None:
+    write(tmp_path / "data.jsonl", PAIRS)
+    ran = program("train", run_file(tmp_path, llama_directory, **change))
+    assert (ran.status, ran.out) == (2, ""), ran
+    assert ran.err.splitlines()[-1].startswith("peft-core: ")
+    clear(ran.err.splitlines()[-1], *found)
+    assert not (tmp_path / "out" / "run.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("model: [", "not YAML"),
+        ("- 1", "got list"),
+        (None, "RUN.yaml': No such file or directory"),
+        ("", "got NoneType"),
+    ],
+)
+def test_files_that_are_no_configuration(
+    text: str | None, found: str, program: Callable[..., Any], clear: Any, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / "RUN.yaml").write_text(text)
+    ran = program("train", tmp_path / "RUN.yaml")
+    assert ran.status == 2
+    clear(ran.err, "RUN.yaml", found)
+    assert ran.err.count("RUN.yaml") == 1
+
+
+def test_damaged_weights_are_named(
+    llama_directory: Path, bert_directory: Path, program: Callable[..., Any], clear: Any, tmp_path: Path
+) -> None:
+    for rows, model in ((PAIRS, llama_directory), (LABELLED, bert_directory)):
+        base = tmp_path / model.name
+        shutil.copytree(model, base)
+        weights = base / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        write(tmp_path / "data.jsonl", rows)
+        ran = program("train", run_file(tmp_path, base))
+        assert (ran.status, ran.out) == (2, "")
+        clear(ran.err, f"'{weights}' is truncated or damaged", "restore it")
+
+
+def test_a_gpu_that_is_not_there_is_named(
+    llama_directory: Path, tmp_path: Path, refused: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    write(tmp_path / "data.jsonl", PAIRS)
+    with refused(pc.ModelError, "device cuda is not available here"):
+        started(run_file(tmp_path, llama_directory, model={"path": str(llama_directory), "device": "cuda"}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_paths_are_relative_to_the_file(llama_directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text(pc.AdapterSpec(method="sound").to_yaml())
+    write(tmp_path / "data.jsonl", PAIRS)
+    config = RunConfig.from_file(
+        run_file(tmp_path, llama_directory, adapter="spec.yaml", data={"train": "data.jsonl", "evaluation": "./e.csv"})
+    )
+    assert config.adapter == pc.AdapterSpec(method="sound")
+    assert config.data.train == str(tmp_path / "data.jsonl") and config.data.evaluation == str(tmp_path / "e.csv")
+    assert config.output_dir == tmp_path / "out"
+    assert RunConfig.from_data({**config.model_dump(mode="json"), "data": "some/dataset"}).data.train == "some/dataset"
+    assert differences(config, config) == []
+
+
+def test_every_key_is_described() -> None:
+    def described(schema: dict[str, Any]) -> None:
+        for section in schema["$defs"].values():
+            for name, field in section.get("properties", {}).items():
+                assert field.get("description"), name
+
+    described(RunConfig.model_json_schema())
+
+
+# Mistakes in the data
+
+
+def test_a_bad_line_is_named(tmp_path: Path, refused: Any) -> None:
+    def jsonl(*lines: str) -> str:
+        path = tmp_path / "data.jsonl"
+        path.write_bytes("\n".join(lines).encode())
+        return str(path)
+
+    good = json.dumps(PAIRS[0])
+    with refused(pc.DataError, "data.jsonl, line 3 is not JSON"):
+        read_rows(jsonl(good, "", "{'a': 1}"))
+    with refused(pc.DataError, "data.jsonl, line 2: expected an object"):
+        read_rows(jsonl(good, "[1]"))
+    with refused(pc.DataError, "has no rows"):
+        read_rows(jsonl("", ""))
+    for encoded, place in ((good.encode() + b'\n{"text": "\xff"}', "line 2"), (good.encode("utf-16"), "line 1")):
+        (tmp_path / "data.jsonl").write_bytes(encoded)
+        with refused(pc.DataError, f"data.jsonl, {place} is not UTF-8; save the file as UTF-8"):
+            read_rows(str(tmp_path / "data.jsonl"))
+
+    def csv(text: str) -> str:
+        (tmp_path / "data.csv").write_bytes(text.encode("latin-1"))
+        return str(tmp_path / "data.csv")
+
+    rows = read_rows(csv('text,label\n"two\nlines",a\n\nx,b\n'))
+    assert [row.place.rpartition(", ")[2] for row in rows] == ["line 2", "line 5"]
+    assert rows[0].values == {"text": "two\nlines", "label": "a"}
+    with refused(pc.DataError, "data.csv, line 4: 3 values for 2 columns"):
+        read_rows(csv('text,label\n"two\nlines",a\nx,y,z\n'))
+    with refused(pc.DataError, "data.csv, line 3 is not CSV"):
+        read_rows(csv('text,label\nx,a\n"open,b\n'))
+    with refused(pc.DataError, "data.csv, line 2 is not UTF-8"):
+        read_rows(csv("text,label\n\xff,a\n"))
+    with refused(pc.DataError, "line 1: expected column names"):
+        read_rows(csv("text,text\nx,a\n"))
+    (tmp_path / "data.parquet").write_bytes(b"PAR1 nothing")
+    with refused(pc.DataError, "data.parquet", "parquet"):
+        read_rows(str(tmp_path / "data.parquet"))
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    with refused(pc.DataError, "saved", "save_to_disk", "to_parquet"):
+        read_rows(str(tmp_path / "saved"))
+    (tmp_path / "data.txt").write_text("text")
+    with refused(pc.DataError, "data.txt", ".jsonl, .csv, .parquet"):
+        read_rows(str(tmp_path / "data.txt"))
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\x85", "\f"])
+def test_only_a_line_end_ends_a_line(inside: str, tmp_path: Path) -> None:
+    row = {"text": f"one{inside}row", "label": "a"}
+    (tmp_path / "data.csv").write_text(f"text,label\n{row['text']},a\r\n", encoding="utf-8", newline="")
+    (tmp_path / "data.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8", newline="")
+    for suffix in ("csv", "jsonl") if inside != "\f" else ("csv",):  # JSON wants control characters escaped
+        assert [read.values for read in read_rows(str(tmp_path / f"data.{suffix}"))] == [row]
+
+
+@pytest.mark.parametrize(
+    "kind, values, found",
+    [
+        ("text", {"text": "  "}, "'text' is empty"),
+        ("text", {"text": 3}, "'text' is 3, not text"),
+        ("text", {}, "'text' is missing"),
+        ("prompt", {"prompt": "a"}, "'completion' is missing"),
+        ("prompt", {"completion": "a"}, "'prompt' is missing"),
+        ("prompt", {"prompt": ["a"], "completion": "a"}, "'prompt' is ['a'], not text"),
+        ("messages", {"messages": "hello"}, "must be a list of messages"),
+        ("messages", {"messages": []}, "must be a list of messages"),
+        ("messages", {"messages": [{"role": "user"}]}, "message 1 must have role and content"),
+        ("messages", {"messages": [{"role": "user", "content": "w1"}]}, "no message is the assistant's"),
+        ("label", {"text": "w1"}, "'label' is missing"),
+        ("label", {"text": "w1", "label": 0.5}, "'label' is 0.5; expected text or a whole number"),
+        (
+            "label",
+            {"text": "w1", "label": "maybe"},
+            "the label 'maybe' does not occur in the training data, which has no, yes",
+        ),
+        ("label", {"text": "", "label": "no"}, "'text' is empty"),
+        ("text", {"text": "w1 \ud800"}, "\\ud800 is not a character"),
+        ("prompt", {"prompt": "\udfff", "completion": "w1"}, "\\udfff is not a character"),
+        ("prompt", {"prompt": "w1", "completion": "\ud800"}, "\\ud800 is not a character"),
+        ("messages", {"messages": [*CHATS[0]["messages"], {"role": "user", "content": "\ud800"}]}, "\\ud800 is not"),
+        ("label", {"text": "w1", "label": "\ud800"}, "\\ud800 is not a character"),
+    ],
+)
+def test_a_bad_row_is_named(kind: str, values: dict[str, Any], found: str, chat_directory: Path, refused: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chat_directory)
+    rows = [Row(values, "data.jsonl, line 7")]
+    with refused(pc.DataError, "data.jsonl, line 7: ", found):
+        if kind == "label":
+            prepare_labelled(rows, ["no", "yes"], tokenizer, 20)
+        else:
+            prepare_causal(rows, kind, tokenizer, 20)
+
+
+def test_columns_and_templates_that_do_not_do(chat_directory: Path, llama_directory: Path, refused: Any) -> None:
+    rows = [Row({"txt": "w1"}, "data.csv, line 2")]
+    with refused(pc.DataError, "data.csv, line 2", "txt", "did you mean 'text'?"):
+        format_of(rows)
+    assert format_of(rows, "text") == "text"
+    with refused(pc.DataError, "the columns label are not known; expected"):
+        format_of([Row({"label": "a"}, "data.csv, line 2")])
+    with refused(pc.DataError, "prompt, ' completion' are not known (did you mean 'completion'?)"):
+        format_of([Row({"prompt": "a", " completion": "b"}, "data.csv, line 2")])
+    unlabelled_first = [Row({"text": "w1", "label": label}, "x") for label in (None, "a")]
+    assert format_of(unlabelled_first) == "label"
+    with refused(pc.DataError, "chat template"):
+        prepare_causal([Row(CHATS[0], "x")], "messages", AutoTokenizer.from_pretrained(llama_directory), 20)
+    tokenizer = AutoTokenizer.from_pretrained(chat_directory)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with refused(pc.DataError, "line 4: the chat template refuses: roles must alternate"):
+        prepare_causal([Row(CHATS[0], "line 4")], "messages", tokenizer, 20)
+    tokenizer.chat_template = "{{ messages | length }} " + CHAT
+    with refused(pc.DataError, "line 4: the chat template writes message 2 differently"):
+        prepare_causal([Row(CHATS[0], "line 4")], "messages", tokenizer, 20)
+    with refused(pc.DataError, "the label 'a'", "nothing to tell apart"):
+        classes_of([Row({"label": "a"}, "x")] * 2)
+    with refused(pc.DataError, "a single row cannot be divided"):
+        hold_out([Row({}, "x")], 0.1, 0)
+    assert classes_of([Row({"label": n}, "x") for n in (10, 9, 2)]) == ["2", "9", "10"]
+
+
+def test_a_datasets_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Any) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write(tmp_path / "corpus" / "train.jsonl", PAIRS)
+    rows = read_rows(str(tmp_path / "corpus"))
+    assert [dict(row.values) for row in rows] == PAIRS
+    assert rows[2].place == f"{tmp_path / 'corpus'} (train), row 3"
+    with refused(pc.DataError, "nobody/nothing", "datasets cannot load it"):
+        read_rows("nobody/nothing")
+
+
+def test_a_class_of_datasets_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is stored as a number, -1 for none."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    rows = {"text": ["a", "b", "c"], "label": [1, 0, -1]}
+    (tmp_path / "corpus").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "corpus" / "train.parquet")
+    found = [row.values for row in read_rows(str(tmp_path / "corpus"))]
+    assert found == [{"text": "a", "label": "good"}, {"text": "b", "label": "bad"}, {"text": "c", "label": None}]
+
+
+def test_a_run_that_diverges_says_so(llama_directory: Path, tmp_path: Path, refused: Any) -> None:
+    write(tmp_path / "data.jsonl", PAIRS)
+    each = {"lr": 1e30, "optimizer": "sgd", "warmup": 0, "max_grad_norm": 0, "steps": 6}
+    with refused(reporting.TrainingError, "lower training.lr"):
+        started(run_file(tmp_path, llama_directory, training=each))
