@@ -423,6 +423,20 @@ def test_a_file_that_cannot_be_written_leaves_the_previous_adapter(saved, blocks
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_a_text_that_cannot_be_written_leaves_nothing(tmp_path) -> None:
+    (tmp_path / "run.yaml").write_text("before")
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        files.write_text(tmp_path / "run.yaml", "x" * 10_000)
+
+    status, report = in_child(work)
+    assert status == 1 and report.startswith("OSError"), report
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+    assert (tmp_path / "run.yaml").read_text() == "before"
+
+
 def test_a_short_write_of_numpy_is_a_full_disk(tmp_path, refused) -> None:
     """Its error says how many numbers it wrote (of ONNX weights, say), and not why."""
     with (

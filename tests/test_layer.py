@@ -120,6 +120,15 @@ def test_a_layer_that_returns_more_than_its_product_is_named(refused) -> None:
         net(torch.randn(2, 24))
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    net = nn.Sequential(nn.Linear(24, 24)).double()
+    x = torch.randn(3, 24, dtype=torch.float64)
+    randomise(attached(net))
+    on = net(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net(x), on)
+
+
 def test_tracing_records_the_adapted_model() -> None:
     net = Net(nn.Linear(24, 20), lambda layer, x: layer(x))
     randomise(attached(net))
@@ -308,6 +317,26 @@ def test_a_model_that_lost_an_adapted_layer(change, place: str, owns: bool, refu
     assert torch.equal(net.layers[0].weight, weights[0])
     assert [type(layer) for layer in net.layers] == [nn.Linear] * len(net.layers)
     assert not [key for key in net.state_dict() if "peft_core/" in key]
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("step", ["peft_core.bank.Bank.register", "peft_core.install.optim.watch"])
+def test_an_attach_that_is_interrupted_leaves_no_trace(step: str, first: bool, monkeypatch) -> None:
+    net = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
+    if not first:
+        randomise(attached(net))
+    before, on = Snapshot.of(net), net(torch.ones(24))
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        attached(net, "other")
+    monkeypatch.undo()
+    before.assert_restored(net)
+    assert "other" not in pc.adapters(net) and torch.equal(net(torch.ones(24)), on)
+    attached(net, "other")
 
 
 def test_an_attach_that_fails_late_leaves_what_was_active(monkeypatch) -> None:

@@ -263,6 +263,53 @@ def test_disabled_restores_after_an_exception(blocks, adapter) -> None:
     assert same_bits(run(ODD, blocks), on)
 
 
+def test_what_happens_to_adapters_while_one_is_disabled_stays(blocks, adapter, spec) -> None:
+    other = randomise(pc.attach(blocks, spec, name="other"))
+    pc.activate(blocks, ["default", "other"])
+    on = run(ODD, blocks)
+    with adapter.disabled():
+        other.merge()
+    assert not other.active and relative(run(ODD, blocks), on) < 1e-5
+    with adapter.disabled():
+        adapter.merge()
+    assert not adapter.active and relative(run(ODD, blocks), on) < 1e-5
+    adapter.unmerge()
+    with adapter.disabled():
+        other.unmerge()
+    assert adapter.active and other.active and relative(run(ODD, blocks), on) < 1e-5
+    with adapter.disabled():
+        other.detach()
+    assert adapter.active and pc.adapters(blocks).keys() == {"default"}
+    with adapter.disabled():
+        adapter.detach()
+    assert not pc.adapters(blocks)
+
+
+def test_a_merged_adapter_that_is_disabled_is_not_merged_for_good(adapter, refused) -> None:
+    adapter.merge()
+    with adapter.disabled(), refused(pc.AdapterError, "'default'", "disabled()"):
+        adapter.merge_and_detach()
+    assert adapter.merged
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_merging_beside_an_adapter_that_lost_a_layer_changes_nothing(blocks, spec, refused, merged: bool) -> None:
+    one, other = (
+        randomise(pc.attach(blocks, spec.model_copy(update={"targets": rf"{place}\..*"}), name=f"block-{place}"))
+        for place in (0, 1)
+    )
+    if merged:
+        one.merge()
+    pc.activate(blocks, [adapter.name for adapter in (one, other) if not adapter.merged])
+    path = next(iter(other.bank.sites))
+    blocks.set_submodule(path, torch.nn.Linear(7, 7))
+    before = {name: value.clone() for name, value in blocks.state_dict().items()}
+    with refused(pc.AdapterError, path, "replaced"):
+        one.unmerge() if merged else one.merge()
+    assert one.merged == merged and one.active == (not merged) and other.active
+    assert all(same_bits(value, before[name]) for name, value in blocks.state_dict().items())
+
+
 def test_failing_attach_leaves_no_trace(blocks, monkeypatch) -> None:
     from peft_core.testing.methods import Sound
 

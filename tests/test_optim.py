@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import io
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -597,6 +600,34 @@ def test_after_a_step_that_failed(stepper: Any, tmp_path: Path) -> None:
         optimizer.step()
     another.step()
     assert adapter.steps == 3
+
+
+def test_a_step_that_failed_holds_nothing(stepper: Any) -> None:
+    class Fails(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            raise RuntimeError("out of memory")
+
+    def run() -> weakref.ref[nn.Module]:
+        net, adapter = adapted()
+        optimizer = Fails(adapter.parameters(), lr=0.1)
+        backward(net)
+        with contextlib.suppress(RuntimeError):
+            optimizer.step()
+        return weakref.ref(net)
+
+    net = run()
+    gc.collect()
+    assert net() is None
+
+
+def test_a_hook_may_change_a_steps_arguments(stepper: Any) -> None:
+    net, adapter = adapted()
+    optimizer = LoggedSGD(adapter.parameters(), stepper.log)
+    optimizer.register_step_pre_hook(lambda self, args, kwargs: (args, dict(kwargs)))
+    for _ in range(2):
+        backward(net)
+        optimizer.step()
+    assert stepper.log == ["before 0", "update", "after 0", "before 1", "update", "after 1"]
 
 
 def test_a_compiled_optimizer_step_is_seen(stepper: Any) -> None:

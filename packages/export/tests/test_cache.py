@@ -66,6 +66,16 @@ def test_an_entry_is_the_lowered_adapter(exact: Trial, make: Callable[..., Any],
     assert json.loads((entry / "adapter_config.json").read_text())["r"] == report.rank
 
 
+@pytest.mark.parametrize("missing", ["config.json", "adapter.safetensors"])
+def test_an_input_that_is_not_there(missing: str, adapters: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, (adapter, *_) = adapters
+    folder = shutil.copytree(base if missing == "config.json" else adapter, tmp_path / "copy")
+    (folder / missing).unlink()
+    inputs = (folder, adapter) if missing == "config.json" else (base, folder)
+    with pytest.raises(pc.CheckpointError, match=f"{missing}' cannot be read: No such file"):
+        Cache(tmp_path / "cache", 10**9, "vllm").lower(*inputs)
+
+
 def test_what_is_the_same_is_made_once(
     adapters: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -315,6 +315,15 @@ def test_factors_too_large_for_the_dtype(lone: Trial, make: Callable[..., Any], 
         peft_export.export_lora(made.base, tmp_path / "large", tmp_path / "out", dtype="float16")
 
 
+def test_a_rank_bounds_what_an_energy_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    delta = torch.randn(1100, 1100, generator=torch.Generator().manual_seed(0))
+    asked: list[int] = []
+    decompose = svd._decompose
+    monkeypatch.setattr(svd, "_decompose", lambda delta, wanted: asked.append(wanted) or decompose(delta, wanted))
+    assert svd.truncate(delta, 4, 0.999).A.shape == (4, 1100)
+    assert asked == [4]
+
+
 def test_energy_of_exact_factors(exact: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
     """A share of ‖ΔW‖² is kept whether the factors were exact or not; all of it is kept without loss."""
     made = make(exact)

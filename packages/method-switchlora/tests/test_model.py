@@ -396,11 +396,11 @@ def test_a_second_training_switches_as_the_first_did(tmp_path):
     assert digest(everything(other, resumed, again)) == digest(everything(model, adapter, optimizer))
 
 
-@pytest.mark.parametrize("length", [0, -5, float("nan"), "ten"])
+@pytest.mark.parametrize("length", [0, -5, 10.5, float("nan"), "ten"])
 def test_the_length_of_a_run_is_a_positive_number(length):
     adapter = adapt(make(), total_steps=None)
     for tell in (lambda: setattr(adapter, "total_steps", length), lambda: adapter.begin_run(length)):
-        with pytest.raises(pc.AdapterError, match=f"positive number of optimizer steps, got {length!r}"):
+        with pytest.raises(pc.AdapterError, match=f"positive whole number of optimizer steps, got {length!r}"):
             tell()
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from numbers import Real
+from numbers import Integral
 from pathlib import Path
 
 from torch import nn
@@ -53,8 +52,8 @@ class Adapter:
 
     @total_steps.setter
     def total_steps(self, value: int | None) -> None:
-        if value is not None and not (isinstance(value, Real) and 1 <= value < math.inf):
-            raise AdapterError(f"total_steps: expected a positive number of optimizer steps, got {value!r:.80}")
+        if value is not None and not (isinstance(value, Integral) and value >= 1):
+            raise AdapterError(f"total_steps: expected a positive whole number of optimizer steps, got {value!r:.80}")
         self.bank.progress.total_steps = value
 
     def begin_run(self, total_steps: int | None = None) -> None:
@@ -118,12 +117,18 @@ class Adapter:
             with merge.left_out(self.bank):
                 yield
             return
-        before = dict(self._registry().active)
+        registry = self._registry()
+        before = dict(registry.active)
+        merged = {name for name in registry.banks if registry.is_merged(name)}
         set_active(self.model, {name: scale for name, scale in before.items() if name != self.name})
         try:
             yield
         finally:
-            set_active(self.model, before)
+            # What was detached or merged meanwhile does not come back, what was unmerged goes on.
+            wanted = before | {name: scale for name, scale in registry.active.items() if name in merged}
+            there = {name for name in registry.banks if not registry.is_merged(name)}
+            if registry.banks:
+                set_active(self.model, {name: scale for name, scale in wanted.items() if name in there})
 
     def merge(self, keep: str | Path = "host") -> None:
         """Put the adapter into the base's weights; forward then costs what the base costs.
@@ -140,6 +145,8 @@ class Adapter:
         if self.merged:
             raise AdapterError(f"adapter '{self.name}' is merged already")
         scale = registry.active.get(self.name, 1.0)
+        for name in registry.active:
+            registry.banks[name].check_in_place()
         merge.merge(self.bank, scale, keep)
         set_active(self.model, {name: scale for name, scale in registry.active.items() if name != self.name})
 
@@ -147,14 +154,16 @@ class Adapter:
         """Restore the base's weights bit for bit, and make the adapter active again.
 
         Raises:
-            AdapterError: it is not merged, or an active adapter cannot be carried beside it. MergeError: the original
-                weights were not kept. Nothing has changed then.
+            AdapterError: it is not merged, an active adapter cannot be carried beside it, or a layer was replaced since it was
+                attached. MergeError: the original weights were not kept. Nothing has changed then.
         """
         registry = self._registry()
         if not self.merged:
             raise AdapterError(f"adapter '{self.name}' is not merged")
         active = {**registry.active, self.name: self.bank.merged_scale}
         refuse_together(registry, active)
+        for name in active:
+            registry.banks[name].check_in_place()
         merge.unmerge(self.bank)
         set_active(self.model, active)
 
@@ -163,7 +172,12 @@ class Adapter:
 
         Returns:
             The model, for convenience: it is changed in place.
+
+        Raises:
+            AdapterError: the adapter is merged, and left out by `disabled` now. AdapterError, MergeError: see `merge`.
         """
+        if self.name in self._registry().left_out:
+            raise AdapterError(f"adapter '{self.name}' is disabled; leave the block of disabled() first")
         if not self.merged:
             self.merge(keep="none")
         merge.settle(self.bank)

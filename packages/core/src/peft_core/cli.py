@@ -26,14 +26,16 @@ from .attach import load
 from .checkpoint import TENSORS
 from .errors import CheckpointError, DataError, ModelError, PeftCoreError, SpecError, listed, reason, suggestion
 from .plan import plan as make_plan
-from .spec import DTYPES, AdapterSpec
+from .spec import DTYPE_OF_NAME, AdapterSpec
 from .training.config import RunConfig
 
 _USER_ERROR, _INTERRUPTED = 2, 130
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which some versions of typer bring along
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-Base = Annotated[str, typer.Option(help="The base model: a checkpoint directory, or smollm2-135m.")]
+Base = Annotated[
+    str, typer.Option(help="The base: a directory, smollm2-135m, package:NAME/FOLDER, or a name on the hub.")
+]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps, ...")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: what is fast on the device.")]
 
@@ -341,10 +343,10 @@ def _from_stdin() -> str:
 def _dtype(name: str, device: str) -> torch.dtype:
     if name == "auto":
         return models.fast_dtype(models.checked_device(device))
-    if name not in DTYPES:
-        known = ["auto", *DTYPES]
+    if name not in DTYPE_OF_NAME:
+        known = ["auto", *DTYPE_OF_NAME]
         raise SpecError(f"unknown dtype {name!r}{suggestion(name, known)}; expected one of {listed(known)}")
-    return DTYPES[name]
+    return DTYPE_OF_NAME[name]
 
 
 def _show_header(directory: Path, header: AdapterFile, size: int, damaged: list[str]) -> None:

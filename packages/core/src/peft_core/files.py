@@ -7,8 +7,8 @@ import hashlib
 import os
 import platform
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,11 +52,12 @@ def whole_directory(target: str | Path, ours: Collection[str]) -> Iterator[Path]
     mounted = os.path.ismount(target)
     beside = target if mounted else target.parent
     temporary = None
+    outcome = "what was there before is unchanged"
     try:
         beside.mkdir(parents=True, exist_ok=True)
         _sweep(target, beside)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.{_writer()}-", suffix=".tmp", dir=beside))
-        os.chmod(temporary, 0o777 & ~system.umask())
+        temporary = beside / f".{target.name}.{_writer()}-{secrets.token_hex(4)}.tmp"
+        temporary.mkdir()
         yield temporary
         if target.exists() and not mounted:
             _carry_over(target, temporary, ours)
@@ -64,17 +65,17 @@ def whole_directory(target: str | Path, ours: Collection[str]) -> Iterator[Path]
             system.sync(path)
         system.sync(temporary)
         if mounted:
+            outcome = "some of its files may be new and others old: write it again"
             _move_in(temporary, target, ours)
         else:
             _put_in_place(temporary, target)
+        outcome = "the new files are there, but not yet known to be on the disk"
         system.sync(beside)
     except OSError as error:
         # NumPy's own error of a short write, which names no reason.
         short = error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error))
         reason = _REASONS.get(errno.ENOSPC if short else error.errno or 0, str(error))
-        raise CheckpointError(
-            f"'{target}' could not be written: {reason}; what was there before is unchanged"
-        ) from error
+        raise CheckpointError(f"'{target}' could not be written: {reason}; {outcome}") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -83,20 +84,26 @@ def whole_directory(target: str | Path, ours: Collection[str]) -> Iterator[Path]
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    system.sync(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        system.sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    system.sync(path.parent)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write a safetensors file and return its SHA-256."""
     ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode  # of any new file; safetensors lets nobody else read its own
     try:
         safetensors.torch.save_file(ready, path, metadata=dict(metadata or {}) or None)
     except SafetensorError as error:  # its I/O errors carry no errno
         codes = (code for said, code in _SAID.items() if said in str(error))
         raise OSError(next(codes, errno.EIO), str(error)) from error
-    os.chmod(path, 0o666 & ~system.umask())  # safetensors lets nobody else read it
+    os.chmod(path, mode)
     return checksum(path)
 
 

@@ -61,13 +61,20 @@ class SharedGradient:
         self._sums: WeakValueDictionary[int, _Sum] = WeakValueDictionary()
 
     def edge(self, parameter: Tensor) -> Tensor:
-        """What a borrower takes as an input in the parameter's stead. The parameter may be another at every call."""
-        if self._parameter is not parameter or self._edge is None:
+        """What a borrower takes as an input in the parameter's stead. The parameter may be another at every call, or the same
+        one in another dtype or place: the gate knows those that it was made with.
+        """
+        edge = self._edge
+        if (
+            edge is None
+            or self._parameter is not parameter
+            or edge.dtype is not parameter.dtype
+            or edge.device != parameter.device
+        ):
             with torch.enable_grad():
-                self._edge = _Gate.apply(parameter, self)
+                edge = self._edge = _Gate.apply(parameter, self)
             self._parameter = parameter
-        assert self._edge is not None
-        return self._edge
+        return edge  # type: ignore[no-any-return]
 
     def add_(self, gradient: Gradient) -> None:
         """Add one borrower's contribution, in the order in which the engine reaches the borrowers."""

@@ -54,25 +54,25 @@ def install(
         _remember(model, registry)
         registry.packing = quantized.make_trainable(model)
     registry.banks[bank.name] = bank
-    bank.register(values, trainable)
-    adapt_root(model)
     try:
+        bank.register(values, trainable)
+        adapt_root(model)
         _adapt_layers(bank, registry)
         if made.spec.capabilities.owns_base_weight:
             _take_over(bank, owned, keep)
         set_active(model, {bank.name: 1.0})
+        for module in model.modules():
+            for _, parameter in bases.own_parameters(module):
+                parameter.requires_grad_(False)
+        if hasattr(model, "save_pretrained"):
+            model.__dict__["save_pretrained"] = AdapterSaver(model)
+        optim.watch(bank)
     except BaseException:
         bank.show_owned(False)
         remove(bank)
         if registry.banks:
             set_active(model, before)
         raise
-    for module in model.modules():
-        for _, parameter in bases.own_parameters(module):
-            parameter.requires_grad_(False)
-    if hasattr(model, "save_pretrained"):
-        model.__dict__["save_pretrained"] = AdapterSaver(model)
-    optim.watch(bank)
 
 
 def remove(bank: Bank) -> None:

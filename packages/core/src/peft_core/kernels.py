@@ -18,7 +18,7 @@ CHOICES = ("auto", "triton", "torch", "naive")
 OLDEST = (8, 0)
 """Compute capability of the oldest GPU that `auto` takes Triton on: what the kernels are compiled for in the tests."""
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Choice:
@@ -87,8 +87,8 @@ obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _obstacle(device: str, dtype: torch.dtype) -> str:
-    if dtype not in DTYPES:
-        return f"they take {listed(map(name_of, DTYPES))}, not {name_of(dtype)}"
+    if dtype not in SUPPORTED:
+        return f"they take {listed(map(name_of, SUPPORTED))}, not {name_of(dtype)}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if not device.startswith("cuda"):

@@ -197,7 +197,7 @@ def _fused(module: Any, slot: Slot, uses: list[Use], x: Tensor) -> Tensor | None
         or weight.is_meta
     ):
         return None
-    autocast = torch.is_autocast_enabled(device.type)
+    autocast = torch.is_autocast_enabled(device.type) and weight.dtype is not torch.float64  # which it leaves alone
     if x.dtype != weight.dtype and not autocast:
         return None
     if x.shape[-1] != (expected := weight.shape[0 if slot.transposed else 1]):

@@ -103,7 +103,8 @@ def base_path(model: str | Path) -> str:
         return name
     near = suggestion(name, _PACKAGED)
     raise ModelError(
-        f"there is no base model {name!r}{near}; expected a checkpoint directory or {', '.join(_PACKAGED)}"
+        f"there is no base model {name!r}{near}; expected a checkpoint directory, {', '.join(_PACKAGED)}, "
+        "package:NAME/FOLDER, or a name on the hub (OWNER/NAME)"
     )
 
 
@@ -236,9 +237,10 @@ def _unpacked(name: str) -> Path:
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as scratch:
             made = Path(scratch) / "model"
             _unpack(Path(spec.origin).parent, file, made)
-            shutil.rmtree(target, ignore_errors=True)  # a directory without config.json is nobody's work
-            with contextlib.suppress(OSError):  # another process was first: its copy is as good
-                made.rename(target)
+            if not (target / "config.json").is_file():  # nor has another process made one meanwhile, as good as ours
+                shutil.rmtree(target, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    made.rename(target)
     except OSError as error:
         raise ModelError(f"cannot unpack {name} into {target.parent}: {error}") from error
     return target

@@ -127,11 +127,20 @@ class _Watch:
         return _Watch, (self.bank(), True)
 
 
+class _Call(dict[str, Any]):
+    """Keyword arguments of a step: torch's wrapper around it holds them until the step returns or fails, and nobody else."""
+
+
 class _Running(NamedTuple):
-    """An optimizer step under way. `frame`: torch's wrapper around it, which calls both our hooks."""
+    """An optimizer step under way.
+
+    Attributes:
+        frame: id of the frame of torch's wrapper around it, which calls both our hooks. call: what dies with that frame.
+    """
 
     optimizer: Optimizer
-    frame: FrameType
+    frame: int
+    call: weakref.ref[_Call]
     served: list[tuple[Bank, OptimizerStep]]
     contexts: ExitStack
 
@@ -151,11 +160,10 @@ def _register_hooks() -> None:
     register_optimizer_step_post_hook(torch.compiler.disable(_after))
 
 
-def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     if not _watches or _skipped(optimizer):
-        return
-    stack = _stack()
-    _local.running[:] = [outer for outer in _local.running if outer.frame in stack]  # without those that failed
+        return None
+    _drop_failed()
     busy = {id(bank) for outer in _local.running for bank, _ in outer.served}
     served: list[tuple[Bank, OptimizerStep]] = []
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -179,7 +187,10 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
             contexts.enter_context(plugins.call(bank.plan.spec.method, "peft_optimizer_step", step=step))
             _write_back(bank, step)
             served.append((bank, step))
-        _local.running.append(_Running(optimizer, stack[0], served, contexts.pop_all()))
+        call = _Call(kwargs)
+        ended = weakref.ref(call, _drop_failed)
+        _local.running.append(_Running(optimizer, _frames()[0], ended, served, contexts.pop_all()))
+    return args, call
 
 
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -197,14 +208,20 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         bank.progress.fresh_gradient = False
 
 
-def _stack() -> list[FrameType]:
-    """The frames that are running, from torch's wrapper around the optimizer's step outwards."""
+def _drop_failed(_: object = None) -> None:
+    """Forget steps that are no longer running, and with them what they held: the model, and the method's contexts."""
+    frames = _frames()
+    _local.running[:] = [outer for outer in _local.running if outer.frame in frames]
+
+
+def _frames() -> list[int]:
+    """Ids of the frames that are running, from torch's wrapper around the optimizer's step outwards."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename != _WRAPPERS:
         frame = frame.f_back
     frames = []
     while frame is not None:
-        frames.append(frame)
+        frames.append(id(frame))
         frame = frame.f_back
     return frames
 

@@ -16,7 +16,7 @@ from . import plugins
 from .errors import SpecError, finding, listed, reason
 from .method import Capabilities, MethodInfo
 
-DTYPES = {
+DTYPE_OF_NAME = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -120,7 +120,7 @@ class AdapterSpec(BaseModel):
     @property
     def torch_dtype(self) -> torch.dtype:
         """dtype of the adapter's parameters."""
-        return DTYPES[self.dtype]
+        return DTYPE_OF_NAME[self.dtype]
 
     def to_json(self) -> str:
         """The spec as JSON, options complete."""

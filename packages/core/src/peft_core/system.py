@@ -53,13 +53,6 @@ def show_all_text() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-def umask() -> int:
-    """The permissions that new files do not get."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def read_at(handle: int, into: memoryview, place: int) -> int:
     """Read from a place in a file, threads side by side. Returns how many bytes there were; 0 at the end of the file."""
     if hasattr(os, "preadv"):

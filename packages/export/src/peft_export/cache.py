@@ -84,16 +84,22 @@ class Cache:
         """What the lowered files are a function of: both inputs, the runtime, and the versions that compute them.
 
         Of the base that is its configuration: exact factors need no weights.
+
+        Raises:
+            CheckpointError: an input cannot be read. PluginError: no such method here.
         """
         header = read_header(adapter)
-        parts = (
-            (adapter / HEADER).read_bytes(),
-            files.checksum(adapter / TENSORS),
-            (base / "config.json").read_bytes(),
-            self.fit,
-            version("peft-export"),
-            plugins.method(header.method.name).version,
-        )
+        try:
+            parts = (
+                (adapter / HEADER).read_bytes(),
+                files.checksum(adapter / TENSORS),
+                (base / "config.json").read_bytes(),
+                self.fit,
+                version("peft-export"),
+                plugins.method(header.method.name).version,
+            )
+        except OSError as error:
+            raise CheckpointError(f"'{error.filename}' cannot be read: {error.strerror}") from None
         digest = hashlib.sha256()
         for part in parts:
             digest.update(hashlib.sha256(part if isinstance(part, bytes) else part.encode()).digest())

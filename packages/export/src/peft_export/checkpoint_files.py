@@ -18,10 +18,10 @@ from torch import Tensor
 
 from peft_core import CheckpointError, SpecError, system
 from peft_core.errors import listed, reason, suggestion
-from peft_core.spec import DTYPES as DTYPE_NAMES
+from peft_core.spec import DTYPE_OF_NAME
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES: Mapping[str, torch.dtype] = {
+DTYPE_OF_CODE: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -35,7 +35,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-CODES: Mapping[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
+CODES: Mapping[torch.dtype, str] = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
 """Codes of the dtypes that can be merged and cast; the 8-bit ones come with scales of their own."""
 
@@ -93,9 +93,9 @@ def dtype_code(dtype: str | None) -> str | None:
     """
     if dtype is None:
         return None
-    if dtype not in DTYPE_NAMES:
-        raise SpecError(f"no dtype '{dtype}'{suggestion(dtype, DTYPE_NAMES)}; there are {listed(DTYPE_NAMES)}")
-    return CODES[DTYPE_NAMES[dtype]]
+    if dtype not in DTYPE_OF_NAME:
+        raise SpecError(f"no dtype '{dtype}'{suggestion(dtype, DTYPE_OF_NAME)}; there are {listed(DTYPE_OF_NAME)}")
+    return CODES[DTYPE_OF_NAME[dtype]]
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
@@ -196,7 +196,7 @@ def _entry(path: Path, key: str, value: Any, offset: int) -> Entry:
     begin, end = (int(number) for number in value["data_offsets"])
     shape = tuple(int(size) for size in value["shape"])
     entry = Entry(key, str(value["dtype"]), shape, path, offset + begin, end - begin)
-    known = DTYPES.get(entry.dtype)
+    known = DTYPE_OF_CODE.get(entry.dtype)
     if (
         begin < 0
         or end < begin
@@ -238,28 +238,35 @@ class Reader:
         self._handles.clear()
 
     def handle(self, file: Path) -> int:
-        """A descriptor of the file."""
+        """A descriptor of the file.
+
+        Raises:
+            CheckpointError: it cannot be opened.
+        """
         if file not in self._handles:
-            self._handles[file] = os.open(file, os.O_RDONLY | system.BINARY)
+            try:
+                self._handles[file] = os.open(file, os.O_RDONLY | system.BINARY)
+            except OSError as error:
+                raise CheckpointError(f"'{file}' cannot be read: {error.strerror}") from None
         return self._handles[file]
 
     def read(self, entry: Entry, into: Tensor | None = None) -> Tensor:
         """The tensor, in memory of its own or in a buffer of bytes.
 
         Raises:
-            CheckpointError: its dtype is unknown here, or the file has shrunk.
+            CheckpointError: its dtype is unknown here, or the file cannot be read, or has shrunk.
         """
-        if entry.dtype not in DTYPES:
+        if entry.dtype not in DTYPE_OF_CODE:
             raise CheckpointError(
                 f"'{entry.file}': '{entry.key}' has the dtype {entry.dtype}, which this torch does not know"
             )
         raw = torch.empty(entry.nbytes, dtype=torch.uint8) if into is None else into[: entry.nbytes]
         self._fill(entry, 0, raw)
-        return raw.view(DTYPES[entry.dtype]).view(entry.shape)
+        return raw.view(DTYPE_OF_CODE[entry.dtype]).view(entry.shape)
 
     def pieces(self, entry: Entry) -> Iterator[Tensor]:
         """The tensor's elements bit by bit, one-dimensional; each piece lies where the one before it was."""
-        dtype = DTYPES[entry.dtype]
+        dtype = DTYPE_OF_CODE[entry.dtype]
         step = PIECE * dtype.itemsize
         raw = torch.empty(min(step, entry.nbytes), dtype=torch.uint8)
         for begin in range(0, entry.nbytes, step):

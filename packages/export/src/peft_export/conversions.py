@@ -20,7 +20,7 @@ from torch import Tensor
 from peft_core import CheckpointError, MergeError
 
 from . import output
-from .checkpoint_files import DTYPES, Checkpoint
+from .checkpoint_files import DTYPE_OF_CODE, Checkpoint
 from .names import Conversion, Names, Wanted
 
 
@@ -221,7 +221,9 @@ def _conversion(
     keys = tuple(key for key, _ in sources)
     operations = ", ".join(type(operation).__name__ for operation in converter.operations)
     shapes = {
-        key: torch.empty(checkpoint.entries[key].shape, dtype=DTYPES[checkpoint.entries[key].dtype], device="meta")
+        key: torch.empty(
+            checkpoint.entries[key].shape, dtype=DTYPE_OF_CODE[checkpoint.entries[key].dtype], device="meta"
+        )
         for key in keys
     }
     made = forward(shapes)

@@ -22,7 +22,7 @@ from peft_core.merge import Contribution, merged_weight
 
 from . import card, output, svd
 from .adapter_files import AdapterFiles
-from .checkpoint_files import CODES, DTYPES, INDEX, SINGLE, Checkpoint, Reader, dtype_code, open_checkpoint
+from .checkpoint_files import CODES, DTYPE_OF_CODE, INDEX, SINGLE, Checkpoint, Reader, dtype_code, open_checkpoint
 from .mapping import find_names, note_on_type, quantized
 from .merge_plan import head_labels, resizing
 from .names import Names
@@ -79,7 +79,7 @@ def export_lora(
         lowered = dict(lowering.sites())
         losses = [SVD] if any(found.error for found in lowered.values()) else []
         if code is not None:
-            before, lowered = lowered, _rounded(lowered, DTYPES[code])
+            before, lowered = lowered, _rounded(lowered, DTYPE_OF_CODE[code])
             if any(found.error > before[path].error for path, found in lowered.items()):
                 losses.append(f"rounding to {dtype}")
         ranks = {path: len(factors.A) for path, factors in lowered.items()}
@@ -103,7 +103,7 @@ def export_lora(
             adapter=str(adapter),
             method=source.header.method.name,
             rank=rank,
-            dtype=name_of(DTYPES[items[0].dtype]),
+            dtype=name_of(DTYPE_OF_CODE[items[0].dtype]),
             losses=tuple(losses),
             sites=tuple(LoweredSite(path, ranks[path], found.error) for path, found in lowered.items()),
             trained=tuple(source.header.trained),
@@ -255,7 +255,7 @@ def _rank_problems(target: Runtime, ranks: Mapping[str, int], uniform: bool) -> 
 def _item(key: str, tensor: Tensor, shape: tuple[int, ...], code: str | None) -> Item:
     """A tensor that is padded to this shape, in this dtype if it is a floating-point one."""
     floating = tensor.is_floating_point()
-    dtype = DTYPES[code] if code and floating else tensor.dtype
+    dtype = DTYPE_OF_CODE[code] if code and floating else tensor.dtype
     return Item(key, CODES[dtype], tuple(shape), math.prod(shape) * dtype.itemsize)
 
 

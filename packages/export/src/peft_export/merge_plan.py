@@ -16,7 +16,7 @@ from peft_core.adapter_file import AdapterFile
 from peft_core.errors import listed
 
 from .adapter_files import AdapterFiles
-from .checkpoint_files import CODES, DTYPES, PLAIN_FLOATS, Checkpoint, Entry, Reader
+from .checkpoint_files import CODES, DTYPE_OF_CODE, PLAIN_FLOATS, Checkpoint, Entry, Reader
 from .mapping import note_on_type, quantized
 from .names import Conversion, Names
 from .shards import Item
@@ -340,4 +340,4 @@ def _item(entry: Entry, dtype: str | None, change: Change | None, key: str | Non
 
 
 def _new_item(key: str, dtype: str, shape: tuple[int, ...]) -> Item:
-    return Item(key, dtype, shape, math.prod(shape) * DTYPES[dtype].itemsize)
+    return Item(key, dtype, shape, math.prod(shape) * DTYPE_OF_CODE[dtype].itemsize)

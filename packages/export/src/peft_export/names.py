@@ -124,7 +124,7 @@ def by_prefix(checkpoint: Checkpoint, header: AdapterFile, wanted: list[Wanted])
     found = {parameter.name for parameter in best.values()}
     left = [parameter for parameter in wanted if parameter.name not in found]
     shared = sum(math.prod(p.shape) for p in wanted) - header.base.num_parameters
-    ties = _ties(checkpoint, best, left) if shared > 0 and left else {}
+    ties = _ties(best, left) if shared > 0 and left else {}
     tied = [parameter for parameter in left if parameter.parameters[0] in ties]
     if ties and sum(math.prod(p.shape) for p in tied) != shared:
         return None
@@ -167,7 +167,7 @@ def _prefixes(checkpoint: Checkpoint, wanted: list[Wanted]) -> Iterator[tuple[st
         yield (f"{trunk}.", "") if ours else ("", f"{trunk}.")
 
 
-def _ties(checkpoint: Checkpoint, found: Mapping[str, Wanted], left: list[Wanted]) -> dict[str, str]:
+def _ties(found: Mapping[str, Wanted], left: list[Wanted]) -> dict[str, str]:
     """Parameter that the files leave out → the only one there that has its shape."""
     out = {}
     for parameter in left:

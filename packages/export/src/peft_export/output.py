@@ -33,7 +33,7 @@ _WEIGHTS = {
     ".ot",
     ".mlmodel",
 }
-_WEIGHT_FOLDERS = {"onnx", "openvino", "original", "coreml", "gguf", "verification"}
+_WEIGHT_FOLDERS = {"onnx", "openvino", "original", "coreml", "gguf", FOLDER}
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from peft_core.sites import module_type
+
 from . import card
 from .adapter_files import AdapterFiles
 
@@ -60,13 +62,13 @@ def target_parameters(source: AdapterFiles) -> dict[str, str]:
     shapes = source.header.base.shapes.items()
     if not any(len(shape) == 3 and name.endswith((".gate_up_proj", ".down_proj")) for name, shape in shapes):
         return {}
-    return {path: f"{path}.weight" for path in source.sites if path.rpartition(".")[2] in _EXPERTS}
+    return {path: f"{path}.weight" for path in source.sites if module_type(path) in _EXPERTS}
 
 
 def _target_modules(source: AdapterFiles, sites: Set[str]) -> list[str]:
     """Types of these sites, if every module that is called so is one of them; else their whole paths."""
     types = {source.sites[path].type for path in sites}
-    alike = {path for path in _modules(source) if path.rpartition(".")[2] in types}
+    alike = {path for path in _modules(source) if module_type(path) in types}
     return sorted(types) if alike == sites else sorted(sites)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from peft_core import CheckpointError, SpecError, system
 
-from .checkpoint_files import CHUNK, DTYPES, INDEX, PIECE, SINGLE, Entry, Reader
+from .checkpoint_files import CHUNK, DTYPE_OF_CODE, INDEX, PIECE, SINGLE, Entry, Reader
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes in all."""
@@ -98,7 +98,7 @@ class Writer:
         item = self._items[key]
         assert tuple(tensor.shape) == item.shape, f"{key}: {tuple(tensor.shape)} for {item.shape}"
         flat = tensor.contiguous().view(-1)
-        if flat.dtype == DTYPES[item.dtype]:
+        if flat.dtype == DTYPE_OF_CODE[item.dtype]:
             shard = self._places[key]
             self._put(shard, shard.starts[key], flat)
             self._done(shard, key)
@@ -110,7 +110,7 @@ class Writer:
         self._write_pieces(key, reader.pieces(entry))
 
     def _write_pieces(self, key: str, pieces: Iterable[Tensor]) -> None:
-        shard, dtype = self._places[key], DTYPES[self._items[key].dtype]
+        shard, dtype = self._places[key], DTYPE_OF_CODE[self._items[key].dtype]
         place = shard.starts[key]
         raw = torch.empty(min(CHUNK, self._items[key].nbytes), dtype=torch.uint8)
         buffer, filled = raw.view(dtype), 0
@@ -190,7 +190,7 @@ def _lay_out(items: Sequence[Item], metadata: Mapping[str, str], largest: int | 
 
 def _shard(name: str, items: list[Item], metadata: Mapping[str, str]) -> _Shard:
     # Wider elements first, so that every tensor is aligned whatever comes before it.
-    items = sorted(items, key=lambda item: -(DTYPES[item.dtype].itemsize if item.dtype in DTYPES else 1))
+    items = sorted(items, key=lambda item: -(DTYPE_OF_CODE[item.dtype].itemsize if item.dtype in DTYPE_OF_CODE else 1))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offsets: dict[str, int] = {}
     end = 0

@@ -15,7 +15,7 @@ from peft_core.dtypes import name_of
 
 from . import card, output
 from .adapter_files import AdapterFiles, Adapters, open_adapters
-from .checkpoint_files import DTYPES, INDEX, dtype_code, open_checkpoint
+from .checkpoint_files import DTYPE_OF_CODE, INDEX, dtype_code, open_checkpoint
 from .mapping import find_names
 from .merge_plan import MergePlan, plan_merge
 from .pipeline import Pipeline
@@ -64,13 +64,13 @@ def merge(
             files = writer.write_index()
         skip = {output.MARKER, card.NAME, INDEX, *(entry.file.name for entry in checkpoint.entries.values())}
         left_out = output.copy_rest(directory, temporary, skip)
-        _write_config(directory, temporary, config, plan, code)
+        _write_config(temporary, config, plan, code)
         verification.finish()
         report = MergeReport(
             out=str(out),
             base=str(base),
             adapters={str(part.directory): part.weight for part in parts},
-            dtype=name_of(DTYPES[code or checkpoint.dtype]),
+            dtype=name_of(DTYPE_OF_CODE[code or checkpoint.dtype]),
             tensors=len(items),
             merged=sum(1 for change in plan.changes.values() if change.adapters),
             trained=sum(1 for change in plan.changes.values() if change.trained),
@@ -113,11 +113,11 @@ class _Verification:
             pending.result()
 
 
-def _write_config(base: Path, temporary: Path, config: Mapping[str, Any], plan: MergePlan, code: str | None) -> None:
+def _write_config(temporary: Path, config: Mapping[str, Any], plan: MergePlan, code: str | None) -> None:
     """Put the changes into the copied `config.json`; without any it stays as it is, byte for byte."""
     edits = dict(plan.config)
     if code is not None and config:
-        edits["torch_dtype" if "torch_dtype" in config else "dtype"] = name_of(DTYPES[code])
+        edits["torch_dtype" if "torch_dtype" in config else "dtype"] = name_of(DTYPE_OF_CODE[code])
     if not edits or not config:
         return
     output.write_json(temporary / "config.json", output.edited(config, edits))

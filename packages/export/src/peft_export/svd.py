@@ -28,17 +28,17 @@ class Truncated(NamedTuple):
 def truncate(delta: Tensor, rank: int | None, energy: float | None) -> Truncated:
     """The best approximation of a matrix [out, in] of this rank, or of the smallest rank that keeps this share of ‖ΔW‖²."""
     total = float(delta.square().sum(dtype=torch.float64))
-    most = min(delta.shape)
+    most = min(rank or min(delta.shape), *delta.shape)
     if total == 0.0:
         return Truncated(delta.new_zeros(1, delta.shape[1]), delta.new_zeros(delta.shape[0], 1), 0.0)
     wanted = min(rank or 8, most)
     while True:
         U, S, V = _decompose(delta, wanted)
         enough = _enough(S, total, energy) if energy is not None else min(wanted, len(S))
-        if enough is not None or len(S) == most:
+        if enough is not None or len(S) >= most:
             break
         wanted = min(2 * wanted, most)
-    kept = min(enough or len(S), rank or most)
+    kept = min(enough or most, most)
     A, B = _factors(U[:, :kept], S[:kept], V[:kept])
     lost = float((delta - B @ A).square().sum(dtype=torch.float64))
     return Truncated(A, B, math.sqrt(lost / total))

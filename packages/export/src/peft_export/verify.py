@@ -17,11 +17,20 @@ from peft_core import CheckpointError, MergeError, activate
 from peft_core.adapter_file import read_header
 from peft_core.dtypes import name_of
 from peft_core.files import whole_directory, write_text
-from peft_core.spec import DTYPES as DTYPE_NAMES
+from peft_core.spec import DTYPE_OF_NAME
 
 from . import card, output, parameters, running
 from .adapter_files import Adapters, weights_of
-from .checkpoint_files import CODES, DTYPES, PLAIN_FLOATS, Checkpoint, Reader, dtype_code, open_checkpoint, read_entries
+from .checkpoint_files import (
+    CODES,
+    DTYPE_OF_CODE,
+    PLAIN_FLOATS,
+    Checkpoint,
+    Reader,
+    dtype_code,
+    open_checkpoint,
+    read_entries,
+)
 from .lora import SVD
 from .onnx.runtime import OnnxModel
 from .peft_format import CONFIG, WEIGHTS
@@ -157,13 +166,15 @@ def _stored_dtypes(directory: Path, source: Path, computed_in: str, dtype: str) 
     with suppress(CheckpointError):  # a base in another format
         own, base = (_precisions("merged", where) for where in (directory, source))
         if _holds(computed_in, base) and _holds(_run_in(own, dtype), own):
-            return [DTYPE_NAMES[name] for name in dict.fromkeys([*own, computed_in])]
+            return [DTYPE_OF_NAME[name] for name in dict.fromkeys([*own, computed_in])]
     return []
 
 
 def _holds(dtype: str, stored: Sequence[str]) -> bool:
     """Whether weights of these precisions are the same in this one."""
-    return all(torch.promote_types(DTYPE_NAMES[name], DTYPE_NAMES[dtype]) == DTYPE_NAMES[dtype] for name in stored)
+    return all(
+        torch.promote_types(DTYPE_OF_NAME[name], DTYPE_OF_NAME[dtype]) == DTYPE_OF_NAME[dtype] for name in stored
+    )
 
 
 def _answers(
@@ -248,7 +259,7 @@ def _precisions(kind: str, directory: Path) -> list[str]:
     else:
         weights = open_checkpoint(directory)
     codes = dict.fromkeys([weights.dtype, *(entry.dtype for entry in weights.entries.values() if len(entry.shape) > 1)])
-    return [name_of(DTYPES[code]) for code in codes if code in PLAIN_FLOATS]
+    return [name_of(DTYPE_OF_CODE[code]) for code in codes if code in PLAIN_FLOATS]
 
 
 def _computed_in(kind: str, directory: Path, source: Path | None, dtype: str) -> str:

@@ -21,7 +21,8 @@ import peft_core as pc
 from peft_core import checkpoint, files
 from peft_core.adapter_file import AdapterFile, read_header, spec_of
 from peft_core.base_model import meta_model
-from peft_core.spec import DTYPES
+from peft_core.sites import module_type
+from peft_core.spec import DTYPE_OF_NAME
 from peft_core.targets import named
 
 from .options import Options
@@ -190,7 +191,7 @@ def _dtype(theirs: Theirs) -> Any:
     common = torch.bool
     for tensor in (*theirs.blocks.values(), *theirs.whole.values()):
         common = torch.promote_types(common, tensor.dtype)
-    return next((name for name, dtype in DTYPES.items() if dtype == common), "float32")
+    return next((name for name, dtype in DTYPE_OF_NAME.items() if dtype == common), "float32")
 
 
 def _plan(source_dir: str | Path, theirs: Theirs, model: nn.Module) -> pc.Plan:
@@ -277,6 +278,6 @@ def _their_options(source_dir: str | Path, header: AdapterFile) -> Options:
 
 def _their_targets(paths: list[str], shapes: Mapping[str, Any], trained: Mapping[str, Any]) -> list[str]:
     """Their `target_modules` for these layers: the module types if these select no other layer, else the paths."""
-    types = sorted({path.rpartition(".")[2] for path in paths})
+    types = sorted({module_type(path) for path in paths})
     reached = {path for path in shapes if any(named(name, path) for name in types)}
     return types if reached == set(paths) and not trained else paths

@@ -15,6 +15,8 @@ from .rows import Row, label_of, messages_of, text_of
 
 IGNORED = -100
 """The label of a token that no loss is taken on (what torch's and transformers' losses skip)."""
+_MARK = "\ufdd0"
+"""A sign that no text contains (Unicode reserves it for a program's own use)."""
 
 
 @dataclass(frozen=True)
@@ -190,8 +192,11 @@ def _chat_tokens(row: Row, tokenizer: Any, max_length: int) -> Tokens:
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _rendered(row, tokenizer, messages[:number], True)
         after = _rendered(row, tokenizer, messages[: number + 1], False)
+        if number:
+            before = _rendered(row, tokenizer, messages[:number], True)
+        else:  # templates refuse to write no message; what they put before the content of the first
+            before = _rendered(row, tokenizer, [{**message, "content": _MARK}], False).partition(_MARK)[0]
         if not (whole.startswith(before) and whole.startswith(after.rstrip())):
             raise DataError(
                 f"{row.place}: the chat template writes message {number + 1} differently when others follow; "
@@ -204,6 +209,7 @@ def _chat_tokens(row: Row, tokenizer: Any, max_length: int) -> Tokens:
         token if any(start < end and low <= start < high for low, high in spans) else IGNORED
         for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True)
     ]
+    labels[:1] = [IGNORED]  # nothing predicts the first
     return Tokens(ids[:max_length], labels[:max_length], truncated=len(ids) > max_length)
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, set_see
 
 from .. import models
 from ..errors import ModelError, first_line
-from ..spec import DTYPES, AdapterSpec
+from ..spec import DTYPE_OF_NAME, AdapterSpec
 from . import losses
 from .batches import Batch, CausalCollator, ClassificationCollator, PackedCollator
 from .checks import batch_convention, check_packing
@@ -172,7 +172,7 @@ def _spec(config: RunConfig, fresh: Sequence[str] = ()) -> AdapterSpec | None:
 
 def _dtype(config: RunConfig) -> torch.dtype:
     if config.model.dtype != "auto":
-        return DTYPES[config.model.dtype]
+        return DTYPE_OF_NAME[config.model.dtype]
     try:
         found = AutoConfig.from_pretrained(models.base_path(config.model.path))
     except (OSError, ValueError, KeyError) as error:

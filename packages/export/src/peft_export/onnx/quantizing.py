@@ -111,15 +111,15 @@ def _quantizable(model: Any) -> Iterator[tuple[Any, list[_Use]]]:
     for weight in list(model.graph.initializers.values()):
         if not _floating(weight) or len(weight.const_value.shape) != 2:
             continue
-        uses = [_use(weight, user) for node in weight.consumers() for user in _readers(weight, node)]
+        uses = [_use(weight, user) for node in weight.consumers() for user in _readers(node)]
         known = [use for use in uses if use is not None]
         products = any(use.node.op_type != "Gather" for use in known)
         if len(known) == len(uses) and len({use.rows for use in known}) == 1 and (products or _large(weight)):
             yield weight, known
 
 
-def _readers(weight: Any, node: Any) -> list[Any]:
-    """The operators that read a weight at last, seen through a Transpose."""
+def _readers(node: Any) -> list[Any]:
+    """The operators that read a weight at last, where this node reads it: seen through a Transpose."""
     turned = node.op_type == "Transpose"
     return list(node.outputs[0].consumers()) if turned else [node]
 
