@@ -511,8 +511,10 @@ def test_a_mount_point_is_filled_where_it_is(saved, adapter, blocks, tmp_path, m
     pc.load(blocks, volume, name="again")
 
 
-def test_what_a_killed_save_had_put_aside_is_brought_back(saved, adapter) -> None:
+@pytest.mark.parametrize("name", ["adapter", "adapter[1]"])
+def test_what_a_killed_save_had_put_aside_is_brought_back(saved, adapter, name) -> None:
     """Where two directories cannot be exchanged in one step, a process may die between two renames."""
+    saved = saved.rename(saved.with_name(name))
     (saved / "notes.txt").write_text("mine")
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()

@@ -1,5 +1,6 @@
 """The program: what each command prints, and a user's mistakes as one line and exit status 2."""
 
+import errno
 import importlib.metadata
 import io
 import json
@@ -8,8 +9,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 import peft_core as pc
@@ -204,9 +208,53 @@ def test_writing_ends_with_the_models_positions(llama_directory) -> None:
     assert written == models.complete(model, tokenizer, " ".join(["w1"] * 29), max_new_tokens=3) != ""
 
 
+def test_a_chat_template_that_writes_the_first_token(program, mistake, llama_directory, saved, tmp_path) -> None:
+    """The model reads what it was trained on: the template's tokens, and none of the tokenizer's before them."""
+    base = tmp_path / "base"
+    shutil.copytree(llama_directory, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    begins = [("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
+    template = processors.TemplateProcessing(single="<s> $A", special_tokens=begins)
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.chat_template = "<s> {{ messages[0].content }} w7"
+    tokenizer.save_pretrained(base)
+    model, tokenizer = models.load_base(base, "float32")
+    ids = models.prompt_ids("<s> w1 w7", tokenizer, rendered=True)
+    assert models.prompt_ids("w1 w7", tokenizer) == ids and ids.count(begins[0][1]) == 1
+    pc.load(model, saved)
+    generate = ["generate", "--base", base, "--adapter", saved, "--prompt", "w1", "--chat"]
+    ran = program(*generate, "--dtype", "float32", "--max-new-tokens", "4", "--json")
+    assert json.loads(ran.out)["completion"] == models.complete(model, tokenizer, "w1 w7", 4)
+    tokenizer.chat_template = "{{ raise_exception('no user may begin') }}"
+    tokenizer.save_pretrained(base)
+    mistake(generate, "the chat template refuses", "no user may begin")
+
+
 def test_a_prompt_that_is_not_utf8(mistake, llama_directory, saved, monkeypatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
     mistake(["generate", "--base", llama_directory, "--adapter", saved, "--prompt", "-"], "prompt", "UTF-8")
+
+
+@pytest.mark.parametrize("name", ["adapter.json", "adapter.safetensors"])
+def test_a_file_that_may_not_be_read(
+    program, mistake, clear, llama_directory, saved, name, tmp_path, monkeypatch
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(saved, adapter)
+    opened = Path.open
+
+    def refuse(path: Path, *arguments: object, **named: object) -> Any:
+        if path == adapter / name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    mistake(
+        ["generate", "--base", llama_directory, "--adapter", adapter, "--prompt", "w1"], str(adapter / name), "denied"
+    )
+    ran = program("inspect", adapter)
+    assert ran.status == 2
+    clear(ran.err, f"'{adapter / name}' cannot be read: Permission denied")
 
 
 def test_a_base_without_its_tokenizer(mistake, llama_directory, saved, tmp_path) -> None:

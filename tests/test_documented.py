@@ -106,7 +106,7 @@ def _kind(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     limits = {"minimum": "≥", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
-    given = [f"{sign} {schema[name]:g}" for name, sign in limits.items() if name in schema]
+    given = [f"{sign} {schema[name]:.10g}" for name, sign in limits.items() if name in schema]
     return " ".join([KINDS.get(schema["type"], schema["type"]), *given])
 
 

@@ -146,6 +146,29 @@ def test_the_flag_starts_any_run_from_random_weights(run_file: Run, llama_direct
     assert all(made[key] == there[key] for key in TINY)
 
 
+def test_nothing_of_an_earlier_base_is_left_to_be_loaded(run_file: Run) -> None:
+    path = run_file()
+    base = path.parent / "out" / "base"
+    base.mkdir(parents=True)
+    for stale in ("chat_template.jinja", "model-00002-of-00002.safetensors", "vocab.txt", "notes.md"):
+        (base / stale).write_text("of the run before")
+    started(path)
+    left = {entry.name for entry in base.iterdir()}
+    assert not left & {"chat_template.jinja", "model-00002-of-00002.safetensors", "vocab.txt"} and "notes.md" in left
+    assert AutoTokenizer.from_pretrained(base).chat_template is None
+
+
+@pytest.mark.parametrize("key", ["model", "tokenizer"])
+def test_what_a_run_starts_from_is_not_replaced(key: str, run_file: Run, llama_directory: Path, refused: Any) -> None:
+    there = "out/base"
+    path = run_file(**({"model": there} if key == "model" else {"pretrain": {"config": TINY, "tokenizer": there}}))
+    shutil.copytree(llama_directory, path.parent / there)
+    before = (path.parent / there / "model.safetensors").read_bytes()
+    with refused(RunError, "out/base", "would be replaced", "another output_dir"):
+        started(path)
+    assert (path.parent / there / "model.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize("form", ["directory", "file"])
 def test_a_configuration_without_weights_and_a_tokenizer_from_elsewhere(
     form: str, run_file: Run, llama_directory: Path, tmp_path: Path

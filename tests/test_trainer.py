@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArgume
 import peft_core as pc
 from peft_core.testing.checks import Snapshot, randomise, same_bits
 from peft_core.testing.families import FAMILIES
+from peft_core.trainer import Reference
 
 pytestmark = pytest.mark.usefixtures("quiet")
 LLAMA = FAMILIES["llama"]
@@ -349,6 +350,36 @@ def test_the_methods_own_optimizer_is_used_unless_another_is_chosen(stepper: Any
     mine = torch.optim.Adam(adapter.parameters())
     trainer = pc.AdapterTrainer(model=model, args=settings(tmp_path), train_dataset=rows(), optimizers=(mine, None))
     assert trainer.create_optimizer() is mine
+
+
+def test_the_methods_own_optimizer_is_told_what_adam_is_told(stepper: Any, tmp_path: Path) -> None:
+    def made(cls: type[Trainer], **changed: Any) -> dict[str, Any]:
+        args = settings(tmp_path, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, **changed)
+        return cls(model=adapted()[0], args=args, train_dataset=rows()).create_optimizer().defaults
+
+    own, plain = made(pc.AdapterTrainer), made(Trainer)
+    assert own["betas"] == plain["betas"] == (0.8, 0.95) and own["eps"] == plain["eps"] == 1e-6
+
+
+def test_the_reference_has_a_mode_of_its_own(tmp_path: Path) -> None:
+    """TRL puts it into evaluation mode once, and the policy into training mode for every step."""
+    model = FAMILIES["gpt2"].build()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    adapter = pc.attach(model, pc.AdapterSpec(method="sound"))
+    randomise(adapter)
+    ids = rows(1)[0]["input_ids"][None]
+    with adapter.disabled():
+        expected = model.eval()(ids).logits
+    reference = Reference(model).eval()
+    model.train()
+    model.lm_head.eval()
+    assert same_bits(reference(ids).logits, expected)
+    assert model.training and not model.lm_head.training and all(m.training for m in model.transformer.modules())
+    model.eval()
+    reference.train()
+    assert same_bits(reference(ids).logits, expected)  # nobody has asked the policy for dropout
 
 
 def test_a_run_whose_optimizer_never_steps_the_adapter_ends_in_an_error(stepper: Any, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -9,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import (
-    AutoTokenizer,
-)
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_core as pc
 from peft_core import reporting
@@ -35,6 +36,10 @@ pytestmark = pytest.mark.usefixtures("quiet")
         ({"training": {"learning_rate": 1}}, ["'training.learning_rate'", "the keys are"]),
         ({"training": {"epoch": 1}}, ["'training.epoch'", "did you mean 'epochs'?"]),
         ({"training": {"lr": "fast"}}, ["'training.lr'", "'fast'"]),
+        ({"training": {"lr": float("inf")}}, ["'training.lr'", "finite"]),
+        ({"training": {"steps": None, "epochs": float("inf")}}, ["'training.epochs'", "finite"]),
+        ({"training": {"seed": 2**32}}, ["'training.seed'", "4294967296"]),
+        ({"output_dir": "~no-such-user/out"}, ["'output_dir'", "no user", "~no-such-user"]),
         ({"training": {"batch_size": 0}}, ["'training.batch_size'", "got 0"]),
         ({"training": {"epochs": 1}}, ["epochs and steps", "choose one"]),
         ({"training": {"best": True, "save_every": 2}}, ["save_every and evaluate_every"]),
@@ -104,6 +109,35 @@ def test_damaged_weights_are_named(
         clear(ran.err, f"'{weights}' is truncated or damaged", "restore it")
 
 
+@pytest.mark.parametrize("rows", [PAIRS, LABELLED], ids=["language model", "classifier"])
+@pytest.mark.parametrize("lost", ["a layer", "another size"])
+def test_a_base_that_lacks_weights_is_no_base(
+    lost: str, rows: Any, llama_directory: Path, tmp_path: Path, refused: Any
+) -> None:
+    """transformers draws at random what the files do not hold, which is right for a new head alone."""
+    base = tmp_path / "base"
+    shutil.copytree(llama_directory, base)
+    config = json.loads((base / "config.json").read_text())
+    changed = {"num_hidden_layers": 3} if lost == "a layer" else {"vocab_size": 77}
+    (base / "config.json").write_text(json.dumps(config | changed))
+    write(tmp_path / "data.jsonl", rows)
+    name = "model.layers.2.input_layernorm.weight" if lost == "a layer" else "model.embed_tokens.weight"
+    with refused(
+        pc.ModelError, str(base), f"do not hold '{name}'" if rows is LABELLED or lost == "a layer" else "lm_head"
+    ):
+        started(run_file(tmp_path, base))
+    assert not (tmp_path / "out" / "adapter.json").exists()
+
+
+def test_a_causal_model_without_its_head_is_no_base(bert_directory: Path, tmp_path: Path, refused: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(bert_directory, is_decoder=True)
+    model.bert.save_pretrained(tmp_path / "trunk")
+    AutoTokenizer.from_pretrained(bert_directory).save_pretrained(tmp_path / "trunk")
+    write(tmp_path / "data.jsonl", PAIRS)
+    with refused(pc.ModelError, "do not hold 'cls.predictions", "BertLMHeadModel", "random"):
+        started(run_file(tmp_path, tmp_path / "trunk"))
+
+
 def test_a_gpu_that_is_not_there_is_named(
     llama_directory: Path, tmp_path: Path, refused: Any, monkeypatch: Any
 ) -> None:
@@ -126,6 +160,19 @@ def test_paths_are_relative_to_the_file(llama_directory: Path, tmp_path: Path) -
     assert config.output_dir == tmp_path / "out"
     assert RunConfig.from_data({**config.model_dump(mode="json"), "data": "some/dataset"}).data.train == "some/dataset"
     assert differences(config, config) == []
+
+
+def test_a_configuration_of_the_wrong_types_is_one_line(llama_directory: Path, tmp_path: Path, refused: Any) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(llama_directory, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"hidden_size": "64"}))
+    for rows in (PAIRS, LABELLED):
+        write(tmp_path / "data.jsonl", rows)
+        with refused(pc.ModelError, str(base), "'hidden_size' expected int, got str"):
+            started(run_file(tmp_path, base))
+    with refused(pc.ModelError, str(base), "'hidden_size' expected int, got str"):
+        pc.plan(base, pc.AdapterSpec(method="sound"))
 
 
 def test_every_key_is_described() -> None:
@@ -284,6 +331,26 @@ def test_a_class_of_datasets_keeps_its_name(tmp_path: Path, monkeypatch: pytest.
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "corpus" / "train.parquet")
     found = [row.values for row in read_rows(str(tmp_path / "corpus"))]
     assert found == [{"text": "a", "label": "good"}, {"text": "b", "label": "bad"}, {"text": "c", "label": None}]
+
+
+def test_a_long_csv_field(tmp_path: Path) -> None:
+    """Python's csv reads no more than 128 kB, unless it is told; what others have told it stays."""
+    before = csv.field_size_limit()
+    long = "word " * 60_000
+    assert read_rows(str(write(tmp_path / "data.csv", [{"text": long}, {"text": "w1"}])))[0].values["text"] == long
+    assert csv.field_size_limit() == before
+
+
+def test_a_model_named_like_mathematics(llama_directory: Path, tmp_path: Path) -> None:
+    """It stands in the title of the curve of losses, where dollars are mathematics, and in that of a table."""
+    base = tmp_path / "a$b_$[/c]"
+    shutil.copytree(llama_directory, base)
+    write(tmp_path / "data.jsonl", PAIRS)
+    report = started(run_file(tmp_path, base))
+    console = Console(file=io.StringIO(), width=300)
+    console.print(report)
+    assert "a$b_$[/c]" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert (tmp_path / "out" / "loss.png").is_file()
 
 
 def test_a_run_that_diverges_says_so(llama_directory: Path, tmp_path: Path, refused: Any) -> None:

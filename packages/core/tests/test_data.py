@@ -97,6 +97,12 @@ def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
     assert [(pair.prompt, pair.completion) for pair in read_pairs(file)] == [("a\u2028b", "c\x85d")] * 2
 
 
+def test_a_module_that_is_null_is_none(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b", "module": null}\n' * 2)
+    assert [pair.module for pair in read_pairs(file)] == ["1", "2"]
+
+
 def test_unreadable_and_too_small_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no file"):
         read_pairs(tmp_path / "absent.jsonl")

@@ -89,6 +89,7 @@ BASES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         lambda path: (path / MODEL).rename(path / "pytorch_model.bin"),
         "it has pytorch_model.bin, which must be saved as safetensors",
     ),
+    "no tensors": ("5GB", lambda path: save_file({}, path / MODEL), "has no tensors; restore it"),
     "empty file": ("5GB", lambda path: cut(path / MODEL, 0), "is empty"),
     "text": (
         "5GB",

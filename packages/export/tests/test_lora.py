@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import peft_core as pc
 import peft_export
 from peft_core.testing.checks import Trial
 from peft_export import running, svd
-from peft_export.runtimes import RUNTIMES, runtime
+from peft_export.runtimes import RUNTIMES, Request, runtime
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -250,6 +251,38 @@ def test_ranks_of_runtimes() -> None:
         vllm.rank(513)
     with pytest.raises(pc.MergeError, match=r"no runtime 'vlm' \(did you mean 'vllm'\?\)"):
         runtime("vlm")
+
+
+def test_commands_of_runtimes(tmp_path: Path) -> None:
+    """They are typed into a shell; llama.cpp's converter tells a directory from a name."""
+    base = tmp_path / "the base"
+    base.mkdir()
+    request = Request(str(base), "it's", "LlamaForCausalLM", ["q_proj"], [], False)
+    for name, made in RUNTIMES.items():
+        words = shlex.split(made.command(request, 8))
+        assert str(base) in words and {"it's", "adapter=it's"} & set(words), name
+    named = Request("owner/name", "out", "LlamaForCausalLM", ["q_proj"], [], False)
+    assert "--base-model-id owner/name" in runtime("llama.cpp").command(named, 8)
+    assert f"--base '{base}'" in runtime("llama.cpp").command(request, 8)
+    passed = [head for head in ("model.norm", "norm", "l.0.input_layernorm", "q_norm", "lm_head") if _passes(head)]
+    assert passed == ["model.norm", "norm", "l.0.input_layernorm"]
+
+
+def _passes(head: str) -> bool:
+    return runtime("llama.cpp").passes(head)
+
+
+def test_trained_modules_too_large_for_the_dtype(
+    lone: Trial, make: Callable[..., Any], fails: Any, tmp_path: Path
+) -> None:
+    made = make(lone, targets=["lm_head"], train_modules=("norm",))
+    with torch.no_grad():
+        for parameter in made.handle.parameters():
+            parameter.fill_(1e5 if parameter.dim() == 1 else 1e-3)
+    made.handle.save(tmp_path / "large")
+    arguments = ("export", "lora", "--base", made.base, "--adapter", tmp_path / "large", "--out", tmp_path / "out")
+    said = fails(*arguments, "--dtype", "float16", "--svd-rank", "4")
+    assert "norm.weight' has values up to 1e+05" in said and "too large for float16" in said
 
 
 def test_a_configuration_is_base_enough(exact: Trial, make: Callable[..., Any], tmp_path: Path) -> None:

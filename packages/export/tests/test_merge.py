@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,14 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import transformers
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import peft_core as pc
 import peft_export
 from peft_core.testing.checks import Trial, same_bits
+from peft_core.testing.families import FAMILIES
 from peft_export.checkpoint_files import open_checkpoint
 
 
@@ -101,6 +104,30 @@ def test_dtype(dtype: str, method: Trial, make: Callable[..., Any], tmp_path: Pa
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == dtype
 
 
+@pytest.mark.parametrize("where", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight"])
+def test_a_dtype_that_is_too_narrow(
+    where: str, any_method: Trial, make: Callable[..., Any], fails: Any, tmp_path: Path
+) -> None:
+    """What is only copied is rounded, too, and nothing becomes infinite unsaid; what is infinite already stays."""
+    model = FAMILIES["llama"].build()
+    with torch.no_grad():
+        model.get_parameter(where).view(-1)[0] = 1e5
+    made = make(any_method, model=model)
+    arguments = ("merge", "--base", made.base, "--adapter", made.adapter, "--out", tmp_path / "out", "--dtype")
+    said = fails(*arguments, "float16")
+    assert f"'{where}'" in said and "1e+05" in said and "too large for float16" in said and "bfloat16" in said
+    assert not (tmp_path / "out").exists()
+    peft_export.merge(made.base, made.adapter, tmp_path / "out", dtype="bfloat16")
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "out/model.safetensors").values())
+    shutil.copytree(made.base, tmp_path / "infinite")
+    stored = load_file(made.base / "model.safetensors")
+    stored[where].view(-1)[0] = 1.0
+    stored["model.norm.weight"][0] = float("inf")
+    save_file(stored, tmp_path / "infinite/model.safetensors")
+    peft_export.merge(tmp_path / "infinite", made.adapter, tmp_path / "other", dtype="float16")
+    assert load_file(tmp_path / "other/model.safetensors")["model.norm.weight"][0].isinf()
+
+
 def test_several_adapters_with_weights(additive: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
     one = make(additive, name="one")
     two = make(additive, name="two", model=one.model, base=one.base, seed=1)
@@ -155,20 +182,42 @@ def test_everything_else_of_the_base_comes_along(any_method: Trial, make: Callab
     made = make(any_method)
     for name in ("tokenizer.json", "chat_template.jinja", "LICENSE", "modeling_own.py"):
         (base / name).write_text(name)
-    (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage:\n- en\n---\nThe base.\n")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage:\n- no\n- en\n---\nThe base.\n")
     (base / "1_Pooling").mkdir()
     (base / "1_Pooling/config.json").write_text("{}")
     (base / "pytorch_model.bin").write_text("weights from before")
     (base / "onnx").mkdir()
+    (base / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
+    for folder in (
+        "2_Dense",
+        "quantized",
+        "checkpoints/checkpoint-5",
+    ):  # the first is a layer that comes after the base
+        (base / folder).mkdir(parents=True)
+        for name in ("model.safetensors", "config.json"):
+            (base / folder / name).write_text(folder)
+    (base / "quantized/round").symlink_to(base)
+    (base / "gone.txt").symlink_to(tmp_path / "nowhere")
     report = peft_export.merge(base, made.adapter, tmp_path / "out")
     out = tmp_path / "out"
     for name in ("tokenizer.json", "chat_template.jinja", "LICENSE", "modeling_own.py", "generation_config.json"):
         assert (out / name).read_bytes() == (base / name).read_bytes()
     assert (out / "1_Pooling/config.json").is_file()
-    assert set(report.left_out) == {"pytorch_model.bin", "onnx/"}
+    left_out = {
+        "pytorch_model.bin",
+        "onnx/",
+        "checkpoints/",
+        "quantized/model.safetensors",
+        "quantized/round/",
+        "gone.txt",
+    }
+    assert set(report.left_out) == left_out
+    assert (out / "2_Dense/model.safetensors").is_file() and (out / "quantized/config.json").is_file()
+    assert not (out / "checkpoints").exists() and not (out / "quantized/model.safetensors").exists()
     assert not (out / "pytorch_model.bin").exists() and not (out / "onnx").exists()
     card = (out / "README.md").read_text()
     assert "license: apache-2.0" in card and "The base." not in card
+    assert yaml.safe_load(card.split("---")[1])["language"] == ["no", "en"]  # Norwegian is no falsehood
     for path in (
         "tokenizer.json",
         "chat_template.jinja",
@@ -176,11 +225,12 @@ def test_everything_else_of_the_base_comes_along(any_method: Trial, make: Callab
         "modeling_own.py",
         "README.md",
         "pytorch_model.bin",
+        "modules.json",
+        "gone.txt",
     ):
         (base / path).unlink()
-    (base / "1_Pooling/config.json").unlink()
-    (base / "1_Pooling").rmdir()
-    (base / "onnx").rmdir()
+    for path in ("1_Pooling", "2_Dense", "quantized", "checkpoints", "onnx"):
+        shutil.rmtree(base / path)
 
 
 def test_a_quantized_base(quantizable: Trial, make: Callable[..., Any], tmp_path: Path) -> None:

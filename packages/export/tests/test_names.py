@@ -81,6 +81,31 @@ def test_classifier_trained_on_a_plain_encoder(method: Trial, make: Callable[...
     assert peft_export.verify(tmp_path / "out", tmp_path / "encoder", made.adapter).mean_kl < 1e-9
 
 
+def test_a_classifier_keeps_its_classes_and_its_padding(
+    any_method: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The base's files know neither: without the padding token, a decoder reads no batch, or the wrong token of a text."""
+    llama(pad_token_id=None).save_pretrained(tmp_path / "language")
+    names = {0: "bad", 1: "good"}
+    given = dict(id2label=names, label2id={name: number for number, name in names.items()}, pad_token_id=5)
+    model = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "language", **given)
+    made = make(any_method, model=model.eval(), base=tmp_path / "language", train_modules=("score",))
+    ids = torch.tensor([[7, 8, 9, 5, 5], [7, 8, 9, 10, 11]])
+    expected = made.model(ids).logits
+    peft_export.merge(tmp_path / "language", made.adapter, tmp_path / "out")
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert merged.config.id2label == names and merged.config.label2id == given["label2id"]
+    assert merged.config.pad_token_id == 5
+    torch.testing.assert_close(merged(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    peft_export.export_lora(tmp_path / "language", made.adapter, tmp_path / "lora")
+    card = (tmp_path / "lora/README.md").read_text()
+    assert "num_labels=2)\nbase.config.pad_token_id = 5\n" in card
+    fields = json.loads((tmp_path / "lora/export.json").read_text())["config"]
+    assert fields["pad_token_id"] == 5 and list(fields["id2label"].values()) == ["bad", "good"]
+    for kind in ("out", "lora"):
+        assert peft_export.verify(tmp_path / kind, tmp_path / "language", made.adapter).ok
+
+
 def test_classifier_trained_on_a_language_model(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
     """The files have a head that the adapter's model has not, and the other way round."""
     llama(pad_token_id=0).save_pretrained(tmp_path / "language")
@@ -202,6 +227,23 @@ def test_fused_projections_of_a_base_without_its_head(
     made.handle.merge_and_detach()
     loaded = type(model).from_pretrained(tmp_path / "out").state_dict()
     assert all(same_bits(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_fused_projections_are_rounded_once(
+    dtype: str, any_method: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    """To what is written, whatever the base's files have: the adapter's change is smaller than bfloat16's steps."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.GteConfig(**sizes, vocab_size=60, intermediate_size=72, pad_token_id=0)
+    model = transformers.GteForSequenceClassification(config).to(torch.bfloat16).eval()
+    made = make(any_method, model=model)
+    peft_export.merge(made.base, made.adapter, tmp_path / "out", dtype=dtype)
+    wide = type(model).from_pretrained(made.base, dtype=torch.float32)
+    pc.load(wide, made.adapter).merge_and_detach()
+    wide.to(getattr(torch, dtype)).save_pretrained(tmp_path / "expected")
+    assert equal(tmp_path / "out", tmp_path / "expected")
 
 
 def test_experts_trained_in_full(method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:

@@ -290,6 +290,42 @@ def test_a_configuration_without_a_padding_token() -> None:
     assert not why_not and found["model"]["pad_token_id"] == found["model"]["eos_token_id"] == 2
 
 
+@pytest.mark.parametrize("end", [None, []])
+def test_a_configuration_without_an_end(end: Any) -> None:
+    config = transformers.CodeGenConfig(n_layer=1, n_embd=32, n_head=4, eos_token_id=end)
+    past = {f"past_key_values.0.{name}": torch.empty(1, 4, 0, 8) for name in ("key", "value")}
+    found, why_not = genai_config(cast(Any, SimpleNamespace(inputs=past)), config, {"eos_token_id": end})
+    assert not found and "has no eos_token_id" in why_not
+
+
+def test_a_classifier_that_reads_the_last_token_before_the_padding(
+    any_method: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Any other filling of a batch would make it read the filling."""
+    sizes = dict(
+        hidden_size=48, intermediate_size=72, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+    )
+    config = transformers.LlamaConfig(**{**TINY, "pad_token_id": 5}, **sizes, num_labels=3)
+    torch.manual_seed(0)
+    made = make(any_method, model=transformers.LlamaForSequenceClassification(config).eval())
+    peft_export.export_onnx(made.base, made.adapter, tmp_path / "out")
+    report = peft_export.verify(tmp_path / "out", made.base, made.adapter)
+    assert report.ok and {found.way for found in report.prompts} == {WHOLE, PADDED}
+
+
+def test_a_weight_too_large_for_float16(
+    any_method: Trial, make: Callable[..., Any], fails: Any, tmp_path: Path
+) -> None:
+    model: Any = FAMILIES["bert"].build()
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.LayerNorm.weight[0] = 1e5
+    made = make(any_method, "bert", model=model)
+    arguments = ("export", "onnx", "--base", made.base, "--adapter", made.adapter, "--out", tmp_path / "out")
+    said = fails(*arguments, "--precision", "fp16")
+    assert "layer.0.output.LayerNorm.weight" in said and "too large for fp16" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_method(method: Trial, exported: Any) -> None:
     made = exported("bert", "fp32", method)
     assert peft_export.verify(made.out, made.base, made.adapter).ok
@@ -320,12 +356,16 @@ def test_what_is_written(exported: Any, program: Any) -> None:
     assert "`past_key_values.N.key`" in card and "passed" in card and "library_name: onnx" in card
 
 
-def test_the_command(any_method: Trial, make: Callable[..., Any], program: Any, tmp_path: Path) -> None:
+def test_the_command(any_method: Trial, make: Callable[..., Any], program: Any, fails: Any, tmp_path: Path) -> None:
     """Verification is part of it, and its failure is the command's."""
     made = make(any_method, "bert")
     arguments = ("export", "onnx", "--base", made.base, "--adapter", made.adapter, "--out", tmp_path / "out")
     code, out, err = program(*arguments)
     assert code == 0 and "passed" in out and "memory at most" in out and "in a padded batch" in out, err
+    (made.base / "generation_config.json").write_text("{not json")
+    said = fails(*arguments, "--overwrite", "--no-verify")
+    assert "generation_config.json' cannot be read" in said and (tmp_path / "out/model.onnx").is_file()
+    (made.base / "generation_config.json").unlink()
     code, out, _ = program(*arguments, "--overwrite", "--no-verify", "--json", "--precision", "int4")
     report = json.loads(out)
     assert code == 0 and "verification" not in report and report["block_size"] == 32

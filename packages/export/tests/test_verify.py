@@ -12,6 +12,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 import peft_core as pc
 import peft_export
@@ -165,6 +169,23 @@ def test_the_card_tells(any_method: Trial, make: Callable[..., Any], tmp_path: P
         assert "Not verified yet" not in text and "passed" in text and text.count("## Verification") == 1
         assert text.startswith("---\n") and f'"method": "{any_method.method}"' in text
         assert "library_name: " in text and "tags:" in text
+
+
+def test_prompts_fit_the_model(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    """Built-in ones and given ones are cut to the model's positions."""
+    config = transformers.GPT2Config(vocab_size=60, n_embd=48, n_layer=2, n_head=4, n_positions=8)
+    made = make(any_method, "gpt2", model=transformers.GPT2LMHeadModel(config).eval())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 1, "b": 2}, unk_token="a")))
+    tokenizer.backend_tokenizer.pre_tokenizer = Whitespace()
+    peft_export.merge(made.base, made.adapter, tmp_path / "out")
+    report = peft_export.verify(tmp_path / "out", made.base, made.adapter)
+    assert report.ok and [found.positions for found in report.prompts] == [5, 8, 8]
+    tokenizer.save_pretrained(tmp_path / "out")
+    report = peft_export.verify(tmp_path / "out", made.base, made.adapter, prompts=["a b " * 30, "b"])
+    assert report.ok and [found.positions for found in report.prompts] == [8, 1]
+    for prompt, why in (("", "has no tokens to compare"), ("\udcff", "not UTF-8")):
+        with pytest.raises(pc.DataError, match=why):
+            peft_export.verify(tmp_path / "out", made.base, made.adapter, prompts=["a", prompt])
 
 
 def test_nothing_is_recorded_unasked(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import plugins, sharing
 from .base_model import BaseInfo
 from .dtypes import DtypeName, dtype_of, name_of
-from .errors import CheckpointError
+from .errors import CheckpointError, reason
 from .method import BASE_WEIGHT
 from .plan import Plan
 from .sites import Site
@@ -56,7 +56,7 @@ class StoredGroup(_Stored):
 
 
 class StoredBase(_Stored):
-    """The base model that the adapter was trained on. `quantization`: see `BaseInfo`."""
+    """The base model that the adapter was trained on; see `BaseInfo`."""
 
     name: str
     architecture: str
@@ -65,6 +65,8 @@ class StoredBase(_Stored):
     fingerprint: str
     shapes: dict[str, tuple[int, ...]]
     quantization: str = ""
+    classes: tuple[str, ...] = ()
+    pad_token_id: int | None = None
 
 
 class StoredMethod(_Stored):
@@ -189,6 +191,8 @@ def read_header(directory: str | Path) -> AdapterFile:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         version = data["format_version"]
+    except OSError as error:
+        raise CheckpointError(f"'{path}' cannot be read: {reason(error)}") from None
     except (ValueError, KeyError, TypeError) as error:
         what = "not JSON" if isinstance(error, ValueError) else "no format_version"
         raise CheckpointError(f"'{path}' is damaged: {what}") from None

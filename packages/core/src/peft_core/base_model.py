@@ -8,12 +8,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from . import bases
 from .errors import ModelError, first_line
+
+MISCONFIGURED = (OSError, ValueError, KeyError, StrictDataclassError)
+"""What transformers raises for a configuration or a tokenizer that it cannot load."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class BaseInfo:
         num_parameters: of the base, embeddings and heads included, shared ones once.
         shapes: layer or parameter path → logical shape. fingerprint: a hash of them.
         quantization: in what its layers were packed, as "4-bit (nf4)"; nothing for a dense base.
+        classes: names of a classifier's classes, by number; nothing where they have none of their own.
+        pad_token_id: by which a classifier finds a text's last token.
     """
 
     name: str
@@ -33,6 +40,8 @@ class BaseInfo:
     num_parameters: int
     shapes: Mapping[str, tuple[int, ...]]
     quantization: str = ""
+    classes: tuple[str, ...] = ()
+    pad_token_id: int | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -59,7 +68,7 @@ def meta_model(source: str | Path) -> nn.Module:
         )
     try:
         config = transformers.AutoConfig.from_pretrained(source)
-    except (ValueError, OSError, KeyError) as error:
+    except MISCONFIGURED as error:
         raise ModelError(
             f"'{source}': config.json cannot be read: {first_line(error).partition('. ')[0][:200]}"
         ) from None
@@ -89,7 +98,8 @@ def base_info(model: nn.Module, name: str | None = None) -> BaseInfo:
             else:
                 sizes.setdefault(id(parameter), parameter.numel())
                 shapes[f"{path}.{local}" if path else local] = tuple(parameter.shape)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
+    classifies = config is not None and "Classification" in type(model).__name__
     return BaseInfo(
         name=name or getattr(config, "_name_or_path", "") or "",
         architecture=type(model).__name__,
@@ -97,4 +107,13 @@ def base_info(model: nn.Module, name: str | None = None) -> BaseInfo:
         num_parameters=sum(sizes.values()),
         shapes=shapes,
         quantization=", ".join(sorted(packed)),
+        classes=_classes(config) if classifies else (),
+        pad_token_id=getattr(config.get_text_config(), "pad_token_id", None) if classifies else None,
     )
+
+
+def _classes(config: Any) -> tuple[str, ...]:
+    """Names of the classes, unless transformers has made them up."""
+    names = getattr(config, "id2label", None) or {}
+    found = tuple(str(names[number]) for number in sorted(names))
+    return () if found == tuple(f"LABEL_{number}" for number in range(len(found))) else found

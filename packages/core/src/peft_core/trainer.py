@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,11 +127,19 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
             },
             {"params": [parameter for name, parameter in trained if name not in decaying], "weight_decay": 0.0},
         ]
-        # Where the trainer's default is a fused optimizer and the method's can be one, it is.
-        fuses = "fused" in str(_default_optimizer(self.args)).lower() and "fused" in inspect.signature(make).parameters
-        kind = {"fused": True} if fuses else {}
-        self.optimizer = make(groups, lr=self.args.learning_rate, weight_decay=self.args.weight_decay, **kind)
+        self.optimizer = make(
+            groups, lr=self.args.learning_rate, weight_decay=self.args.weight_decay, **self._adams(make)
+        )
         return self.optimizer
+
+    def _adams(self, make: Any) -> dict[str, Any]:
+        """What the arguments say of AdamW, as far as the method's optimizer takes it."""
+        args = self.args
+        said: dict[str, Any] = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        if "fused" in str(_default_optimizer(args)).lower():
+            said["fused"] = True
+        taken = inspect.signature(make).parameters
+        return {name: value for name, value in said.items() if name in taken}
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """As the trainer's own; a trained copy of a norm or a bias counts as one."""
@@ -176,7 +184,8 @@ class AdapterTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
 class Reference(nn.Module):
     """A model without its adapters in training, as a model of its own to compare a policy with.
 
-    It holds no weights. When it is called, it runs the model with those adapters off; other active adapters stay on.
+    It holds no weights. When it is called, it runs the model with those adapters off, and in evaluation mode if it is in
+    that itself; other active adapters stay on.
     """
 
     policy: Any
@@ -191,7 +200,7 @@ class Reference(nn.Module):
         return self.policy.config
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with without_training(self.policy):
+        with without_training(self.policy), nullcontext() if self.training else _evaluating(self.policy):
             return self.policy(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -220,6 +229,19 @@ def without_training(model: nn.Module) -> Iterator[None]:
         for adapter in in_training(model):
             stack.enter_context(adapter.disabled())
         yield
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode."""
+    in_training_mode = [module for module in model.modules() if module.training]
+    for module in in_training_mode:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in in_training_mode:
+            module.training = True
 
 
 def own_optimizer(trained: Sequence[Adapter]) -> Any:

@@ -47,9 +47,10 @@ def merged(base: Path, adapters: Sequence[AdapterFiles], report: MergeReport) ->
     return _card(base, headers, "transformers", "merge", f"{what[0]} merged", lines)
 
 
-def lora(base: Path, header: AdapterFile, report: LoraReport, labels: Mapping[str, Any]) -> str:
-    """The card of a lowered adapter. `labels`: see `merge_plan.head_labels`."""
-    classes = f", num_labels={len(labels['id2label'])}" if labels else ""
+def lora(base: Path, header: AdapterFile, report: LoraReport, fields: Mapping[str, Any]) -> str:
+    """The card of a lowered adapter. `fields`: of the base's configuration; see `merge_plan.head_config`."""
+    classes = f", num_labels={len(fields['id2label'])}" if "id2label" in fields else ""
+    padding = [f"base.config.pad_token_id = {fields['pad_token_id']}"] if "pad_token_id" in fields else []
     worst = max((site.error for site in report.sites), default=0.0)
     exact = (
         f"with a relative error of up to {worst:.2e} per layer ({' and '.join(report.losses)})" if worst else "exactly"
@@ -68,6 +69,7 @@ def lora(base: Path, header: AdapterFile, report: LoraReport, labels: Mapping[st
         "from peft import PeftModel",
         "",
         f"base = {auto}.from_pretrained('{base_name(base, header) or 'BASE'}'{classes})",
+        *padding,
         "model = PeftModel.from_pretrained(base, 'path/to/this/directory')",
         "```",
         *_shell(report.command, auto),
@@ -141,10 +143,13 @@ def _front_matter(path: Path) -> dict[str, Any]:
     """What the base's own card says about licence, language and task."""
     try:
         found = re.match(r"---\n(.*?)\n---", path.read_text(encoding="utf-8"), re.DOTALL)
-        front = yaml.safe_load(found[1]) if found else {}
+        # Everything as text: to YAML, the language code of Norwegian is the same as false.
+        front = yaml.load(found[1], yaml.BaseLoader) if found else {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
-    return {key: front[key] for key in _KEPT if key in front} if isinstance(front, Mapping) else {}
+    if not isinstance(front, Mapping):
+        return {}
+    return {key: front[key] for key in _KEPT if front.get(key) not in (None, "", "null", "~")}
 
 
 def base_name(base: Path, header: AdapterFile) -> str:

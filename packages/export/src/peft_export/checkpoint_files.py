@@ -111,6 +111,8 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         )
     if (path / SINGLE).is_file():
         entries, metadata = read_entries(path / SINGLE)
+        if not entries:
+            raise CheckpointError(f"'{path / SINGLE}' has no tensors; restore it from where it came from")
         return Checkpoint(path, entries, metadata)
     if (path / INDEX).is_file():
         return _open_sharded(path)

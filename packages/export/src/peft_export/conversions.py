@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from peft_core import CheckpointError, MergeError
+from peft_core.base_model import MISCONFIGURED
 
 from . import output
 from .checkpoint_files import DTYPE_OF_CODE, Checkpoint
@@ -164,7 +165,7 @@ def _meta_model(
         config = transformers.AutoConfig.from_pretrained(directory, **fields)
         if config_fields is not None:
             config = type(config).from_dict(dict(config_fields))
-    except (ValueError, OSError, KeyError) as error:
+    except MISCONFIGURED as error:
         raise CheckpointError(f"'{directory}': config.json cannot be read: {' '.join(str(error).split())}") from None
     try:
         with torch.device("meta"):

@@ -24,7 +24,7 @@ from . import card, output, svd
 from .adapter_files import AdapterFiles
 from .checkpoint_files import CODES, DTYPE_OF_CODE, INDEX, SINGLE, Checkpoint, Reader, dtype_code, open_checkpoint
 from .mapping import find_names, note_on_type, quantized
-from .merge_plan import head_labels, resizing
+from .merge_plan import head_config, resizing
 from .names import Names
 from .peft_format import CONFIG, PREFIX, WEIGHTS, peft_config, target_parameters
 from .reports import LoraReport, LoweredSite
@@ -96,7 +96,7 @@ def export_lora(
         _write(temporary, items, tensors, progress)
         output.write_json(temporary / CONFIG, peft_config(directory, source, config, rank, padded))
         request = _request(directory, out, source)
-        labels = head_labels(directory, source.header, config)
+        fields = head_config(directory, source.header, config)
         report = LoraReport(
             out=str(out),
             base=str(base),
@@ -118,9 +118,9 @@ def export_lora(
                 *_notes(source, ranks, rank, uniform),
             ),
         )
-        marker = output.marker("lora", [source.header], labels, report.to_json())
+        marker = output.marker("lora", [source.header], fields, report.to_json())
         output.write_json(temporary / output.MARKER, marker)
-        (temporary / card.NAME).write_text(card.lora(directory, source.header, report, labels), encoding="utf-8")
+        (temporary / card.NAME).write_text(card.lora(directory, source.header, report, fields), encoding="utf-8")
     return report
 
 

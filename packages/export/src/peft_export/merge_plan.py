@@ -258,7 +258,7 @@ def _edits(
     if new_head and header.base.architecture not in (config.get("architectures") or ()):
         edits["architectures"] = [header.base.architecture]
         notes.append(f"the trained head makes this a {header.base.architecture}: config.json says so now")
-    edits.update(head_labels(base, header, config))
+    edits.update(head_config(base, header, config))
     return edits, notes
 
 
@@ -288,17 +288,31 @@ def resizing(
     return {"vocab_size": size}, [f"the vocabulary has {size} tokens, not {before}"]
 
 
-def head_labels(base: Path, header: AdapterFile, config: Mapping[str, Any]) -> dict[str, Any]:
-    """`id2label` and `label2id` for a classifier that was trained with another number of classes than the base states."""
+def head_config(base: Path, header: AdapterFile, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of the configuration of a classifier that was trained with other classes than the base states, or that finds a
+    text's last token by another padding token: `id2label` and `label2id`, `pad_token_id`.
+    """
     if not config or "Classification" not in header.base.architecture:
         return {}
+    fields: dict[str, Any] = {}
+    before = {str(number): name for number, name in (config.get("id2label") or {}).items()}
+    names = header.base.classes or _unnamed_classes(base, header, len(before) or config.get("num_labels") or 2)
+    labels = {str(number): name for number, name in enumerate(names)}
+    if labels and labels != before:
+        fields = {"id2label": labels, "label2id": {name: number for number, name in enumerate(names)}}
+    inner = config.get("text_config")
+    pad, known = header.base.pad_token_id, inner if isinstance(inner, Mapping) and "pad_token_id" in inner else config
+    if pad is not None and pad != known.get("pad_token_id"):
+        fields["pad_token_id"] = pad
+    return fields
+
+
+def _unnamed_classes(base: Path, header: AdapterFile, before: int) -> list[str]:
+    """Names as transformers makes them up, where the adapter's head has another number of classes."""
     from .conversions import class_count
 
     count = class_count(base, header.base.architecture, header.base.shapes)
-    if count in (None, len(config.get("id2label") or ()) or config.get("num_labels") or 2):
-        return {}
-    labels = {str(number): f"LABEL_{number}" for number in range(count)}
-    return {"id2label": labels, "label2id": {label: int(number) for number, label in labels.items()}}
+    return [] if count in (None, before) else [f"LABEL_{number}" for number in range(count)]
 
 
 def _remarks(

@@ -33,7 +33,9 @@ _WEIGHTS = {
     ".ot",
     ".mlmodel",
 }
-_WEIGHT_FOLDERS = {"onnx", "openvino", "original", "coreml", "gguf", FOLDER}
+_WEIGHT_FOLDERS = {"onnx", "openvino", "original", "coreml", "gguf", "checkpoints", FOLDER}
+# Where sentence-transformers says which folders are layers of the model.
+_MODULES = "modules.json"
 
 
 @contextmanager
@@ -90,13 +92,13 @@ def _replaced(target: Path) -> list[str]:
     ]
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """The model's `config.json`; empty if there is none.
+def read_config(directory: Path, name: str = "config.json") -> dict[str, Any]:
+    """The model's `config.json`, or another of its files; empty if there is none.
 
     Raises:
         CheckpointError: it is not a JSON object.
     """
-    path = directory / "config.json"
+    path = directory / name
     if not path.is_file():
         return {}
     try:
@@ -104,7 +106,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise CheckpointError(f"'{path}' cannot be read: {reason(error)}") from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"'{path}' is not a model configuration")
+        raise CheckpointError(f"'{path}' is not a configuration: expected a JSON object")
     return config
 
 
@@ -167,19 +169,42 @@ def copy_rest(base: Path, out: Path, skip: Collection[str]) -> list[str]:
     """Copy what belongs to a model besides its weights: tokenizer, templates, generation config, licence, code.
 
     Returns:
-        What was left out: weights in other formats.
+        What was left out: weights in other formats and in folders, and links that lead nowhere.
     """
     left: list[str] = []
-    for entry in sorted(base.iterdir()):
-        if entry.name in skip or entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            if entry.name in _WEIGHT_FOLDERS:
-                left.append(f"{entry.name}/")
+    parts = _parts(base)
+
+    def copy(folder: Path, skipped: Collection[str]) -> None:
+        for entry in sorted(folder.iterdir()):
+            place = entry.relative_to(base)
+            if entry.name in skipped or entry.name.startswith("."):
+                continue
+            if entry.is_dir() and place.as_posix() in parts:
+                shutil.copytree(entry, out / place)
+            elif entry.is_dir() and (entry.name in _WEIGHT_FOLDERS or _leads_inside(entry, base)):
+                left.append(f"{place.as_posix()}/")
+            elif entry.is_dir():
+                (out / place).mkdir()
+                copy(entry, ())
+            elif entry.suffix in _WEIGHTS or entry.name.endswith(".index.json") or not entry.is_file():
+                left.append(place.as_posix())
             else:
-                shutil.copytree(entry, out / entry.name)
-        elif entry.suffix in _WEIGHTS or entry.name.endswith(".index.json"):
-            left.append(entry.name)
-        else:
-            shutil.copy2(entry, out / entry.name)
+                shutil.copy2(entry, out / place)
+
+    copy(base, skip)
     return left
+
+
+def _leads_inside(entry: Path, base: Path) -> bool:
+    """Whether this is a link to what is copied anyway, or around in a circle."""
+    there, here = entry.resolve(), base.resolve()
+    return entry.is_symlink() and (there.is_relative_to(here) or here.is_relative_to(there))
+
+
+def _parts(base: Path) -> set[str]:
+    """Folders that hold layers of the model itself, with weights that stay as they are."""
+    try:
+        modules = json.loads((base / _MODULES).read_text(encoding="utf-8"))
+        return {str(module["path"]) for module in modules if module["path"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -17,10 +18,10 @@ from torch import Tensor
 from peft_core import MergeError
 from peft_core.merge import merged_weight
 
-from .checkpoint_files import PIECE, Entry, Reader, all_finite
+from .checkpoint_files import DTYPE_OF_CODE, PIECE, Entry, Reader, all_finite
 from .merge_plan import Change, MergePlan, Output
 from .names import Conversion
-from .shards import Progress, Writer
+from .shards import Progress, Writer, check_rounded
 
 
 class Pipeline:
@@ -141,18 +142,18 @@ class Pipeline:
                 f"'{group.parameters[0]}' is made of '{group.sources[0]}' and others ({group.operations}), and transformers "
                 "cannot undo that: leave these layers out of the adapter, or merge in memory"
             )
+        dtype = reduce(torch.promote_types, (DTYPE_OF_CODE[self._outputs[key].item.dtype] for key in group.sources))
         for parameter in group.parameters:
-            change, dtype = self._changes.get(parameter), inside[parameter].dtype
-            if change is None:
-                continue
-            if change.trained is not None:
+            made, change = inside[parameter], self._changes.get(parameter)
+            if change is not None and change.trained is not None:
                 adapter, key = change.trained
-                inside[parameter] = adapter.tensor(key, reader).to(dtype)
-            else:
+                made = adapter.tensor(key, reader)
+            elif change is not None:
                 owner = next((adapter for adapter in change.adapters if adapter.owns(change.path)), None)
-                stored = inside[parameter] if owner is None else owner.owned(change.path, reader)
-                wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
-                inside[parameter] = self._merged(change, wide, reader).to(dtype)
+                stored = made if owner is None else owner.owned(change.path, reader)
+                made = self._merged(change, stored.to(torch.promote_types(stored.dtype, torch.float32)), reader)
+            inside[parameter] = made.to(dtype)  # once, and to what is written
+            check_rounded(parameter, made, inside[parameter])
         return group.backward(inside)
 
 

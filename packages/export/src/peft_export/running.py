@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 import peft_core as pc
-from peft_core import CheckpointError, MergeError, ModelError
+from peft_core import CheckpointError, DataError, MergeError, ModelError
 from peft_core.adapter_file import AdapterFile
+from peft_core.base_model import MISCONFIGURED
 from peft_core.errors import first_line
-from peft_core.models import UNREADABLE, quiet_transformers, why
+from peft_core.models import UNREADABLE, most_tokens, quiet_transformers, whole_text, why
 from peft_core.sharing import stand_ins
 
 from . import output
 from .checkpoint_files import Reader, read_entries
-from .merge_plan import head_labels
+from .merge_plan import head_config
 from .peft_format import CONFIG, PREFIX, WEIGHTS
 
 PROMPTS = (
@@ -43,22 +44,31 @@ class Prompt:
     ids: Tensor
 
 
-def make_prompts(texts: Sequence[str], directories: Sequence[Path], vocabulary: int) -> list[Prompt]:
+def make_prompts(texts: Sequence[str], directories: Sequence[Path], model: Any) -> list[Prompt]:
     """Tokenize with the first tokenizer that the directories hold; without any, built-in prompts are random tokens.
 
+    Args:
+        model: reads them: they are cut to what it can take.
+
     Raises:
-        ModelError: prompts are given, and there is no tokenizer.
+        ModelError: prompts are given, and there is no tokenizer. DataError: one is empty, or cannot be tokenized.
     """
+    longest = min(_LONGEST, most_tokens(model) or _LONGEST)
     tokenizer = next((found for found in map(_tokenizer, directories) if found is not None), None)
     if tokenizer is not None:
-        pairs = ((text, tokenizer(text, return_tensors="pt")["input_ids"][0][:_LONGEST]) for text in texts or PROMPTS)
-        return [Prompt(text, ids) for text, ids in pairs if len(ids)]
+        whole = (whole_text(text, "a prompt") for text in texts or PROMPTS)
+        made = [Prompt(text, torch.tensor(tokenizer(text)["input_ids"][:longest])) for text in whole]
+        for prompt in made:
+            if not len(prompt.ids) and texts:
+                raise DataError(f"the prompt {prompt.text!r} has no tokens to compare; give one with text")
+        return [prompt for prompt in made if len(prompt.ids)]
     if texts:
         raise ModelError(
             f"there is no tokenizer in {' or '.join(map(repr, map(str, directories)))}: prompts cannot be read"
         )
     generator = torch.Generator().manual_seed(0)
-    drawn = (torch.randint(0, vocabulary, (length,), generator=generator) for length in (5, 9, 16))
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 2)
+    drawn = (torch.randint(0, vocabulary, (min(length, longest),), generator=generator) for length in (5, 9, 16))
     return [Prompt(f"{len(ids)} random tokens", ids) for ids in drawn]
 
 
@@ -139,8 +149,8 @@ def adapted_model(base: Path, adapters: Mapping[str, float], header: AdapterFile
         CheckpointError: an adapter does not fit. ModelError: the base cannot be loaded.
     """
     config = output.read_config(base)
-    labels = head_labels(base, header, config)
-    model = load_model(base, header.base.architecture, dtype, labels, stand_ins(header.trained))
+    fields = head_config(base, header, config)
+    model = load_model(base, header.base.architecture, dtype, fields, stand_ins(header.trained))
     active = {f"adapter{number}": weight for number, weight in enumerate(adapters.values())}
     _resize(model, header)
     for name, directory in zip(active, adapters, strict=True):
@@ -221,6 +231,8 @@ def _loaded(
         if name not in replaced:
             sizes = f"{list(there)} in its files and {list(here)} in a model of its configuration"
             raise ModelError(f"cannot load '{directory}' as {architecture}: '{name}' is {sizes}")
+    if "pad_token_id" in fields:  # as an argument, a configuration that does not know it would not take it
+        model.config.get_text_config().pad_token_id = fields["pad_token_id"]
     return model.eval(), sorted(found["missing_keys"])
 
 
@@ -290,5 +302,5 @@ def _tokenizer(directory: Path) -> Any:
     try:
         with quiet_transformers():
             return transformers.AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError):
+    except MISCONFIGURED:
         return None

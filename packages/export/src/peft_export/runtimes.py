@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
 
 from peft_core import MergeError
 from peft_core.errors import listed, suggestion
@@ -89,22 +91,28 @@ def runtime(name: str) -> Runtime:
 
 
 def _vllm(request: Request, rank: int) -> str:
-    return f"vllm serve {request.base} --enable-lora --max-lora-rank {rank} --lora-modules adapter={request.out}"
+    adapter = quote(f"adapter={request.out}")
+    return f"vllm serve {quote(request.base)} --enable-lora --max-lora-rank {rank} --lora-modules {adapter}"
 
 
 def _sglang(request: Request, rank: int) -> str:
-    types = " ".join(request.types)
+    types, adapter = " ".join(map(quote, request.types)), quote(f"adapter={request.out}")
     return (
-        f"python -m sglang.launch_server --model-path {request.base} --enable-lora --max-lora-rank {rank} "
-        f"--lora-target-modules {types} --lora-paths adapter={request.out}"
+        f"python -m sglang.launch_server --model-path {quote(request.base)} --enable-lora --max-lora-rank {rank} "
+        f"--lora-target-modules {types} --lora-paths {adapter}"
     )
 
 
 def _llama_cpp(request: Request, rank: int) -> str:
+    base = "--base" if Path(request.base).is_dir() else "--base-model-id"  # a directory, or a name on the hub
     return (
-        f"python convert_lora_to_gguf.py --base {request.base} --outfile adapter.gguf {request.out} && "
+        f"python convert_lora_to_gguf.py {base} {quote(request.base)} --outfile adapter.gguf {quote(request.out)} && "
         "llama-server -m base.gguf --lora adapter.gguf"
     )
+
+
+def _is_norm(head: str) -> bool:
+    return "_layernorm" in head or ".norm" in f".{head}"
 
 
 # Encoders and encoder-decoders, and the decoders whose line in vLLM's table has no mark under LoRA.
@@ -157,6 +165,6 @@ _SGLANG_MODULES = frozenset(
 RUNTIMES: Mapping[str, Runtime] = {
     "vllm": Runtime("vLLM", (1, 8, 16, 32, 64, 128, 256, 320, 512), None, _NO_LORA_IN_VLLM, lambda head: False, _vllm),
     "sglang": Runtime("SGLang", None, _SGLANG_MODULES, frozenset(), lambda head: False, _sglang),
-    # Its converter passes norms through and stops at everything else that is not a factor.
-    "llama.cpp": Runtime("llama.cpp", None, None, frozenset(), lambda head: "norm" in head, _llama_cpp),
+    # Its converter passes norms through that it knows by name, and stops at everything else that is not a factor.
+    "llama.cpp": Runtime("llama.cpp", None, None, frozenset(), _is_norm, _llama_cpp),
 }

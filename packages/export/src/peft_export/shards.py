@@ -13,15 +13,17 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from peft_core import CheckpointError, SpecError, system
+from peft_core import CheckpointError, MergeError, SpecError, system
+from peft_core.dtypes import name_of
 
-from .checkpoint_files import CHUNK, DTYPE_OF_CODE, INDEX, PIECE, SINGLE, Entry, Reader
+from .checkpoint_files import CHUNK, DTYPE_OF_CODE, INDEX, PIECE, SINGLE, Entry, Reader, all_finite
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes in all."""
@@ -93,7 +95,7 @@ class Writer:
         """Write a tensor, cast to its item's dtype.
 
         Raises:
-            OSError: the disk is full, and the like.
+            MergeError: a value is too large for that. OSError: the disk is full, and the like.
         """
         item = self._items[key]
         assert tuple(tensor.shape) == item.shape, f"{key}: {tuple(tensor.shape)} for {item.shape}"
@@ -106,7 +108,7 @@ class Writer:
             self._write_pieces(key, flat.split(PIECE))
 
     def cast(self, key: str, reader: Reader, entry: Entry) -> None:
-        """Write a tensor of another file in this item's dtype."""
+        """Write a tensor of another file in this item's dtype; raises as `write` does."""
         self._write_pieces(key, reader.pieces(entry))
 
     def _write_pieces(self, key: str, pieces: Iterable[Tensor]) -> None:
@@ -118,7 +120,7 @@ class Writer:
             if filled + len(piece) > len(buffer):
                 place = self._put(shard, place, buffer[:filled])
                 filled = 0
-            buffer[filled : filled + len(piece)].copy_(piece)
+            check_rounded(key, piece, buffer[filled : filled + len(piece)].copy_(piece))
             filled += len(piece)
         self._put(shard, place, buffer[:filled])
         self._done(shard, key)
@@ -168,6 +170,18 @@ class Writer:
             self._left[shard.name].discard(key)
             if not self._left[shard.name]:
                 os.close(self._handles.pop(shard.name))
+
+
+def check_rounded(name: str, before: Tensor, after: Tensor) -> None:
+    """Raises MergeError where a finite value has become infinite, in a dtype of less range (bfloat16 has float32's)."""
+    if before.dtype == after.dtype or torch.finfo(after.dtype).max > torch.finfo(before.dtype).max / 2:
+        return
+    if not all_finite(after) and not torch.equal(before.isfinite(), after.isfinite()):
+        largest = before[before.isfinite()].abs().max().item()
+        raise MergeError(
+            f"'{name}' has values up to {largest:.3g}, which are too large for {name_of(after.dtype)}; write bfloat16 or "
+            "float32 (--dtype)"
+        )
 
 
 def _lay_out(items: Sequence[Item], metadata: Mapping[str, str], largest: int | None, name: str) -> list[_Shard]:
@@ -244,7 +258,7 @@ def parse_size(text: str | int) -> int:
     size = 0
     if found:
         number, unit, binary = found.groups()
-        size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+        size = int(Decimal(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
     if size <= 0:
         raise SpecError(f"'{text}' is not a size; write it like 5GB, 500MB or 2GiB")
     return size

@@ -62,7 +62,7 @@ def verify_table(report: VerifyReport) -> Table:
     """A row for each prompt."""
     verdict = "passed" if report.ok else "FAILED"
     title = f"{report.export} against {report.against}, {report.dtype}: {verdict} ({limits(report)})"
-    caption = " ".join(remarks(report)) or None
+    caption = escape(" ".join(remarks(report))) or None
     table = Table(title=escape(title), title_justify="left", caption=caption, caption_justify="left")
     ways = ("computed",) if report.kind == "onnx" else ()
     for heading in ("prompt", *ways, "positions", "mean KL", "max KL", "max logit difference", "same first choice"):

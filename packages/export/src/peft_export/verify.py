@@ -17,6 +17,7 @@ from peft_core import CheckpointError, MergeError, activate
 from peft_core.adapter_file import read_header
 from peft_core.dtypes import name_of
 from peft_core.files import whole_directory, write_text
+from peft_core.models import most_tokens
 from peft_core.spec import DTYPE_OF_NAME
 
 from . import card, output, parameters, running
@@ -143,8 +144,7 @@ def _from_adapted_model(
     header = read_header(next(iter(weights)))
     model = running.adapted_model(source, weights, header, dtype)
     config: Any = model.config
-    vocabulary = getattr(config.get_text_config(), "vocab_size", 2)
-    inputs = running.make_prompts(prompts, [directory, source], vocabulary)
+    inputs = running.make_prompts(prompts, [directory, source], model)
     logits = running.logits(model, inputs)
     written = _greedy(model, inputs[0].ids) if kind == "onnx" else None
     activate(model, [])
@@ -213,10 +213,9 @@ def _load(kind: str, directory: Path, source: Path | None, architecture: str, dt
 
 def _greedy(model: nn.Module, ids: Tensor) -> Tensor | None:
     """What the adapted model writes after the first prompt; None if it writes nothing."""
-    config: Any = model.config
     if not getattr(model, "can_generate", lambda: False)():
         return None
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = most_tokens(model)
     return running.greedy(model, ids, GREEDY if length is None else max(0, min(GREEDY, length - len(ids))))
 
 

@@ -73,9 +73,9 @@ def read_pairs(path: Path) -> list[Pair]:
     """
     pairs = []
     for row in read_file(path, ".jsonl"):
-        number = row.place.rpartition(" ")[2]
+        number, module = row.place.rpartition(" ")[2], row.values.get("module")
         prompt, completion = text_of(row, "prompt", may_be_empty=True), text_of(row, "completion")
-        pairs.append(Pair(prompt, completion, str(row.values.get("module", number)), f"line {number}"))
+        pairs.append(Pair(prompt, completion, str(number if module is None else module), f"line {number}"))
     if len(pairs) < 2:
         raise DataError(f"'{path}' has only one pair; training and holding out need at least two")
     return pairs

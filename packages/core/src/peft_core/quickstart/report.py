@@ -71,7 +71,7 @@ class Report:
 
     def __rich__(self) -> Group:
         title = f"{self.method} on {self.model}, {self.steps} steps of {self.batch_size}"
-        table = Table(title=title, show_header=False)
+        table = Table(title=escape(title), show_header=False)
         for label, value in (
             ("trainable parameters", share(self.trainable_parameters, self.base_parameters)),
             ("adapter file", f"{self.adapter_bytes / 1e6:.1f} MB"),

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 import peft_core as pc
 
@@ -247,5 +248,5 @@ def _status(console: Console | None, text: str) -> Iterator[None]:
     if console is None:
         yield
         return
-    with console.status(text):
+    with console.status(escape(text)):
         yield

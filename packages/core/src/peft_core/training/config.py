@@ -42,7 +42,10 @@ class RunError(PeftCoreError):
 def _absolute(path: str | Path, info: ValidationInfo) -> Path:
     """The same wherever the program is started, and wherever the configuration is written to."""
     folder = (info.context or {}).get("folder", Path())
-    return Path(os.path.abspath(folder / Path(path).expanduser()))
+    try:
+        return Path(os.path.abspath(folder / Path(path).expanduser()))
+    except RuntimeError:
+        raise ValueError(f"there is no user whose home directory {path} could be in; write the path out") from None
 
 
 def _if_path(name: str, info: ValidationInfo) -> str:
@@ -56,7 +59,7 @@ PathOrName = Annotated[str, AfterValidator(_if_path)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSection(_Section):
@@ -183,7 +186,7 @@ class TrainingSection(_Section):
     best: bool = Field(
         default=False, description="Save the weights with the lowest evaluation loss, not the last ones."
     )
-    seed: int = Field(default=0, ge=0, description="Same seed, same numbers.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Same seed, same numbers.")
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingSection:

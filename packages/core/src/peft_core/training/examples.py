@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import DataError, first_line, listed
-from ..models import prompt_ids, whole_text
+from ..errors import DataError, listed
+from ..models import prompt_ids, rendered_chat, whole_text
 from .rows import Row, label_of, messages_of, text_of
 
 IGNORED = -100
@@ -215,6 +215,6 @@ def _chat_tokens(row: Row, tokenizer: Any, max_length: int) -> Tokens:
 
 def _rendered(row: Row, tokenizer: Any, messages: list[dict[str, Any]], prompt: bool) -> str:
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-    except Exception as error:  # templates raise what they like
-        raise DataError(f"{row.place}: the chat template refuses: {first_line(error)}") from None
+        return rendered_chat(messages, tokenizer, prompt)
+    except DataError as error:
+        raise DataError(f"{row.place}: {error}") from None

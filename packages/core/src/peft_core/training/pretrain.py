@@ -13,14 +13,18 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from .. import models
+from ..base_model import MISCONFIGURED
 from ..errors import ModelError, first_line, suggestion
 from ..files import whole_directory
-from .config import RunConfig
+from .config import RunConfig, RunError
 
 BASE = "base"
 _END = "<|endoftext|>"
+# Of the files of models and tokenizers.
+_SUFFIXES = {".json", ".safetensors", ".bin", ".jinja", ".model"}
+_NAMES = {"vocab.txt", "merges.txt"}
 # What transformers raises for a configuration that does not fit together.
-_WRONG = (OSError, ValueError, KeyError, TypeError, ArithmeticError, AssertionError, RuntimeError)
+_WRONG = (*MISCONFIGURED, TypeError, ArithmeticError, AssertionError, RuntimeError)
 
 
 def make_base(run: RunConfig, texts: Iterable[str]) -> Path:
@@ -32,9 +36,11 @@ def make_base(run: RunConfig, texts: Iterable[str]) -> Path:
 
     Raises:
         ModelError: the configuration or the tokenizer cannot be read, or they do not fit each other.
+        RunError: one of them would be replaced by what is made.
     """
     asked = run.pretrain
     assert asked is not None
+    _check_inputs(run)
     config = _configuration(run.model.path, asked.config)
     tokenizer = (
         _existing_tokenizer(asked.tokenizer or run.model.path)
@@ -58,7 +64,7 @@ def make_base(run: RunConfig, texts: Iterable[str]) -> Path:
             line = first_line(error)
             raise ModelError(f"cannot make a causal language model of {run.model.path}: {line}") from error
     target = run.output_dir / BASE
-    with whole_directory(target, ours=()) as folder:
+    with whole_directory(target, _loadable(target)) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return target
@@ -78,6 +84,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     )
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=_END, pad_token=_END)
+
+
+def _check_inputs(run: RunConfig) -> None:
+    assert run.pretrain is not None
+    target = (run.output_dir / BASE).resolve()
+    for key, source in {"model.path": run.model.path, "pretrain.tokenizer": run.pretrain.tokenizer}.items():
+        if source is not None and Path(source).resolve().is_relative_to(target):
+            raise RunError(f"{key}: '{source}' would be replaced by the run's own base; choose another output_dir")
+
+
+def _loadable(directory: Path) -> list[str]:
+    """What an earlier run left that transformers would load with what this one writes."""
+    found = directory.iterdir() if directory.is_dir() else ()
+    return [entry.name for entry in found if entry.suffix in _SUFFIXES or entry.name in _NAMES]
 
 
 def _configuration(source: str, changed: dict[str, Any]) -> Any:

@@ -22,6 +22,10 @@ COLUMNS = {"messages": ("messages",), "prompt": ("prompt", "completion"), "label
 """Format → the columns that it needs. The first whose columns the rows have is theirs."""
 
 
+_C_LONG = 2**31 - 1
+"""The most that `csv` can be told, on any system."""
+
+
 class Row(NamedTuple):
     """One example as it was read, and its place: `data.jsonl, line 3`."""
 
@@ -192,6 +196,7 @@ def _csv(path: Path) -> Iterator[Row]:
         ) from None
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)  # lines end at \n, \r or \r\n only
     start = 1
+    longest = csv.field_size_limit(min(max(len(text), 1 << 17), _C_LONG))
     try:
         names = next(reader, [])
         if not names or len(set(names)) < len(names):
@@ -209,6 +214,8 @@ def _csv(path: Path) -> Iterator[Row]:
                 yield Row(dict(zip(names, fields, strict=True)), f"{path}, line {start}")
     except csv.Error as error:
         raise DataError(f"{path}, line {start} is not CSV: {error}") from None
+    finally:
+        csv.field_size_limit(longest)
 
 
 def _parquet(path: Path) -> Iterator[Row]:

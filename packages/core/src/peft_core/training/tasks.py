@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
 
 from .. import models
+from ..base_model import MISCONFIGURED
 from ..errors import ModelError, first_line
 from ..spec import DTYPE_OF_NAME, AdapterSpec
 from . import losses
@@ -124,19 +125,20 @@ def classification_task(config: RunConfig, rows: list[Row], held_out_rows: list[
         raise ModelError(
             f"cannot load {config.model.path} as a sequence classifier: {models.why(error, path)}"
         ) from error
+    drawn = models.drawn(loading)
+    models.check_whole(config.model.path, model, [key for key in drawn if not _in_head(key, model)])
     # By it, a decoder finds a text's last token: any other id would make it read the padding of the batch.
     model.config.get_text_config().pad_token_id = _pad_id(config, tokenizer)
     length = _max_length(config, model, tokenizer)
     end = model.config.eos_token_id if model.config.is_encoder_decoder else None
     training = prepare_labelled(rows, classes, tokenizer, length, end)
     held_out = prepare_labelled(held_out_rows, classes, tokenizer, length, end)
-    without_weights = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
     collator = ClassificationCollator(tokenizer)
     evaluate = partial(losses.evaluate_classifier, model, held_out.tokens, collator, 2 * config.training.batch_size)
     return Task(
         model,
         tokenizer,
-        _spec(config, sorted({key.rpartition(".")[0] for key in without_weights})),
+        _spec(config, sorted({key.rpartition(".")[0] for key in drawn})),
         training,
         held_out,
         collator,
@@ -145,6 +147,12 @@ def classification_task(config: RunConfig, rows: list[Row], held_out_rows: list[
         loss=losses.class_loss,
         classes=classes,
     )
+
+
+def _in_head(key: str, model: Any) -> bool:
+    """Whether a classifier's weight is what a checkpoint without its head lacks: outside the trunk, or a pooler in it."""
+    trunk = f"{model.base_model_prefix}."
+    return model.base_model is model or not key.startswith(trunk) or "pooler" in key.split(".")
 
 
 def _pad_id(config: RunConfig, tokenizer: Any) -> int:
@@ -175,7 +183,7 @@ def _dtype(config: RunConfig) -> torch.dtype:
         return DTYPE_OF_NAME[config.model.dtype]
     try:
         found = AutoConfig.from_pretrained(models.base_path(config.model.path))
-    except (OSError, ValueError, KeyError) as error:
+    except MISCONFIGURED as error:
         raise ModelError(f"cannot load {config.model.path}: {first_line(error)}") from error
     stored = getattr(found, "dtype", None) or getattr(found.get_text_config(), "dtype", None)
     return models.fast_dtype(config.model.used_device) if stored in (torch.bfloat16, torch.float16) else torch.float32

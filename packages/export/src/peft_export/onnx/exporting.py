@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 import time
 from collections import Counter
@@ -13,11 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from peft_core import CheckpointError, SpecError
+from peft_core import CheckpointError, ModelError, SpecError
 from peft_core.errors import listed, suggestion
 
 from .. import card, output, running
 from ..adapter_files import Adapters, open_adapters
+from ..checkpoint_files import all_finite
 from ..merge_plan import collect_changes
 from ..reports import OnnxReport
 from ..streaming import merge
@@ -66,6 +66,7 @@ def export_onnx(
     source = Path(base)
     parts = open_adapters(adapters)
     headers = [part.header for part in parts]
+    generation = output.read_config(source, "generation_config.json")
     weights = {str(part.directory): part.weight for part in parts}
     with output.export_directory(out, [source, *weights], overwrite) as temporary:
         status("merging")
@@ -79,6 +80,8 @@ def export_onnx(
             raise
         architecture = headers[0].base.architecture
         model = running.load_merged(merged, architecture, "float16" if precision == "fp16" else "float32")
+        if precision == "fp16":
+            _check_finite(model)
         _choose_kernels(model)
         found = graphs(model)
         models = {}
@@ -101,7 +104,7 @@ def export_onnx(
             for name in models[graph.name].meta[PARAMETERS]
         }
         notes = [*_notes(model), *_left_out(model, found, used, collect_changes(parts).keys())]
-        notes += _write_genai(temporary, found, model)
+        notes += _write_genai(temporary, found, model, generation)
         shutil.rmtree(merged)
         by_bits = _by_bits(shares)
         report = OnnxReport(
@@ -127,6 +130,13 @@ def export_onnx(
     del model, models, found, traced
     gc.collect()  # a traced model is full of cycles, and holds all weights
     return report
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Raises ModelError where a weight is infinite in float16."""
+    for name, parameter in model.named_parameters():
+        if not all_finite(parameter):
+            raise ModelError(f"'{name}' has values that are too large for fp16; export it as fp32, int8 or int4")
 
 
 def _choose_kernels(model: Any) -> None:
@@ -168,13 +178,11 @@ def _left_out(model: nn.Module, found: list[Graph], used: Set[int], changed: Set
     return [note]
 
 
-def _write_genai(directory: Path, found: list[Graph], model: nn.Module) -> list[str]:
+def _write_genai(directory: Path, found: list[Graph], model: nn.Module, generation: Mapping[str, Any]) -> list[str]:
     """`genai_config.json` for a model that generates by itself; otherwise a remark."""
     graph = found[0]
     if graph.name != MODEL or "logits" not in graph.outputs or len(graph.outputs) == 1:
         return []
-    path = directory / "generation_config.json"
-    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     config, why_not = genai.genai_config(graph, model.config, generation)
     if why_not:
         return [why_not]

@@ -26,8 +26,8 @@ def genai_config(graph: Graph, config: Any, generation: Mapping[str, Any]) -> tu
         generation.get(name, getattr(text, name, None)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
     )
     length = getattr(text, "max_position_embeddings", None)
-    if end is None or length is None:
-        lacking = "eos_token_id" if end is None else "max_position_embeddings"
+    if end in (None, []) or length is None:
+        lacking = "eos_token_id" if length is not None else "max_position_embeddings"
         return {}, f"no {CONFIG}: the model's configuration has no {lacking}"
     first = end if isinstance(end, int) else end[0]
     names = {name: name for name in graph.inputs if not name.startswith("past_key_values.")}

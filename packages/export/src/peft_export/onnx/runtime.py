@@ -43,7 +43,10 @@ class OnnxModel:
         self.two_sided = (folder / f"{ENCODER}.onnx").is_file()
         self._encoder = _Session(folder / f"{ENCODER}.onnx") if self.two_sided else None
         self._model = _Session(folder / f"{DECODER if self.two_sided else MODEL}.onnx")
-        self._start = output.read_config(folder).get("decoder_start_token_id") or 0
+        config = output.read_config(folder)
+        self._start = config.get("decoder_start_token_id") or 0
+        self._pad = {**config, **(config.get("text_config") or {})}.get("pad_token_id") or 0
+        self._masked = "attention_mask" in (self._encoder or self._model).inputs
         self.generates = any(name.startswith("past_key_values.") for name in self._model.inputs)
 
     def logits(self, ids: Sequence[Tensor]) -> dict[str, list[Tensor]]:
@@ -51,7 +54,7 @@ class OnnxModel:
         ways = {WHOLE: [self._alone(prompt, len(prompt)) for prompt in ids]}
         if self.generates:
             ways[ONE_BY_ONE] = [self._alone(prompt, (len(prompt) + 1) // 2) for prompt in ids]
-        if len(ids) > 1:
+        if self._masked and len(ids) > 1:
             ways[PADDED] = self._together(ids)
         return ways
 
@@ -77,9 +80,9 @@ class OnnxModel:
         """All prompts in one batch, filled up on the left for models that write on, and on the right for others."""
         left = self.generates and not self.two_sided
         masks = _batch([torch.ones_like(prompt) for prompt in ids], left)
-        state = _State(self, _batch(ids, left), masks)
+        state = _State(self, _batch(ids, left, self._pad), masks)
         texts = [shifted(prompt, self._start) for prompt in ids] if self.two_sided else ids
-        found = state.step(_batch(texts, left))
+        found = state.step(_batch(texts, left, self._pad))
         if found.dim() == 2:  # a class per text
             return list(found[:, None])
         return [row[mask.bool()] for row, mask in zip(found, masks, strict=True)]
@@ -152,8 +155,8 @@ class _Session:
         return {name: torch.from_numpy(value) for name, value in zip(self._outputs, found, strict=True)}
 
 
-def _batch(texts: Sequence[Tensor], left: bool) -> Tensor:
-    """[texts, longest], filled up with zeros."""
+def _batch(texts: Sequence[Tensor], left: bool, fill: int = 0) -> Tensor:
+    """[texts, longest], filled up with one token."""
     longest = max(map(len, texts))
     gaps = [(longest - len(text), 0) if left else (0, longest - len(text)) for text in texts]
-    return torch.stack([nn.functional.pad(text, gap) for text, gap in zip(texts, gaps, strict=True)])
+    return torch.stack([nn.functional.pad(text, gap, value=fill) for text, gap in zip(texts, gaps, strict=True)])
