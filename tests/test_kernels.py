@@ -7,7 +7,9 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -217,6 +219,80 @@ def test_launches_can_be_recorded_instead_of_made() -> None:
     assert [(one.grid, one.constants) for one in launches] == [((7,), {"BLOCK": 16}), ((0,), {"BLOCK": 16})]
     x = torch.empty(0)
     add_one_(x)  # an empty grid, which a GPU would refuse
+
+
+class _Kernel:
+    """In the place of a `triton.jit` function, or of what Triton compiles it to, which is launched with the constants, too."""
+
+    def __init__(self, said: list[Any], code: _Kernel | None, *names: str) -> None:
+        self.said, self.code, self.arg_names = said, code, names
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def run(*arguments: Any, **constants: Any) -> Any:
+            self.said.append((grid, *arguments, constants) if self.code else (grid, *arguments))
+            return self.code
+
+        return run
+
+
+def test_what_was_compiled_is_launched_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "_compiled", {})
+    monkeypatch.setattr(launching, "_takes_constants", lambda: True)
+    said: list[Any] = []
+    kernel = _Kernel(said, _Kernel(said, None), "x", "count", "FIRST", "SECOND")
+    x, y = torch.zeros(64), torch.zeros(64)
+    launch(kernel, (3,), x, 5, SECOND=2, FIRST=7, num_warps=4)
+    launch(kernel, (9, 2), y, 7, SECOND=2, FIRST=7, num_warps=4)
+    assert said == [((3,), x, 5, dict(SECOND=2, FIRST=7, num_warps=4)), ((9, 2, 1), y, 7, 7, 2)]
+    for anew in [
+        dict(SECOND=2, FIRST=8, num_warps=4),
+        dict(SECOND=7, FIRST=2, num_warps=4),
+        dict(SECOND=2, FIRST=7, num_warps=8),
+    ]:
+        said.clear()
+        launch(kernel, (3,), x, 5, **anew)
+        assert said == [((3,), x, 5, anew)]
+    said.clear()
+    for argument, count in ((x[1:], 5), (x.double(), 5), (x, 16), (x, 1), (x, 2**40), (x, 2**63)):
+        launch(kernel, (3,), argument, count, SECOND=2, FIRST=7, num_warps=4)
+    assert all(isinstance(one[-1], dict) for one in said) and len(said) == 6
+    launch(
+        _Kernel(said, _Kernel(said, None), "x", "count", "FIRST", "SECOND"), (3,), x, 5, SECOND=2, FIRST=7, num_warps=4
+    )
+    assert isinstance(said[-1][-1], dict)
+
+
+KINDS = """
+import itertools, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from peft_core.launching import _kind
+
+@triton.jit
+def kernel(argument):
+    pass
+
+bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+memory = torch.zeros(256)
+tensors = [memory[start:].to(dtype) if start == 0 else memory.to(dtype)[start:] for start in (0, 1, 4, 8) for dtype in (
+    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64, torch.uint8, torch.bool)]
+numbers = [0, 1, 2, 15, 16, 17, -1, -16, 2**31 - 1, 2**31, 2**31 + 1, -(2**31), -(2**31) - 1, 2**40, 2**40 + 1, 2**63 - 1, 2**63]
+values = [*tensors, *numbers, None, True, False, 0.0, 1.0, 0.5]
+pairs = list(itertools.combinations(values, 2))
+told = [bind(one)[1] != bind(other)[1] for one, other in pairs]
+lost = [pair for pair, apart in zip(pairs, told) if apart and _kind(pair[0]) == _kind(pair[1])]
+print(sum(told) > 1000, lost)
+"""
+
+
+def test_launches_are_told_apart_as_triton_tells_them_apart(tmp_path: Path) -> None:
+    """Else what was compiled for one would be run on another."""
+    path = tmp_path / "program.py"
+    path.write_text(KINDS)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "True []", done.stderr
 
 
 @pytest.mark.parametrize(("least", "expected"), [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])

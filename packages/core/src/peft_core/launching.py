@@ -61,9 +61,54 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         device = next(a.device for a in arguments if isinstance(a, Tensor))
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):  # Triton launches on the current one
-                kernel[grid](*arguments, **constants)
+                _run(kernel, grid, arguments, constants, device.index)
         else:
-            kernel[grid](*arguments, **constants)
+            _run(kernel, grid, arguments, constants, device.index)
+
+
+class _Compiled(NamedTuple):
+    """A kernel that Triton has compiled, and the constants that follow a launch's arguments. `kernel`: keeps its id its own."""
+
+    kernel: Any
+    code: Any
+    constants: tuple[Any, ...]
+
+
+_compiled: dict[tuple[Any, ...], _Compiled] = {}
+
+
+def _run(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any], device: int | None
+) -> None:
+    """`kernel[grid](*arguments, **constants)`, but that what was compiled before is found in half the time on the host."""
+    key = (id(kernel), device, *constants.items(), *map(_kind, arguments))
+    found = _compiled.get(key)
+    if found is not None:
+        found.code[(*grid, 1, 1)[:3]](*arguments, *found.constants)
+        return
+    code = kernel[grid](*arguments, **constants)
+    if code is not None and _takes_constants():  # an interpreted kernel is not compiled
+        names = kernel.arg_names[len(arguments) :]
+        _compiled[key] = _Compiled(kernel, code, tuple(constants[name] for name in names))
+
+
+def _kind(argument: Any) -> Any:
+    """What Triton tells apart as it compiles: a number's size, whether it is 1 or divisible by 16; a tensor's dtype and place."""
+    kind = type(argument)
+    if kind is int:
+        divisible = 1 if argument == 1 else 0 if argument % 16 else 16
+        return divisible if -(2**31) <= argument < 2**31 else (divisible, argument < 2**63)
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return kind
+
+
+@functools.cache
+def _takes_constants() -> bool:
+    """Whether this Triton's compiled kernels are launched with their constants, too."""
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
 
 
 def operator(
