@@ -53,6 +53,28 @@ def test_a_failed_backward_leaves_nothing_to_the_next(blocks, adapter) -> None:
         assert_near(found[key], expected[key], 1e-6, f"gradient of '{key}'")
 
 
+def test_streams_have_sums_of_their_own(blocks, adapter, monkeypatch) -> None:
+    """The engine runs a layer's backward on the stream of its forward, and waits only for gradients that it carries itself."""
+    now, took = [0], []
+    shared = gradients_of_shared.SharedGradient
+    take = shared._take
+    monkeypatch.setattr(gradients_of_shared._torch, "stream_number", lambda tensor: now[0])
+    monkeypatch.setattr(shared, "_take", lambda self, stream: took.append(stream) or take(self, stream))
+    x = torch.randn(4, 63)
+    expected = gradients(adapter, weighted(blocks(x)))
+    for streams in ((0, 1), (1, 0), (1, 1), (0, 0)):  # of the two blocks, which borrow the same tensors
+        took.clear()
+        y = x
+        for block, stream in zip(blocks, streams, strict=True):
+            now[0] = stream
+            y = block(y)
+            y.register_hook(lambda gradient, stream=stream: now.__setitem__(0, stream))  # as the engine does
+        found = gradients(adapter, weighted(y))
+        assert set(took) == set(streams)
+        for key in expected:
+            assert_near(found[key], expected[key], 1e-6, f"gradient of '{key}'")
+
+
 def test_another_thread_leaves_a_running_backward_alone(blocks, adapter) -> None:
     x = torch.randn(4, 63)
     expected = gradients(adapter, weighted(blocks(x)))

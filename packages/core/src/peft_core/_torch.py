@@ -59,6 +59,13 @@ def compiles_functional_call() -> bool:
 compiles_functional_call._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def stream_number(tensor: Tensor) -> int:
+    """The number of the CUDA stream that work on this tensor goes to now; 0 on other devices."""
+    if not tensor.is_cuda or not torch.cuda.is_initialized():
+        return 0
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device())  # type: ignore[no-any-return]
+
+
 def after_backward(callback: Callable[[], None]) -> None:
     """Call this when the backward pass that runs has ended."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
