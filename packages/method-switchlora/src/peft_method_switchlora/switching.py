@@ -162,7 +162,7 @@ def decide(
     count = min(count, (next_B - next_A) % r, (next_A - next_B) % r, c - r)
     if count:
         blocked = (state["frozen_until"] > step).any(0).tolist()
-        count = min(count, _free_places(blocked, next_A), _free_places(blocked, next_B))
+        count = min(_free_places(blocked, start, count) for start in (next_A, next_B))
     choices = []
     for start, used in zip((next_A, next_B), state["slots"].tolist(), strict=True):
         if options.order == "random":
@@ -174,10 +174,9 @@ def decide(
     return in_A, in_B
 
 
-def _free_places(blocked: Sequence[bool], start: int) -> int:
-    """How many places in a row, going round from `start`, are not blocked."""
-    r = len(blocked)
-    return next((k for k in range(r) if blocked[(start + k) % r]), r)
+def _free_places(blocked: Sequence[bool], start: int, most: int) -> int:
+    """How many places in a row, going round from `start`, are not blocked: up to `most`."""
+    return next((k for k in range(most) if blocked[(start + k) % len(blocked)]), most)
 
 
 def fetch(exchanges: Sequence[FactorExchange]) -> None:
