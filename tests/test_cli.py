@@ -17,7 +17,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 import peft_core as pc
-from peft_core import AdapterSpec, models
+from peft_core import AdapterSpec, models, prompts
 from peft_core.testing.checks import randomise
 from peft_core.testing.families import FAMILIES
 
@@ -204,8 +204,8 @@ def test_mistakes_in_generate(mistake, llama_directory, saved, tmp_path) -> None
 def test_writing_ends_with_the_models_positions(llama_directory) -> None:
     model, tokenizer = FAMILIES["gpt2"].build(), AutoTokenizer.from_pretrained(llama_directory)
     model.generation_config.eos_token_id = None
-    written = models.complete(model, tokenizer, " ".join(["w1"] * 29), max_new_tokens=64)
-    assert written == models.complete(model, tokenizer, " ".join(["w1"] * 29), max_new_tokens=3) != ""
+    written = prompts.complete(model, tokenizer, " ".join(["w1"] * 29), max_new_tokens=64)
+    assert written == prompts.complete(model, tokenizer, " ".join(["w1"] * 29), max_new_tokens=3) != ""
 
 
 def test_a_chat_template_that_writes_the_first_token(program, mistake, llama_directory, saved, tmp_path) -> None:
@@ -219,12 +219,12 @@ def test_a_chat_template_that_writes_the_first_token(program, mistake, llama_dir
     tokenizer.chat_template = "<s> {{ messages[0].content }} w7"
     tokenizer.save_pretrained(base)
     model, tokenizer = models.load_base(base, "float32")
-    ids = models.prompt_ids("<s> w1 w7", tokenizer, rendered=True)
-    assert models.prompt_ids("w1 w7", tokenizer) == ids and ids.count(begins[0][1]) == 1
+    ids = prompts.prompt_ids("<s> w1 w7", tokenizer, rendered=True)
+    assert prompts.prompt_ids("w1 w7", tokenizer) == ids and ids.count(begins[0][1]) == 1
     pc.load(model, saved)
     generate = ["generate", "--base", base, "--adapter", saved, "--prompt", "w1", "--chat"]
     ran = program(*generate, "--dtype", "float32", "--max-new-tokens", "4", "--json")
-    assert json.loads(ran.out)["completion"] == models.complete(model, tokenizer, "w1 w7", 4)
+    assert json.loads(ran.out)["completion"] == prompts.complete(model, tokenizer, "w1 w7", 4)
     tokenizer.chat_template = "{{ raise_exception('no user may begin') }}"
     tokenizer.save_pretrained(base)
     mistake(generate, "the chat template refuses", "no user may begin")

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import peft_core as pc
-from peft_core import models
+from peft_core import models, prompts
 from peft_core.errors import ModelError
 from peft_core.testing.families import FAMILIES
 from peft_core.training.batches import CausalCollator, LengthGroupedSampler, PackedCollator
@@ -202,7 +202,7 @@ def test_a_tokenizer_without_special_tokens(
     with refused(ModelError, "neither a padding token nor an end of sequence", "pad_token"):
         started(run_file(tmp_path, tmp_path / "base"))
     with refused(pc.DataError, "a prompt is empty"):
-        models.prompt_ids("", bare)
+        prompts.prompt_ids("", bare)
 
 
 # Packing

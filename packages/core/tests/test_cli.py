@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import peft_core as pc
-from peft_core import models
+from peft_core import models, prompts
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_inspect(program, adapter: Path, method: str) -> None:
 def test_generate(program, checkpoint: Path, adapter: Path) -> None:
     model, tokenizer = models.load_base(checkpoint, torch.float32)
     pc.load(model, adapter)
-    expected = models.complete(model, tokenizer, "w1 w2", 5)
+    expected = prompts.complete(model, tokenizer, "w1 w2", 5)
     common = ("generate", "--base", checkpoint, "--adapter", adapter, "--prompt", "w1 w2")
     status, out, _ = program(*common, "--max-new-tokens", 5, "--dtype", "float32", "--json")
     assert status == 0 and json.loads(out) == {"prompt": "w1 w2", "completion": expected}

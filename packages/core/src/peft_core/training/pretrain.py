@@ -13,9 +13,9 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from .. import models
-from ..base_model import MISCONFIGURED
 from ..errors import ModelError, first_line, suggestion
 from ..files import whole_directory
+from ..loading import MISCONFIGURED
 from .config import RunConfig, RunError
 
 BASE = "base"

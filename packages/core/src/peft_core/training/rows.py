@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import DataError, first_line, listed, reason, suggestion
-from ..models import whole_text
+from ..prompts import whole_text
 
 COLUMNS = {"messages": ("messages",), "prompt": ("prompt", "completion"), "label": ("text", "label"), "text": ("text",)}
 """Format → the columns that it needs. The first whose columns the rows have is theirs."""

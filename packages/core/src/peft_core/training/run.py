@@ -9,6 +9,7 @@ from rich.console import Console
 
 from .. import models, reporting
 from ..dtypes import name_of
+from ..loading import quiet_transformers
 from . import directory, pretrain
 from .config import RunConfig, RunError
 from .report import TrainReport
@@ -40,7 +41,7 @@ def train(config: RunConfig, resume: bool = False, console: Console | None = Non
             "the beginning, for want of a checkpoint" if checkpoint is None else f"step {checkpoint.rpartition('-')[2]}"
         )
         console.print(f"continuing from {where}")
-    with models.quiet_transformers():
+    with quiet_transformers():
         based = _on_fresh_base(config, rows, checkpoint)
         task = classification_task(based, rows, held) if kind == "label" else causal_task(based, kind, rows, held)
         dtype = name_of(task.model.dtype)

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
 
 from .. import models
-from ..base_model import MISCONFIGURED
 from ..errors import ModelError, first_line
+from ..loading import MISCONFIGURED, UNREADABLE, drawn, why
 from ..spec import DTYPE_OF_NAME, AdapterSpec
 from . import losses
 from .batches import Batch, CausalCollator, ClassificationCollator, PackedCollator
@@ -121,12 +121,10 @@ def classification_task(config: RunConfig, rows: list[Row], held_out_rows: list[
             ignore_mismatched_sizes=True,  # another head than that of a finished classifier
         )
         tokenizer = models.load_tokenizer(path)
-    except models.UNREADABLE as error:
-        raise ModelError(
-            f"cannot load {config.model.path} as a sequence classifier: {models.why(error, path)}"
-        ) from error
-    drawn = models.drawn(loading)
-    models.check_whole(config.model.path, model, [key for key in drawn if not _in_head(key, model)])
+    except UNREADABLE as error:
+        raise ModelError(f"cannot load {config.model.path} as a sequence classifier: {why(error, path)}") from error
+    lost = drawn(loading)
+    models.check_whole(config.model.path, model, [key for key in lost if not _in_head(key, model)])
     # By it, a decoder finds a text's last token: any other id would make it read the padding of the batch.
     model.config.get_text_config().pad_token_id = _pad_id(config, tokenizer)
     length = _max_length(config, model, tokenizer)
@@ -138,7 +136,7 @@ def classification_task(config: RunConfig, rows: list[Row], held_out_rows: list[
     return Task(
         model,
         tokenizer,
-        _spec(config, sorted({key.rpartition(".")[0] for key in drawn})),
+        _spec(config, sorted({key.rpartition(".")[0] for key in lost})),
         training,
         held_out,
         collator,
