@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,6 +156,16 @@ def relative(found: Tensor, expected: Tensor, scale: Tensor | None = None) -> fl
     difference = (found.detach().double() - expected.detach().double()).square().mean().sqrt()
     reference = (expected if scale is None else scale).detach().double().square().mean().sqrt()
     return float(difference / reference) if float(reference) else float(difference)
+
+
+def rounded_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a model whose weights, its adapters' too, are rounded to this dtype, and computed with as before."""
+    copy = deepcopy(model)
+    with torch.no_grad():
+        for tensor in [*copy.parameters(), *copy.buffers()]:
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.to(dtype))
+    return copy
 
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:

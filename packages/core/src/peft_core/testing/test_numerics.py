@@ -22,6 +22,7 @@ from .checks import (
     weighted,
 )
 from .families import Family
+from .reference import Reference
 
 
 @KERNELS
@@ -91,17 +92,12 @@ def test_input_is_left_alone(trial: Trial, family: Family, kernels: str) -> None
 def test_autocast_rounds_but_does_not_change_the_mathematics(trial: Trial, family: Family, kernels: str) -> None:
     model, adapter = adapted(family, trial)
     exact = family.forward(model, family.inputs())
-    expected = gradients(adapter, weighted(exact))
+    expected = Reference(model, [adapter], trial)
     with pc.kernels(kernels), torch.autocast("cpu", dtype=torch.bfloat16):
         rounded = family.forward(model, family.inputs())
     found = gradients(adapter, weighted(rounded.float()))
     assert relative(rounded, exact) <= 5e-2
-    largest = max(expected.values(), key=lambda gradient: float(gradient.square().mean()))
-    for key in expected:
-        assert found[key].dtype == torch.float32, f"gradient of '{key}' came back as {found[key].dtype}"
-        # A tiny gradient is what is left of numbers as large as the others, and of their rounding.
-        distances = relative(found[key], expected[key]), 10 * relative(found[key], expected[key], largest)
-        assert min(distances) <= 1e-1, f"gradient of '{key}'"
+    expected.assert_near(found, torch.bfloat16)
 
 
 @pytest.mark.parametrize("adapter_dtype", ["float32", "bfloat16"])
