@@ -76,6 +76,14 @@ def test_an_input_that_is_not_there(missing: str, adapters: tuple[Path, list[Pat
         Cache(tmp_path / "cache", 10**9, "vllm").lower(*inputs)
 
 
+def test_a_cache_that_cannot_be_made(adapters: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, (adapter, *_) = adapters
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(pc.CheckpointError, match=r"the cache '.*file/cache' cannot be used: Not a directory; name a"):
+        Cache(tmp_path / "file" / "cache", 10**9, "vllm").lower(base, adapter)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_what_is_the_same_is_made_once(
     adapters: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,7 +345,7 @@ def test_names(tmp_path: Path) -> None:
     (adapters / "away").symlink_to(tmp_path / "secret")
     for name in ("plain", "team/one", "latest"):
         assert serving.find_adapter(adapters, name) == adapters / name
-    for name in ("absent", "file", "plain/absent", "gpt-4"):
+    for name in ("absent", "file", "plain/absent", "gpt-4", "x" * 300):
         assert serving.find_adapter(adapters, name) is None
     outside = [
         "../secret",

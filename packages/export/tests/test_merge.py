@@ -198,7 +198,11 @@ def test_everything_else_of_the_base_comes_along(any_method: Trial, make: Callab
             (base / folder / name).write_text(folder)
     (base / "quantized/round").symlink_to(base)
     (base / "gone.txt").symlink_to(tmp_path / "nowhere")
+    (base / "adapter_config.json").write_text(
+        "{}"
+    )  # an adapter of Hugging Face PEFT, which transformers would look for
     report = peft_export.merge(base, made.adapter, tmp_path / "out")
+    (base / "adapter_config.json").unlink()
     out = tmp_path / "out"
     for name in ("tokenizer.json", "chat_template.jinja", "LICENSE", "modeling_own.py", "generation_config.json"):
         assert (out / name).read_bytes() == (base / name).read_bytes()
@@ -210,6 +214,7 @@ def test_everything_else_of_the_base_comes_along(any_method: Trial, make: Callab
         "quantized/model.safetensors",
         "quantized/round/",
         "gone.txt",
+        "adapter_config.json",
     }
     assert set(report.left_out) == left_out
     assert (out / "2_Dense/model.safetensors").is_file() and (out / "quantized/config.json").is_file()

@@ -251,6 +251,19 @@ def test_bart_in_float16(any_method: Trial, make: Callable[..., Any], program: A
     assert code == 0 and json.loads(text)["verification"]["ok"], err
 
 
+def test_a_decoder_that_counts_its_positions_itself(
+    any_method: Trial, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A batch padded on the left is another text to it, in transformers too."""
+    sides = {f"decoder_{what}": n for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 72))}
+    config = transformers.BartConfig(**TINY, **sides, d_model=48, is_decoder=True, is_encoder_decoder=False)
+    torch.manual_seed(0)
+    made = make(any_method, "t5", model=transformers.BartForCausalLM(config).eval())
+    peft_export.export_onnx(made.base, made.adapter, tmp_path / "out")
+    report = peft_export.verify(tmp_path / "out", made.base, made.adapter)
+    assert report.ok and "in a padded batch" in {prompt.way for prompt in report.prompts}
+
+
 def test_experts(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
     sizes = dict(hidden_size=48, intermediate_size=72, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2)
     heads = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=12)

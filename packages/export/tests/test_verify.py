@@ -158,6 +158,16 @@ def test_rough_limits(any_method: Trial, make: Callable[..., Any], tmp_path: Pat
     assert peft_export.verify(tmp_path / "exact", made.base).max_kl == MAX_KL_ROUGH
 
 
+def test_parameters_without_elements(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    sizes = dict(vocab_size=64, hidden_size=16, embedding_size=16, intermediate_size=16, num_hidden_layers=1)
+    config = transformers.MobileBertConfig(**sizes, num_attention_heads=2, intra_bottleneck_size=16)
+    model = transformers.MobileBertForMaskedLM(config).eval()
+    assert not all(parameter.numel() for parameter in model.parameters())
+    made = make(any_method, "bert", model=model, train_modules=())
+    peft_export.merge(made.base, made.adapter, tmp_path / "out")
+    assert peft_export.verify(tmp_path / "out", made.base, made.adapter).ok
+
+
 def test_the_card_tells(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
     made = make(any_method)
     for write, name in ((peft_export.merge, "merged"), (peft_export.export_lora, "lora")):
@@ -195,6 +205,23 @@ def test_nothing_is_recorded_unasked(any_method: Trial, make: Callable[..., Any]
     assert not (tmp_path / "out/verification").exists()
     with pytest.raises(pc.MergeError, match="carries no golden logits yet"):
         peft_export.verify(tmp_path / "out")
+
+
+def test_nothing_is_recorded_in_what_is_no_export(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(any_method)
+    made.handle.merge_and_detach().save_pretrained(tmp_path / "merged")
+    assert peft_export.verify(tmp_path / "merged", made.base, made.adapter).ok
+    assert not peft_export.verify(made.base, made.base, made.adapter).ok
+    assert not any((directory / "verification").exists() for directory in (tmp_path / "merged", made.base))
+
+
+def test_a_card_that_its_owner_edited(any_method: Trial, make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(any_method)
+    peft_export.merge(made.base, made.adapter, tmp_path / "out")
+    card = tmp_path / "out/README.md"
+    card.write_bytes(card.read_bytes() + "Für später.".encode("latin-1"))
+    assert peft_export.verify(tmp_path / "out", made.base, made.adapter).ok
+    assert card.read_bytes().endswith(b"F\xfcr sp\xe4ter.") and b"passed" in card.read_bytes()
 
 
 def test_bad_input(any_method: Trial, make: Callable[..., Any], fails: Callable[..., str], tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ class Cache:
         process lives, `held` brings it back, even if `adapter` is replaced or removed.
 
         Raises:
-            CheckpointError: an input cannot be read, or they do not belong together. PluginError: no such method here.
+            CheckpointError: an input cannot be read, they do not belong together, or the cache's directory cannot be
+                written. PluginError: no such method here.
             MergeError: the method has no exact factors, the runtime cannot serve it, or it is larger than the whole cache.
         """
         key = self.key(base, adapter)
@@ -107,8 +108,14 @@ class Cache:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / "lock").open("w") as file:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            file = (self.directory / "lock").open("w")
+        except OSError as error:
+            raise CheckpointError(
+                f"the cache '{self.directory}' cannot be used: {error.strerror}; name a directory that can be written"
+            ) from None
+        with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

@@ -15,11 +15,19 @@ from peft_core.errors import size
 from peft_core.model_card import hub_name
 
 from .adapter_files import AdapterFiles
+from .output import read_config
 from .reports import LoraReport, MergeReport, OnnxReport
 
 NAME = "README.md"
 _BEGIN, _END = "<!-- verification -->", "<!-- /verification -->"
 # What a base's card says that holds for what is made from it.
+_HEADS = {
+    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
+    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
+}
+"""How the name of a class ends → the transformers class that loads it, and what hubs call its task."""
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
@@ -119,8 +127,11 @@ def _card(base: Path, headers: Sequence[AdapterFile], library: str, tag: str, ti
         front["base_model_relation"] = "adapter" if library == "peft" else "finetune"
     front["library_name"] = library
     front.update(_front_matter(base / NAME))
-    if "pipeline_tag" not in front and headers[0].base.architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        front["pipeline_tag"] = "text-generation"
+    architecture = headers[0].base.architecture
+    if architecture not in read_config(base).get("architectures", [architecture]):
+        front.pop("pipeline_tag", None)  # another head has another task
+    if task := next((task for ending, (_, task) in _HEADS.items() if architecture.endswith(ending)), None):
+        front.setdefault("pipeline_tag", task)
     front["tags"] = list(dict.fromkeys(["peft-core", tag, *(header.method.name for header in headers)]))
     specs = [line for header in headers for line in ("```json", json.dumps(header.spec, indent=2), "```", "")]
     text = [
@@ -166,15 +177,10 @@ def _base_text(base: Path, header: AdapterFile) -> str:
 
 
 def _auto_class(architecture: str) -> str:
-    """The transformers class that loads this architecture."""
-    heads = {
-        "ForCausalLM": "AutoModelForCausalLM",
-        "LMHeadModel": "AutoModelForCausalLM",
-        "ForSequenceClassification": "AutoModelForSequenceClassification",
-        "ForTokenClassification": "AutoModelForTokenClassification",
-        "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
-    }
-    return next((auto for ending, auto in heads.items() if architecture.endswith(ending)), architecture or "AutoModel")
+    """The transformers class that loads this architecture: where several would, its own."""
+    return next(
+        (auto for ending, (auto, _) in _HEADS.items() if architecture.endswith(ending)), architecture or "AutoModel"
+    )
 
 
 def _shell(command: str, auto: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from peft_core import MergeError
 from peft_core.adapter_file import AdapterFile
-from peft_core.errors import listed
+from peft_core.errors import listed, size
 
 from .adapter_files import AdapterFiles
 from .checkpoint_files import CODES, DTYPE_OF_CODE, PLAIN_FLOATS, Checkpoint, Entry, Reader
@@ -200,7 +200,7 @@ def _untied(
         other = next(member for member in members if member != changed)
         raise MergeError(
             f"'{changed}' is the same tensor as '{other}': merging would change both; exclude the tied layer, or part "
-            f"them with untie=True (--untie; the checkpoint grows by {entry.nbytes / 1e6:.1f} MB)"
+            f"them with untie=True (--untie; the checkpoint grows by {size(entry.nbytes)})"
         )
     from .conversions import parted_by_flag
 
@@ -284,8 +284,8 @@ def resizing(
         )
     if not sizes:
         return {}, []
-    size = next(iter(sizes))
-    return {"vocab_size": size}, [f"the vocabulary has {size} tokens, not {before}"]
+    tokens = next(iter(sizes))
+    return {"vocab_size": tokens}, [f"the vocabulary has {tokens} tokens, not {before}"]
 
 
 def head_config(base: Path, header: AdapterFile, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,8 @@ _WEIGHTS = {
     ".mlmodel",
 }
 _WEIGHT_FOLDERS = {"onnx", "openvino", "original", "coreml", "gguf", "checkpoints", FOLDER}
+# Where transformers finds an adapter of Hugging Face PEFT beside a model, whose weights are left out.
+_ADAPTER = "adapter_config.json"
 # Where sentence-transformers says which folders are layers of the model.
 _MODULES = "modules.json"
 
@@ -169,7 +171,7 @@ def copy_rest(base: Path, out: Path, skip: Collection[str]) -> list[str]:
     """Copy what belongs to a model besides its weights: tokenizer, templates, generation config, licence, code.
 
     Returns:
-        What was left out: weights in other formats and in folders, and links that lead nowhere.
+        What was left out: weights in other formats and in folders, adapters, and links that lead nowhere.
     """
     left: list[str] = []
     parts = _parts(base)
@@ -186,7 +188,12 @@ def copy_rest(base: Path, out: Path, skip: Collection[str]) -> list[str]:
             elif entry.is_dir():
                 (out / place).mkdir()
                 copy(entry, ())
-            elif entry.suffix in _WEIGHTS or entry.name.endswith(".index.json") or not entry.is_file():
+            elif (
+                entry.suffix in _WEIGHTS
+                or entry.name.endswith(".index.json")
+                or entry.name == _ADAPTER
+                or not entry.is_file()
+            ):
                 left.append(place.as_posix())
             else:
                 shutil.copy2(entry, out / place)

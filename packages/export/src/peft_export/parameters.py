@@ -94,7 +94,7 @@ def _changed(module: nn.Module, parameter: Tensor, change: Change, reader: Reade
 
 def _product(parameter: Tensor) -> Tensor:
     """The parameter times random vectors: [rows, _PROBES] in float32."""
-    rows = parameter.reshape(len(parameter), -1) if parameter.dim() else parameter.reshape(1, 1)
+    rows = torch.atleast_1d(parameter)[:, None].flatten(1)
     generator = torch.Generator().manual_seed(0)
     probes = torch.randn(rows.shape[1], _PROBES, generator=generator, device="cpu")
     return rows.float() @ probes

@@ -16,7 +16,7 @@ import peft_core as pc
 from peft_core import CheckpointError, DataError, MergeError, ModelError
 from peft_core.adapter_file import AdapterFile
 from peft_core.errors import first_line
-from peft_core.loading import MISCONFIGURED, UNREADABLE, quiet_transformers, why
+from peft_core.loading import MISCONFIGURED, UNREADABLE, check_alone, quiet_transformers, why
 from peft_core.models import most_tokens
 from peft_core.prompts import whole_text
 from peft_core.sharing import stand_ins
@@ -228,6 +228,7 @@ def _loaded(
             )
     except UNREADABLE as error:
         raise ModelError(f"cannot load '{directory}' as {architecture}: {why(error, directory)[:300]}") from error
+    check_alone(directory, model)
     for name, there, here in sorted(found["mismatched_keys"]):
         if name not in replaced:
             sizes = f"{list(there)} in its files and {list(here)} in a model of its configuration"

@@ -60,7 +60,7 @@ def find_adapter(adapters: Path, name: str) -> Path | None:
     if not name.isprintable() or any(not part or part.startswith(".") for part in parts):
         raise CheckpointError(f"{name!r} is not an adapter's name; names lie within '{adapters}', such as team/name")
     path = adapters.joinpath(*parts)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # Path's own raises where the name is too long
         return None
     if adapters.resolve() not in path.resolve().parents:
         raise CheckpointError(f"{name!r} leads out of '{adapters}'")

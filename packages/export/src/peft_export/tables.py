@@ -13,13 +13,14 @@ from .verdict import limits, remarks
 
 def merge_table(report: MergeReport) -> Table:
     """What `merge` did."""
+    files = "1 file" if len(report.files) == 1 else f"{len(report.files)} files"
     rows = {
         "output": report.out,
         "adapters": ", ".join(
             f"{path} × {weight:g}" if weight != 1.0 else path for path, weight in report.adapters.items()
         ),
         "tensors": f"{report.tensors}: {report.merged} merged, {report.trained} trained in full, {report.copied} as they were",
-        "size": f"{size(report.bytes)} in {len(report.files)} files, {report.dtype}",
+        "size": f"{size(report.bytes)} in {files}, {report.dtype}",
         "time": f"{report.seconds:.1f} s, {size(report.bytes / max(report.seconds, 1e-9))} per second",
     }
     if report.left_out:

@@ -65,7 +65,8 @@ def verify(
         prompts: texts; none: built-in ones. max_kl: the only limit, in place of `MAX_KL` and `MAX_DIFFERENCE`.
         dtype: what both models are run in. float32 shows what the export's rounding does, and nothing else; `auto`, the
             files' own, takes half the memory for 16-bit models, and adds the rounding of every activation.
-        record: with `adapters`, keep golden logits in the export and the result in its model card.
+        record: with `adapters`, keep golden logits in the export and the result in its model card. What has no `export.json` is
+            not an export, and is left as it is.
 
     Raises:
         CheckpointError: an input cannot be read. MergeError: something is missing for the comparison.
@@ -117,7 +118,7 @@ def verify(
         weight=weight,
         shown=max_kl is None and reference.shown,
     )
-    if weights and record:
+    if weights and record and (directory / output.MARKER).is_file():
         _record(directory, reference, report)
     return report
 
@@ -237,9 +238,10 @@ def compare(prompt: str, expected: Tensor, found: Tensor) -> Comparison:
 
 
 def _kind(directory: Path) -> str:
-    if (directory / output.MARKER).is_file() and output.read_marker(directory)["kind"] == "onnx":
+    kind = output.read_marker(directory)["kind"] if (directory / output.MARKER).is_file() else ""
+    if kind == "onnx":
         return "onnx"
-    if (directory / CONFIG).is_file():
+    if (directory / CONFIG).is_file() and kind != "merged":
         return "lora"
     if (directory / "config.json").is_file():
         open_checkpoint(directory)
@@ -326,6 +328,6 @@ def _record(directory: Path, reference: _Reference, report: VerifyReport) -> Non
                 writer.write(key, tensor)
         output.write_json(temporary / RESULTS, report.to_json())
     readme = directory / card.NAME
-    if (directory / output.MARKER).is_file() and readme.is_file():
-        text = card.with_verification(readme.read_text(encoding="utf-8"), card_lines(report))
-        write_text(readme, text)
+    if readme.is_file():  # which its owner may have edited, with an editor that does not write UTF-8
+        text = readme.read_text(encoding="utf-8", errors="surrogateescape")
+        write_text(readme, card.with_verification(text, card_lines(report)))

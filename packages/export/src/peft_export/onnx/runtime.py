@@ -77,8 +77,8 @@ class OnnxModel:
         return found.reshape(-1, found.shape[-1])
 
     def _together(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """All prompts in one batch, filled up on the left for models that write on, and on the right for others."""
-        left = self.generates and not self.two_sided
+        """All prompts in one batch: filled up on the left for models that write on and are told positions, else on the right."""
+        left = self.generates and "position_ids" in self._model.inputs
         masks = _batch([torch.ones_like(prompt) for prompt in ids], left)
         state = _State(self, _batch(ids, left, self._pad), masks)
         texts = [shifted(prompt, self._start) for prompt in ids] if self.two_sided else ids
