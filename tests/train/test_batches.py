@@ -250,9 +250,24 @@ def test_an_architecture_that_mixes_packed_examples_is_refused(refused: Any) -> 
         check_packing(Leaky(), tokens)
     with refused(RunError, "MambaForCausalLM", "no position_ids", "data.packing"):
         check_packing(FAMILIES["mamba"].build(), tokens)
-    fine: Any = FAMILIES["gpt2"].build()
-    fine.config.use_cache = False
-    check_packing(fine, tokens)
+    check_packing(FAMILIES["gpt2"].build(), tokens)
+
+
+class Picky(nn.Module):
+    """Wants a picture."""
+
+    dtype = torch.float32
+
+    def forward(self, input_ids: Any, labels: Any = None, position_ids: Any = None, pixels: Any = None) -> Any:
+        return pixels.mean()
+
+
+def test_a_model_that_cannot_be_called_with_tokens_alone(refused: Any) -> None:
+    tokens = [Tokens([3, 4, 5], [IGNORED, 4, 5])]
+    with refused(RunError, "Picky does not take input_ids, labels alone", "AttributeError", "a loop of your own"):
+        batch_convention(Picky(), tokens, 0)
+    with refused(RunError, "Picky does not take input_ids, position_ids alone"):
+        check_packing(Picky(), tokens)
 
 
 # Tokens

@@ -286,8 +286,12 @@ def test_columns_and_templates_that_do_not_do(chat_directory: Path, llama_direct
     assert format_of(rows, "text") == "text"
     with refused(pc.DataError, "the columns label are not known; expected"):
         format_of([Row({"label": "a"}, "data.csv, line 2")])
-    with refused(pc.DataError, "prompt, ' completion' are not known (did you mean 'completion'?)"):
-        format_of([Row({"prompt": "a", " completion": "b"}, "data.csv, line 2")])
+    for row in ({"prompt": "a", " completion": "b"}, {"text": "a", " label": "b"}, {"text": "a", "Label": "b"}):
+        column = list(row)[1]  # rows of texts alone would do, and the labels be left out without a word
+        with refused(pc.DataError, "data.csv, line 2", f"column '{column}'", f"call it '{column.strip().lower()}'"):
+            format_of([Row(row, "data.csv, line 2")])
+        assert format_of([Row(row, "data.csv, line 2")], "text") == "text"
+    assert format_of([Row({"text": "a", "label": "b", "Label": "B"}, "data.csv, line 2")]) == "label"
     unlabelled_first = [Row({"text": "w1", "label": label}, "x") for label in (None, "a")]
     assert format_of(unlabelled_first) == "label"
     with refused(pc.DataError, "chat template"):
@@ -329,8 +333,41 @@ def test_a_class_of_datasets_keeps_its_name(tmp_path: Path, monkeypatch: pytest.
     rows = {"text": ["a", "b", "c"], "label": [1, 0, -1]}
     (tmp_path / "corpus").mkdir()
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "corpus" / "train.parquet")
-    found = [row.values for row in read_rows(str(tmp_path / "corpus"))]
-    assert found == [{"text": "a", "label": "good"}, {"text": "b", "label": "bad"}, {"text": "c", "label": None}]
+    for source in (tmp_path / "corpus", tmp_path / "corpus" / "train.parquet"):
+        found = [row.values for row in read_rows(str(source))]
+        assert found == [{"text": "a", "label": "good"}, {"text": "b", "label": "bad"}, {"text": "c", "label": None}]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [["10", "9", "1.5"], ["nan", "2", "1"], ["1.0", "1", "01"], ["inf", "-3", "2"]],
+    ids=lambda labels: labels[0],
+)
+def test_the_order_of_classes_is_not_that_of_the_rows(labels: list[str]) -> None:
+    rows = [Row({"text": "a", "label": label}, "") for label in labels]
+    assert classes_of(rows) == classes_of(rows[::-1]) == classes_of([rows[1], rows[0], rows[2]])
+    if labels[0] == "10":
+        assert classes_of(rows) == ["1.5", "9", "10"]
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        "no json",
+        "[]",
+        '{"info": {"features": {"label": 1}}}',
+        '{"info": {"features": {"label": {"_type": "ClassLabel", "names": ["only"]}}}}',
+        '{"info": {"features": {"absent": {"_type": "ClassLabel", "names": ["only"]}}}}',
+    ],
+)
+def test_what_a_parquet_file_says_of_its_columns_may_be_anything(features: str, tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist([{"text": "a", "label": 7}])
+    table = table.replace_schema_metadata({b"huggingface": features.encode()})
+    pyarrow.parquet.write_table(table, tmp_path / "data.parquet")
+    assert [row.values for row in read_rows(str(tmp_path / "data.parquet"))] == [{"text": "a", "label": 7}]
 
 
 def test_a_long_csv_field(tmp_path: Path) -> None:

@@ -96,6 +96,24 @@ def test_a_run_is_resumed_from_another_directory(
     assert started(Path("RUN.yaml"), resume=True).losses == whole.losses
 
 
+@pytest.mark.parametrize("best", [False, True])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_run_whose_directory_was_moved(best: bool, lost: int, llama_directory: Path, tmp_path: Path) -> None:
+    """Resumed by the configuration that it left, from where it is now. The trainer's state names the best checkpoint's place."""
+    data = write(tmp_path / "data.jsonl", PAIRS)
+    each = {"steps": 6, "save_every": 1, "evaluate_every": 1, "best": best, "keep": 2, "lr": 0.5}
+    whole = started(run_file(tmp_path / "whole", llama_directory, str(data), training=each))
+    expected = (tmp_path / "whole" / "out" / "adapter.safetensors").read_bytes()
+    there = tmp_path / "elsewhere"
+    (tmp_path / "whole" / "out").rename(there)
+    (there / "adapter.safetensors").unlink()
+    for last in range(6, 6 - lost, -1):
+        shutil.rmtree(there / "checkpoints" / f"checkpoint-{last}")
+    again = started(there / "run.yaml", resume=True)
+    assert (again.losses, again.result) == (whole.losses, whole.result)
+    assert (there / "adapter.safetensors").read_bytes() == expected and not (tmp_path / "whole" / "out").exists()
+
+
 @pytest.mark.parametrize("changed", [{}, {"best": True}, {"save_every": 1}], ids=str)
 def test_a_finished_run_is_not_trained_further(changed: dict[str, Any], llama_directory: Path, tmp_path: Path) -> None:
     """It may have been killed between its last checkpoint and saving."""

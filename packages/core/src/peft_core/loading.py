@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from .errors import first_line, reason
+from .errors import ModelError, first_line, reason
 
 MISCONFIGURED = (OSError, ValueError, KeyError, StrictDataclassError)
 """Raised for a configuration or a tokenizer that cannot be loaded."""
@@ -37,6 +37,15 @@ def why(error: Exception, source: str | Path) -> str:
 def drawn(loading: Mapping[str, Any]) -> list[str]:
     """Weights that were drawn at random, by `output_loading_info`: the files lack them, or have other sizes."""
     return sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
+
+
+def check_alone(source: str | Path, model: Any) -> None:
+    """Raises ModelError for a model on which transformers has put an adapter that lies beside it."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"an adapter of Hugging Face PEFT lies beside the model {source!s}, and transformers puts it on the model: merge it "
+            "into the model there, or take its adapter_config.json away"
+        )
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import torch
 from . import packaged
 from .base_model import is_hub_id
 from .errors import ModelError, first_line, suggestion
-from .loading import MISCONFIGURED, UNREADABLE, drawn, quiet_transformers, why
+from .loading import MISCONFIGURED, UNREADABLE, check_alone, drawn, quiet_transformers, why
 from .thin import cpu_multiplies
 
 
@@ -39,6 +39,7 @@ def load_base(
             )
     except UNREADABLE as error:
         raise ModelError(f"cannot load {model!s} as a causal language model: {why(error, source)}") from error
+    check_alone(model, loaded)
     check_whole(model, loaded, drawn(found))
     try:
         with quiet_transformers():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,15 +28,29 @@ def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 32, 
         raise ModelError(
             f"the prompt has {length} tokens, but prompt and completion together can have {limit}; shorten the prompt"
         )
-    with quiet_transformers():
+    with quiet_transformers(), _plainly(model, tokenizer.pad_token_id):
         written = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - length),
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
         )
     return str(tokenizer.decode(written[0, length:], skip_special_tokens=True))
+
+
+@contextmanager
+def _plainly(model: Any, pad_token_id: int | None) -> Iterator[None]:
+    """Within the block the model generates greedily, without what its generation_config.json says of penalties, beams and the
+    like, which transformers would add to every argument that is not given.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    ends = {name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id")}
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=pad_token_id, **ends)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def rendered_chat(messages: list[dict[str, Any]], tokenizer: Any, prompt: bool) -> str:

@@ -44,11 +44,6 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def memory(peak: int) -> str:
-    """What `peak_memory` found, for a table."""
-    return f"{peak / 1e9:.2f} GB"
-
-
 def share(trainable: int, base: int) -> str:
     """A number of parameters and its share of the base's, for a table."""
     return f"{trainable:,} ({100 * trainable / base:.2f} % of the base)"

@@ -10,7 +10,8 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from ..reporting import memory, share
+from ..errors import size
+from ..reporting import share
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,9 @@ class Report:
         table = Table(title=escape(title), show_header=False)
         for label, value in (
             ("trainable parameters", share(self.trainable_parameters, self.base_parameters)),
-            ("adapter file", f"{self.adapter_bytes / 1e6:.1f} MB"),
+            ("adapter file", size(self.adapter_bytes)),
             ("seconds per step", f"{self.seconds_per_step:.2f} ({self.total_seconds:.0f} s in all)"),
-            ("peak memory", memory(self.peak_memory_bytes)),
+            ("peak memory", size(self.peak_memory_bytes)),
             ("held-out loss before", f"{self.held_out_before:.3f}"),
             ("held-out loss after", f"{self.held_out_after:.3f} ({-100 * self.fall:+.1f} %)"),
             ("merged − adapted", f"{100 * self.merge_error:.2f} % of what the adapter does (float32)"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ..errors import first_line
 from .batches import PackedCollator, collate
 from .config import RunError
 from .examples import Tokens, length_of
@@ -40,20 +41,19 @@ def batch_convention(model: Any, examples: Sequence[Tokens], pad: int) -> BatchC
     ids = max(examples, key=length_of).input_ids[:32]
     first = len(ids) // 2
     rows = torch.tensor([ids, ids[:first] + ids[: len(ids) - first]])  # they begin alike
-    own = model(input_ids=rows, labels=rows)
+    own = _called(model, input_ids=rows, labels=rows)
     alone, followed = own.logits[:, :first].float()
     if (off := _off(followed, alone)) > _tolerance(model):
         raise RunError(
             f"{type(model).__name__} lets a token see those that follow (logits are off by {off:.1%}), so there is nothing "
             "to predict; use a causal model, or set is_decoder to true in the config.json of a model like BERT"
         )
-    known = inspect.signature(model.forward).parameters
     pair = [Tokens(some, some) for some in (ids[:first], ids)]
 
     def off_in_batch(left: bool) -> float:
         batch = collate(pair, pad, left)
         del batch["labels"]
-        logits = model(**{name: value for name, value in batch.items() if name in known}).logits.float()
+        logits = _called(model, **batch).logits.float()
         start = logits.shape[1] - first if left else 0
         return max(_off(logits[0, start : start + first], alone), _off(logits[1, :first], alone))
 
@@ -80,7 +80,8 @@ def check_packing(model: Any, examples: Sequence[Tokens]) -> None:
 
     def logits(row: list[Tokens]) -> Tensor:
         batch = PackedCollator(0)([row])
-        found: Tensor = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+        # Beside a cache, transformers looks for no packed rows.
+        found: Tensor = _called(model, input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
         return found[0].float()
 
     off = _off(logits([first, second])[len(first.input_ids) :], logits([second]))
@@ -88,6 +89,23 @@ def check_packing(model: Any, examples: Sequence[Tokens]) -> None:
         raise RunError(
             f"{type(model).__name__} lets packed examples see each other (logits are off by {off:.1%}); {remedy}"
         )
+
+
+def _called(model: Any, **given: Tensor) -> Any:
+    """What the model makes of as much of a batch as it takes, without a cache.
+
+    Raises:
+        RunError: it cannot be called so.
+    """
+    offered = {**given, "use_cache": False}
+    known = inspect.signature(model.forward).parameters
+    try:
+        return model(**{name: value for name, value in offered.items() if name in known})
+    except Exception as error:  # of a model's own code
+        raise RunError(
+            f"{type(model).__name__} does not take {', '.join(given)} alone ({type(error).__name__}: {first_line(error)}); train "
+            "it in a loop of your own"
+        ) from error
 
 
 def _off(found: Tensor, expected: Tensor) -> float:

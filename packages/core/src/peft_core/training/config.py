@@ -273,7 +273,9 @@ class RunConfig(_Section):
 
 
 def differences(one: RunConfig, other: RunConfig) -> list[str]:
-    """`data.max_length was 512, now 64`, for every key that differs and says what is trained (`training.keep` does not)."""
+    """`data.max_length was 512, now 64`, for every key that differs and says what is trained (`training.keep` and `output_dir` do
+    not).
+    """
     return list(_differences(one.model_dump(mode="json"), other.model_dump(mode="json")))
 
 
@@ -281,7 +283,7 @@ def _differences(one: Any, other: Any, place: str = "") -> Iterator[str]:
     if isinstance(one, dict) and isinstance(other, dict):
         for key in dict.fromkeys([*one, *other]):
             yield from _differences(one.get(key), other.get(key), f"{place}.{key}".lstrip("."))
-    elif one != other and place != "training.keep":
+    elif one != other and place not in ("training.keep", "output_dir"):
         yield f"{place} was {json.dumps(one)}, now {json.dumps(other)}"
 
 

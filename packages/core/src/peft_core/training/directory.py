@@ -55,7 +55,8 @@ def start_or_resume(config: RunConfig, resume: bool) -> str | None:
 def record(config: RunConfig, data: Mapping[str, Mapping[str, Any]]) -> None:
     """Leave what resuming compares. `data`: key of the configuration → `source` and what `contents_of` its rows says."""
     write_text(config.output_dir / DATA, json.dumps({**data, _PROCESSES: _processes()}, indent=2) + "\n")
-    write_text(config.output_dir / CONFIG, config.to_yaml())
+    movable = config.model_copy(update={"output_dir": Path()})  # relative to the file: the directory it lies in
+    write_text(config.output_dir / CONFIG, movable.to_yaml())
 
 
 def check_data(out: Path, data: Mapping[str, Mapping[str, Any]]) -> None:

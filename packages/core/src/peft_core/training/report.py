@@ -10,7 +10,8 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from ..reporting import memory, share
+from ..errors import size
+from ..reporting import share
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ class TrainReport:
             "labels": ", ".join(self.labels),
             "trained in full": ", ".join(self.trained_modules),
             "trainable parameters": share(self.trainable_parameters, self.base_parameters),
-            "saved weights": f"{self.adapter_bytes / 1e6:.1f} MB",
+            "saved weights": size(self.adapter_bytes),
             "steps": f"{self.steps:,} of {self.optimizer}, {self.seconds:.0f} s",
-            "peak memory": memory(self.peak_memory_bytes),
+            "peak memory": size(self.peak_memory_bytes),
             "training loss": f"{self.losses[0]:.3f} → {self.losses[-1]:.3f}" if self.losses else "",
         }
         if self.result:

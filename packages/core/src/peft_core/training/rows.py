@@ -9,7 +9,9 @@ import csv
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,10 +72,14 @@ def format_of(rows: Sequence[Row], wanted: str = "auto") -> str:
     if wanted != "auto":
         return wanted
     columns = list(dict.fromkeys(name for row in rows for name, value in row.values.items() if value is not None))
+    known = sorted({column for needed in COLUMNS.values() for column in needed})
+    for column in columns:
+        meant = column.strip().lower()
+        if meant in known and meant not in columns:  # or its values would be left out without a word
+            raise DataError(f"{rows[0].place}: there is a column '{column}'; call it '{meant}', or set data.format")
     for name, needed in COLUMNS.items():
         if set(needed) <= set(columns):
             return name
-    known = sorted({column for needed in COLUMNS.values() for column in needed})
     near = next((suggestion(column, known) for column in columns if column not in known), "")
     shown = [name if name == name.strip() else f"'{name}'" for name in columns]  # a space that nobody sees
     raise DataError(
@@ -115,10 +121,11 @@ def classes_of(rows: Iterable[Row]) -> list[str]:
     found = list(dict.fromkeys(map(label_of, rows)))
     if len(found) < 2:
         raise DataError(f"all rows to train on have the label '{found[0]}', so there is nothing to tell apart")
-    try:
-        return sorted(found, key=float)
-    except ValueError:
-        return sorted(found)
+    with suppress(ValueError):
+        numbers = {label: float(label) for label in found}
+        if all(map(math.isfinite, numbers.values())):
+            return sorted(found, key=lambda label: (numbers[label], label))
+    return sorted(found)
 
 
 def text_of(row: Row, column: str = "text", may_be_empty: bool = False) -> str:
@@ -228,8 +235,29 @@ def _parquet(path: Path) -> Iterator[Row]:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"cannot read '{path}' as parquet: {first_line(error)}") from None
+    classes = _classes(table.schema.metadata or {})
     for number, values in enumerate(table.to_pylist(), start=1):
-        yield Row(values, f"{path}, row {number}")
+        yield Row({**values, **_class_names(values, classes)}, f"{path}, row {number}")
+
+
+def _classes(metadata: Mapping[bytes, bytes]) -> dict[str, Sequence[str]]:
+    """Column → the names of its classes, as `datasets` writes them into a .parquet file."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        kinds = {column: kind for column, kind in features.items() if kind.get("_type") == "ClassLabel"}
+        return {column: [str(name) for name in kind["names"]] for column, kind in kinds.items()}
+    except (ValueError, LookupError, TypeError, AttributeError):  # somebody else's, or of another version
+        return {}
+
+
+def _class_names(values: Mapping[str, Any], classes: Mapping[str, Sequence[str]]) -> dict[str, str | None]:
+    """Of a row, the names of the classes that it holds the numbers of; -1 stands for none. What is no number of one stays."""
+    numbers = {column: values.get(column) for column in classes}
+    return {
+        column: classes[column][number] if number >= 0 else None
+        for column, number in numbers.items()
+        if isinstance(number, int) and -1 <= number < len(classes[column])
+    }
 
 
 def _dataset(name: str, subset: str | None, split: str) -> Iterator[Row]:
@@ -245,14 +273,9 @@ def _dataset(name: str, subset: str | None, split: str) -> Iterator[Row]:
         found = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # its errors are of many kinds
         raise DataError(f"'{name}' is not a data file, and datasets cannot load it: {first_line(error)}") from None
-    classes = {column: kind for column, kind in found.features.items() if isinstance(kind, datasets.ClassLabel)}
+    classes = {column: kind.names for column, kind in found.features.items() if isinstance(kind, datasets.ClassLabel)}
     for number, values in enumerate(found, start=1):
-        # A class is kept as its number, and as -1 where there is none.
-        names = {
-            column: None if values[column] in (None, -1) else kind.int2str(values[column])
-            for column, kind in classes.items()
-        }
-        yield Row({**values, **names}, f"{name} ({split}), row {number}")
+        yield Row({**values, **_class_names(values, classes)}, f"{name} ({split}), row {number}")
 
 
 _READERS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}

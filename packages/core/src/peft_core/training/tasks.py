@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, set_see
 
 from .. import models
 from ..errors import ModelError, first_line
-from ..loading import MISCONFIGURED, UNREADABLE, drawn, why
+from ..loading import MISCONFIGURED, UNREADABLE, check_alone, drawn, why
 from ..spec import DTYPE_OF_NAME, AdapterSpec
 from . import losses
 from .batches import Batch, CausalCollator, ClassificationCollator, PackedCollator
@@ -75,7 +75,6 @@ def causal_task(config: RunConfig, kind: str, rows: list[Row], held_out_rows: li
     collator: Callable[[Sequence[Any]], Batch] = CausalCollator(model, pad, convention.pads_left)
     packed = None
     if config.data.packing:
-        model.config.use_cache = False  # as in training; beside a cache, transformers looks for no packed rows
         check_packing(model, training.tokens)
         packed, collator = pack(training.tokens, length), PackedCollator(pad)
 
@@ -123,6 +122,7 @@ def classification_task(config: RunConfig, rows: list[Row], held_out_rows: list[
         tokenizer = models.load_tokenizer(path)
     except UNREADABLE as error:
         raise ModelError(f"cannot load {config.model.path} as a sequence classifier: {why(error, path)}") from error
+    check_alone(config.model.path, model)
     lost = drawn(loading)
     models.check_whole(config.model.path, model, [key for key in lost if not _in_head(key, model)])
     # By it, a decoder finds a text's last token: any other id would make it read the padding of the batch.

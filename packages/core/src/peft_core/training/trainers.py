@@ -57,6 +57,7 @@ class _RunTrainer:
         self, config: RunConfig, task: Task, progress: Progress, in_full: Mapping[str, Sequence[nn.Parameter]]
     ) -> None:
         self.config, self.task = config, task
+        self.use_cache = getattr(task.model.config, "use_cache", None)  # which the trainer changes
         self.examples: Sequence[Any] = task.training.tokens if task.packed is None else task.packed
         super().__init__(  # type: ignore[call-arg]
             model=task.model,
@@ -105,6 +106,7 @@ class _RunTrainer:
         super().train(resume_from_checkpoint=resume_from_checkpoint)  # type: ignore[misc]
 
     def _restore_finished(self, state: TrainerState, checkpoint: str) -> None:
+        _find_best(state, self.args)
         best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
         self.state = state
         self._load_from_checkpoint(best or checkpoint)
@@ -192,6 +194,8 @@ class FullRunTrainer(_RunTrainer, Trainer):  # type: ignore[misc]
     def save_result(self, directory: Path) -> None:
         """Write model and tokenizer, in the run's first process."""
         if self.is_world_process_zero():
+            if self.use_cache is not None:
+                self.task.model.config.use_cache = self.use_cache
             self.task.model.save_pretrained(directory)
             self.task.tokenizer.save_pretrained(directory)
 
@@ -207,6 +211,7 @@ class _ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self.task = progress.add_task("training", total=None, note="")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _find_best(state, args)
         self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -231,6 +236,12 @@ class _ProgressCallback(TrainerCallback):  # type: ignore[misc]
             if not math.isfinite(logs[name]):
                 raise TrainingError(f"the {shown} is {logs[name]} at step {state.global_step}; lower training.lr")
             self.progress.update(self.task, note=f"{shown} {logs[name]:.3f}")
+
+
+def _find_best(state: Any, args: Any) -> None:
+    """Let the best checkpoint be the one here: the directory may have been moved since."""
+    if state.best_model_checkpoint is not None:
+        state.best_model_checkpoint = str(Path(args.output_dir, Path(state.best_model_checkpoint).name))
 
 
 def _rates(asked: Mapping[str, float], modules: Mapping[str, Sequence[nn.Parameter]]) -> dict[int, float]:
