@@ -537,6 +537,27 @@ def test_a_base_without_weights_takes_the_saved_values(blocks, adapter, saved, w
     assert same_bits(run(ODD, weightless), run(ODD, blocks))
 
 
+def test_what_has_diverged_does_not_replace_what_was_saved(adapter, saved, refused) -> None:
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    with torch.no_grad():
+        next(adapter.parameters())[0, 0] = torch.nan
+    with refused(pc.CheckpointError, "'default'", "NaN", "diverged", "nothing was written"):
+        adapter.save(saved)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+
+
+def test_a_layer_that_was_replaced_costs_no_training(tmp_path) -> None:
+    """What is saved fits the base as it was; the replaced layer had no part in what came after."""
+    model = FAMILIES["llama"].build()
+    adapter = randomise(pc.attach(model, AdapterSpec(method="sound", targets=["q_proj", "lm_head"])))
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    with pytest.warns(UserWarning, match=r"'lm_head' was replaced .* saved for the base as that was then"):
+        adapter.save(tmp_path / "adapter")
+    again = pc.load(FAMILIES["llama"].build(), tmp_path / "adapter")
+    values = zip(again.parameters(), adapter.parameters(), strict=True)
+    assert all(same_bits(loaded.detach(), own.detach()) for loaded, own in values)
+
+
 def test_an_adapter_without_values_is_not_saved_and_takes_none(weightless, spec, saved, tmp_path, refused) -> None:
     adapter = pc.attach(weightless, spec)
     for move in (lambda: adapter.save(tmp_path / "new"), lambda: adapter.restore(saved)):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -410,3 +411,23 @@ class Life(RuleBasedStateMachine):
 
 class TestLife(Life.TestCase):  # type: ignore[misc, name-defined]
     settings = settings(max_examples=max(60, settings().max_examples // 4), stateful_step_count=30)
+
+
+@pytest.mark.parametrize("seed", [None, 1.5, 3.0, True, "abc", torch.tensor(3)], ids=str)
+def test_a_seed_that_is_no_whole_number(blocks, spec, seed, refused) -> None:
+    """It would be found only when the trained adapter is saved."""
+    with refused(pc.AdapterError, "seed", "whole number"):
+        pc.attach(blocks, spec, seed=seed)
+    assert not pc.adapters(blocks)
+    assert pc.attach(blocks, spec, seed=np.int64(3)).bank.seed == 3
+
+
+def test_what_is_no_model_or_no_name(blocks, spec, refused) -> None:
+    for name in (None, 5, "a b"):
+        with refused(pc.AdapterError, "adapter name", repr(name)):
+            pc.attach(blocks, spec, name=name)
+    for call in (pc.adapters, lambda model: pc.activate(model, "a")):
+        with refused(pc.AdapterError, "expected a loaded model", "None"):
+            call(None)
+    with refused(pc.ModelError, "plan needs a model", "None"):
+        pc.plan(None, spec)

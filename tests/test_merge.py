@@ -28,6 +28,21 @@ def test_originals_in_a_directory(blocks, adapter, tmp_path) -> None:
     assert same_bits(run(ODD, blocks), on)
 
 
+@pytest.mark.parametrize("keep", ["host", "none"])
+@pytest.mark.parametrize("value, why", [(100.0, "too large for float16"), (float("nan"), "infinite values or NaN")])
+def test_a_weight_that_would_be_no_number_is_not_written(spec, keep, value, why, refused) -> None:
+    model = ODD.build(dtype=torch.float16)
+    adapter = randomise(pc.attach(model, spec))
+    with torch.no_grad():
+        for parameter in list(adapter.parameters())[-2:]:  # of the last type of layer: others are merged by then
+            parameter.fill_(value)
+    before = Snapshot.of(model)
+    with refused(pc.MergeError, ".down'", why, "leave the adapter unmerged"):
+        adapter.merge(keep)
+    before.assert_restored(model)
+    assert adapter.active and not adapter.merged
+
+
 @pytest.mark.parametrize("keep", ["hots", "nnone", "", "memory", " none", None, True])
 def test_a_misspelt_place_is_no_directory(blocks, spec, keep, refused, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)

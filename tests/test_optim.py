@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import peft_core as pc
 from peft_core import optim
+from peft_core.owned import OwnedWeight
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(3))
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["loop", "foreach", "fused"])
@@ -642,6 +644,40 @@ def test_a_compiled_optimizer_step_is_seen(stepper: Any) -> None:
 
 
 # Weights that the method owns
+
+
+def test_an_adapter_without_its_training_state_is_not_stepped(
+    stepper: Any, blocks, tmp_path: Path, refused: Any
+) -> None:
+    pc.attach(blocks, pc.AdapterSpec(method="stepper")).save(tmp_path / "adapter")
+    pc.adapters(blocks)["default"].detach()
+    adapter = pc.load(blocks, tmp_path / "adapter")
+    parameters = [parameter.requires_grad_(True) for parameter in adapter.parameters()]
+    blocks(torch.randn(2, 63)).sum().backward()
+    before = [parameter.detach().clone() for parameter in parameters]
+    with refused(pc.OptimizerStepError, "'default'", "training state", "trainable=True"):
+        torch.optim.SGD(parameters, lr=1.0).step()
+    assert all(torch.equal(parameter, value) for parameter, value in zip(parameters, before, strict=True))
+
+
+class Elsewhere:
+    """Of a tensor, its device: there is one only here."""
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+
+    def to(self, device: torch.device) -> Elsewhere:
+        return Elsewhere(str(device))
+
+
+def test_a_master_follows_its_weight() -> None:
+    """A trainer moves the model to the GPU after the adapter was attached, and masters are no parameters."""
+    site = pc.Site("layer", 4, 4, False, torch.bfloat16)
+    layer: Any = SimpleNamespace(weight=Elsewhere("cuda:1"))
+    owned = OwnedWeight(master=Elsewhere("cpu"))  # type: ignore[arg-type]
+    assert owned.current(layer, site).device == owned.current(layer, site).device == torch.device("cuda:1")
+    layer.weight = Elsewhere("meta")  # it holds no values then; the master still does
+    assert owned.current(layer, site).device == torch.device("cuda:1")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -364,6 +364,44 @@ def test_naive_of_another_shape_is_named_with_the_site(blocks, delta, refused) -
             blocks(torch.randn(2, 63))
 
 
+def test_options_that_are_not_printed_tell_layouts_apart_too(blocks) -> None:
+    class Silent(Options):
+        gain: float = Field(default=1.0, repr=False)
+
+    @pc.hookimpl
+    def peft_forward(self, site):
+        return pc.Forward(lambda x, tensors, binding: x.new_full((*x.shape[:-1], site.out_features), site.options.gain))
+
+    with registered(plugin("other", peft_method=_described(options=Silent), peft_forward=peft_forward), "other"):
+        for gain in (1.0, 5.0):
+            pc.attach(blocks, AdapterSpec(method="other", options={"gain": gain}), name=f"gain-{gain:.0f}")
+        first = pc.plan(blocks, AdapterSpec(method="other")).sites[0]
+        layer, x = blocks.get_submodule(first.path), torch.randn(2, first.in_features)
+        outputs = {}
+        for name in ("gain-1", "gain-5"):
+            pc.activate(blocks, name)
+            outputs[name] = layer(x)
+        torch.testing.assert_close(outputs["gain-5"] - outputs["gain-1"], torch.full_like(outputs["gain-1"], 4.0))
+
+
+def test_a_method_that_reads_the_base_weight_finds_the_one_that_is_used(refused) -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    class Same(torch.nn.Linear):
+        def forward(self, input):
+            return super().forward(input)
+
+    reading = _described(capabilities=pc.Capabilities(additive=False, lowrank=False))
+    with registered(plugin("other", peft_method=reading, peft_lowrank=None), "other"):
+        model = torch.nn.Sequential(Same(8, 8), Doubled(8, 8))
+        with refused(pc.AdapterError, "'1' is a Doubled", "'other' computes with W", "exclude"):
+            pc.attach(model, AdapterSpec(method="other"))
+        assert not pc.adapters(model)
+        assert pc.attach(model, AdapterSpec(method="other", exclude=["1"])).active
+
+
 def test_owned_weight_of_another_shape_is_refused(blocks, refused) -> None:
     before = Snapshot.of(blocks)
 

@@ -101,6 +101,7 @@ def test_without_adapter_all_weights_are_trained_and_saved(run_file: Run) -> Non
     assert report.result["loss"] < 0.6 * report.evaluations[0]["loss"]
     start = AutoModelForCausalLM.from_pretrained(run / "out" / "base")
     model = AutoModelForCausalLM.from_pretrained(run / "out")
+    assert model.config.use_cache is start.config.use_cache is True  # transformers' trainer sets it aside
     assert held_out_loss(model, run) == pytest.approx(report.result["loss"], rel=1e-5)
     assert AutoTokenizer.from_pretrained(run / "out").decode([40, 50]) != ""
     after = dict(model.named_parameters())

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import dispatch_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -119,6 +120,26 @@ def test_a_quantized_base_trains_merges_and_comes_back(method: str, quantized: n
     assert type(twin.model.layers[0].self_attn.q_proj) is nn.Linear
     adapter.detach()
     assert torch.equal(logits(quantized), base)
+
+
+def test_layers_that_accelerate_has_hooked_are_merged_into(quantized: nn.Module) -> None:
+    dispatch_model(quantized, {"": "cpu"}, force_hooks=True)
+    base = logits(quantized)
+    adapter, other = (pc.attach(quantized, spec(), name=name) for name in ("default", "other"))
+    for seed, one in enumerate((adapter, other)):
+        randomise(one, seed)
+    pc.activate(quantized, {"default": 1.0, "other": 1.0})
+    adapted = logits(quantized)
+    effect = distance(adapted, base)
+    assert effect > 0.1
+    for one in (adapter, other):  # one of them merged, the other beside it; then both
+        one.merge()
+        assert distance(logits(quantized), adapted) < 0.1 * effect
+    other.unmerge()
+    adapter.unmerge()
+    assert distance(logits(quantized), adapted) < 0.01 * effect
+    adapter.merge_and_detach()
+    assert distance(logits(quantized), adapted) < 0.1 * effect
 
 
 def test_another_adapter_stays_on_a_layer_that_one_is_merged_into_for_good(quantized: nn.Module) -> None:

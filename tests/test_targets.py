@@ -197,6 +197,18 @@ def test_layers_that_transformers_calls_only_in_evaluation_are_found() -> None:
     assert found == ["prediction_coefs", "modality_router"]
 
 
+def test_layers_that_reformer_reads_with_its_cache_are_left_out() -> None:
+    from transformers import ReformerConfig
+    from transformers.models.reformer.modeling_reformer import LocalSelfAttention, LSHSelfAttention
+
+    config = ReformerConfig(hidden_size=24, num_attention_heads=2, attention_head_size=12)
+    assert chosen(nn.ModuleDict({"lsh": LSHSelfAttention(config), "local": LocalSelfAttention(config)})) == [
+        "local.query",
+        "local.key",
+        "local.value",
+    ]
+
+
 def test_layers_whose_weights_are_divided_in_evaluation_are_left_out(refused) -> None:
     from transformers import RwkvConfig, RwkvModel
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from numbers import Integral
 from pathlib import Path
 
 from torch import nn
@@ -35,13 +36,17 @@ def attach(
             without them the adapter can be neither disabled nor detached.
 
     Raises:
-        TargetError, PlanError: the spec does not fit the model. AdapterError: the name is taken, the model is wrapped for
-        parallel training already, another adapter stands on a site that one of the two needs for itself, sites that share
+        TargetError, PlanError: the spec does not fit the model. AdapterError: the name is taken, the seed is no whole number, a
+        method that reads base weights meets a layer that does not multiply by its own, the model is wrapped for parallel training
+        already, another adapter stands on a site that one of the two needs for itself, sites that share
         tensors are on several devices, or a weight that the method starts from is offloaded. MergeError: the originals
         cannot be kept there. PluginError: an initialiser made another shape. The model is unchanged then.
     """
     model = unwrap_to_attach(model)
     _check_name(model, name)
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise AdapterError(f"seed: expected a whole number, got {seed!r:.80}")
+    seed = int(seed)
     made = plan(model, spec)
     _refuse_several_devices(model, made)
     bank = Bank(model, name, made, seed)
@@ -89,8 +94,8 @@ def load(
 
 
 def _check_name(model: nn.Module, name: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise AdapterError(f"adapter name '{name}': use letters, digits, '_' and '-'")
+    if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]+", name)):
+        raise AdapterError(f"adapter name {name!r:.80}: use letters, digits, '_' and '-'")
     registry = find_registry(model)
     if registry and name in registry.banks:
         raise AdapterError(f"an adapter '{name}' is attached already; detach it or choose another name")

@@ -16,6 +16,7 @@ from .subclassing import plain_class
 _SOMETIMES = {
     "TransformerEncoderLayer": ("linear1", "linear2", "norm1", "norm2", "self_attn"),
     "Gemma3nTextAltUp": ("correction_coefs",),
+    "LSHSelfAttention": ("query_key", "value"),  # Reformer's, with a cache
     **dict.fromkeys(("MambaMixer", "FalconMambaMixer"), ("conv1d", "dt_proj", "out_proj", "x_proj")),
     **dict.fromkeys(("JambaMambaMixer", "ZambaMambaMixer"), ("conv1d", "dt_proj")),
     **dict.fromkeys(

@@ -8,6 +8,7 @@ README.md            the model card
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from .adapter_file import HEADER, AdapterFile, describe, owned_key, read_header
 from .bank import Bank
 from .base_model import BaseInfo, base_info
 from .dtypes import name_of
-from .errors import CheckpointError
+from .errors import AdapterError, CheckpointError
 from .matching import check_fit, check_layout
 from .model_card import model_card
 from .optim import check_stepped
@@ -34,7 +35,8 @@ def save(bank: Bank, directory: str | Path) -> None:
 
     Raises:
         CheckpointError: the directory cannot be written, a module trained in full was resized since, a tensor is on the meta
-            device, or the adapter was loaded without its training state, which is there; what was there is unchanged.
+            device or holds NaN, or the adapter was loaded without its training state, which is there. What was there is unchanged
+            then.
         OptimizerStepError: the method needs optimizer steps, gradients came, and no step was seen.
         AdapterError: it owns base weights, and was merged without keeping them.
     """
@@ -44,7 +46,15 @@ def save(bank: Bank, directory: str | Path) -> None:
     tensors = _values(bank)
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return  # sharded tensors have been gathered with the others; one process writes
+    _refuse_not_finite(tensors, f"adapter '{bank.name}'", "; nothing was written")
     base = base_info(bank.root, bank.plan.spec.base_model)  # as it is now: its embeddings may have been resized
+    try:
+        bank.check_in_place()
+    except AdapterError as error:
+        warnings.warn(
+            f"{error}; it is saved for the base as that was then, without what it would learn now", stacklevel=3
+        )
+        base = bank.plan.base
     progress = bank.progress
     write(directory, bank.plan, base, tensors, bank.state, bank.seed, progress.steps, progress.run_start)
 
@@ -154,9 +164,14 @@ def read(directory: str | Path, header: AdapterFile) -> dict[str, Tensor]:
             )
         if tensor.numel() == 0:
             raise CheckpointError(f"'{path}': '{key}' is empty")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"'{path}': '{key}' holds NaN or infinite values; the training run diverged")
+    _refuse_not_finite(tensors, f"'{path}'")
     return tensors
+
+
+def _refuse_not_finite(tensors: Mapping[str, Tensor], where: str, then: str = "") -> None:
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{where}: '{key}' holds NaN or infinite values; the training run diverged{then}")
 
 
 def read_state(directory: str | Path, header: AdapterFile, plan: Plan) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from . import files, models, plugins, prompts, scaffold, system
 from .adapter_file import AdapterFile, read_header
 from .attach import load
 from .checkpoint import TENSORS
-from .errors import CheckpointError, DataError, ModelError, PeftCoreError, SpecError, listed, reason, suggestion
+from .errors import CheckpointError, DataError, ModelError, PeftCoreError, SpecError, listed, reason, size, suggestion
 from .plan import plan as make_plan
 from .spec import DTYPE_OF_NAME, AdapterSpec
 from .training.config import RunConfig
@@ -192,7 +192,7 @@ def inspect(
     file = directory / TENSORS
     if not file.is_file():
         raise CheckpointError(f"'{directory}': {TENSORS} is missing")
-    size = file.stat().st_size
+    file_bytes = file.stat().st_size
     damaged: dict[str, CheckpointError] = {}
     for name, recorded in header.checksums.items():
         try:
@@ -200,9 +200,9 @@ def inspect(
         except CheckpointError as error:
             damaged[name] = error
     if json_:
-        print_json({**header.model_dump(mode="json"), "file_bytes": size, "damaged": list(damaged)})
+        print_json({**header.model_dump(mode="json"), "file_bytes": file_bytes, "damaged": list(damaged)})
     else:
-        _show_header(directory, header, size, list(damaged))
+        _show_header(directory, header, file_bytes, list(damaged))
     for found in damaged.values():
         raise found
 
@@ -349,7 +349,7 @@ def _dtype(name: str, device: str) -> torch.dtype:
     return DTYPE_OF_NAME[name]
 
 
-def _show_header(directory: Path, header: AdapterFile, size: int, damaged: list[str]) -> None:
+def _show_header(directory: Path, header: AdapterFile, file_bytes: int, damaged: list[str]) -> None:
     summary = Table(title=f"Adapter: {escape(str(directory))}", title_justify="left", show_header=False)
     share = 100 * header.num_trainable / max(1, header.base.num_parameters)
     rows = {
@@ -360,7 +360,7 @@ def _show_header(directory: Path, header: AdapterFile, size: int, damaged: list[
         "adapted layers": str(len(header.sites)),
         "trained in full": ", ".join(header.trained) or "none",
         "parameters": f"{header.num_trainable:,} ({share:.3f} % of the base)",
-        "tensors": f"{len(header.tensors)} in {size / 1e6:.1f} MB",
+        "tensors": f"{len(header.tensors)} in {size(file_bytes)}",
         "damaged files": ", ".join(damaged) or "none",
         "seed": str(header.seed),
         "optimizer steps": str(header.steps) if header.steps else "",

@@ -83,10 +83,10 @@ def whole_directory(target: str | Path, ours: Collection[str]) -> Iterator[Path]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all. What was read with `errors="surrogateescape"` is written as it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
         system.sync(temporary)
         temporary.replace(path)
     finally:

@@ -48,8 +48,8 @@ def peft_attach(site: Site, weight: Tensor, tensors: Tensors, binding: Tensors) 
 
 @hookspec(firstresult=True)
 def peft_forward(site: Site) -> Forward:
-    """At attach: Δ(x) as plain functions, called directly ever after. Asked once for each kind of site of a model (its sizes and
-    options): later adapters there share what it gave. A model that was pickled asks again.
+    """At attach: Δ(x) as plain functions, called directly ever after. Asked once for each site of a model and its options: later
+    adapters there share what it gave. A model that was pickled asks again.
     """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,17 +16,17 @@ from .bases import ROOT_PREFIX
 from .errors import AdapterError, PluginError
 from .gradients import SharedGradient
 from .kernels import read_environment
-from .layer import adapt
+from .layer import adapt, seen_weight
 from .method import Forward
 from .originals import check_choice, drop, put_aside
 from .owned import OwnedWeight
 from .pretrained import AdapterSaver
 from .registry import Registry, create_registry, find_registry, registry_of, remove_registry
 from .root import adapt_root, train_in_full
-from .sites import Site
+from .sites import Site, options_key
 from .slots import SLOT, Member
-from .subclassing import restore_class
-from .writable import refuse_unwritable
+from .subclassing import plain_class, restore_class
+from .writable import is_product, refuse_unwritable
 
 
 def install(
@@ -48,6 +49,7 @@ def install(
     read_environment()
     check_choice(keep)
     _refuse_conflicts(bank)
+    _refuse_other_weights(bank)
     registry = find_registry(model) or create_registry(model)
     before = registry.active
     if not registry.banks:
@@ -143,7 +145,7 @@ def _within(model: nn.Module) -> dict[nn.Module, Registry]:
 
 def _forward(registry: Registry, method: str, site: Site) -> Forward:
     """A method's forward at a site: one object for all adapters of a layout, so that compiled code serves them all."""
-    key = method, repr(site)
+    key = method, replace(site, options=None), options_key(site.options)
     if key not in registry.forwards:
         registry.forwards[key] = plugins.call(method, "peft_forward", site=site)
     return registry.forwards[key]
@@ -219,6 +221,18 @@ def _moved(bank: Bank, site: Site, stored: Mapping[str, Tensor]) -> Tensor:
                 f"{list(weight.shape)} (out × in)"
             )
     return moved.to(weight.device)  # type: ignore[no-any-return]
+
+
+def _refuse_other_weights(new: Bank) -> None:
+    """A method whose Δ depends on the base weight must find the one that the layer multiplies by."""
+    for path, site in new.sites.items():
+        module = new.root.get_submodule(path)
+        reads = not new.plan.spec.info.can(site.options).additive
+        if reads and not bases.is_quantized(module) and not seen_weight(module).is_meta and not is_product(module):
+            raise AdapterError(
+                f"'{path}' is a {plain_class(type(module)).__name__}, whose own forward gives something else than x Wᵀ + b, and "
+                f"method '{new.plan.spec.method}' computes with W; exclude the layer"
+            )
 
 
 def _refuse_conflicts(new: Bank) -> None:

@@ -58,12 +58,13 @@ class AdaptedLinear(Mixin):
 class HookedLinear(AdaptedLinear):
     """For a layer whose instance has a `forward` of its own (Accelerate's hooks): that one runs, adapters are added to it."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = nn.Module.__call__(self, *args, **kwargs)  # type: ignore[arg-type]
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         slot: Slot = self.__dict__[SLOT]
-        if "forward" not in self.__dict__ or not slot.active or slot.dense is not None:
-            return y
-        return add_to(self, slot, slot.uses(), _input(self, args, kwargs), y)
+        hooked = "forward" in self.__dict__
+        if hooked and slot.dense is not None:  # where the hook has put the layer
+            return _dense(self, slot, _input(self, args, kwargs).to(self.weight.device))
+        y: Tensor = nn.Module.__call__(self, *args, **kwargs)
+        return add_to(self, slot, slot.uses(), _input(self, args, kwargs), y) if hooked and slot.active else y
 
 
 def _as_called(
@@ -176,6 +177,8 @@ def _dense(module: Any, slot: Slot, x: Tensor) -> Tensor:
     """A quantized layer into which an adapter is merged: its dense weight stands in for the packed one."""
     weight = slot.dense
     assert weight is not None
+    if weight.device != x.device:  # no parameter: moving the model leaves it behind
+        weight = slot.dense = weight.to(x.device)
     y = nn.functional.linear(x.to(weight.dtype), weight, None if module.bias is None else module.bias.to(weight.dtype))
     return add_to(module, slot, slot.uses(), x, y.to(x.dtype)) if slot.active else y.to(x.dtype)
 

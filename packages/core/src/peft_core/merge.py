@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import bases, plugins, quantized
 from .bank import Bank
 from .bases import ROOT_PREFIX
+from .dtypes import name_of
 from .errors import MergeError
 from .layer import adapt
 from .method import Tensors
@@ -80,7 +81,8 @@ def merge(bank: Bank, scale: float, keep: str | Path) -> None:
 
     Raises:
         MergeError: a weight is tied to a layer outside the adapter, offloaded, or divided between processes, a layer gives
-            something else than x Wᵀ + b, or `keep` is not a choice. AdapterError: a layer was replaced since.
+            something else than x Wᵀ + b, a weight would become infinite, or `keep` is not a choice. AdapterError: a layer was
+            replaced since.
     """
     check_choice(keep)
     bank.check_in_place()
@@ -257,7 +259,7 @@ def _write_weight(root: nn.Module, registry: Registry, merged: Merged, adapters:
     if adapters:
         weight = _combined(root, registry, merged, adapters)
         if merged.packed:
-            slot.dense = weight.to(_model_dtype(root))
+            slot.dense = weight
         else:
             bases.write_weight(module, weight, slot.transposed)
     elif merged.packed:
@@ -273,7 +275,10 @@ def _write_weight(root: nn.Module, registry: Registry, merged: Merged, adapters:
 @torch.no_grad()
 def _combined(root: nn.Module, registry: Registry, merged: Merged, adapters: Sequence[str]) -> Tensor:
     """A site's weight (out × in) with these adapters merged: all into the original, or, where that was not kept, the last
-    into what stands there.
+    into what stands there. Rounded to the dtype in which the model will hold it.
+
+    Raises:
+        MergeError: finite numbers would become infinite, or NaN.
     """
     module = root.get_submodule(merged.site)
     start = bases.dense_weight(module)
@@ -282,7 +287,14 @@ def _combined(root: nn.Module, registry: Registry, merged: Merged, adapters: Seq
         start = original.T if module.__dict__[SLOT].transposed else original
     elif not merged.packed:
         adapters = adapters[-1:]
-    return merged_weight(start, [_contribution(registry.banks[name], merged.site) for name in adapters])
+    exact = merged_weight(start, [_contribution(registry.banks[name], merged.site) for name in adapters])
+    weight = exact.to(_model_dtype(root) if merged.packed else module.weight.dtype)  # type: ignore[arg-type, union-attr]
+    if not weight.isfinite().all() and start.isfinite().all():
+        why = f"values too large for {name_of(weight.dtype)}" if exact.isfinite().all() else "infinite values or NaN"
+        raise MergeError(
+            f"'{merged.site}': merging would give its weight {why}; leave the adapter unmerged, or see why it has them"
+        )
+    return weight
 
 
 def _contribution(bank: Bank, path: str) -> Contribution:

@@ -240,11 +240,17 @@ def _served(held: set[int]) -> Iterator[tuple[Bank, list[StepMember]]]:
         held: ids of the parameters that the optimizer holds.
 
     Raises:
-        OptimizerStepError: a site's parameters are divided between optimizers; an adapter that owns weights is merged.
+        OptimizerStepError: a site's parameters are divided between optimizers; an adapter that owns weights is merged, or one
+            that needs training state has none.
     """
     for bank, parameters in _watched():
         if not any(id(p) in held and p.grad is not None for p in parameters):
             continue
+        if bank.plan.state_bytes and not bank.state:
+            raise OptimizerStepError(
+                f"adapter '{bank.name}' was loaded without the training state of method '{bank.plan.spec.method}'; load it with "
+                "trainable=True"
+            )
         if bank.owned and registry_of(bank.root).is_merged(bank.name):
             raise OptimizerStepError(
                 f"adapter '{bank.name}' is merged, and method '{bank.plan.spec.method}' changes the weight that it was merged "

@@ -37,6 +37,9 @@ class OwnedWeight:
             AdapterError: it was merged into the base and not kept.
         """
         if self.master is not None:
+            there: torch.device = module.weight.device  # type: ignore[assignment]
+            if self.master.device != there and "meta" not in (self.master.device.type, there.type):
+                self.master = self.master.to(there)  # no parameter: moving the model leaves it behind
             return self.master
         if self.shown:
             return bases.dense_weight(module)

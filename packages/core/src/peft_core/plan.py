@@ -15,7 +15,7 @@ from torch import nn
 
 from . import bases, plugins
 from .base_model import BaseInfo, base_info, meta_model
-from .errors import PlanError, SpecError, size
+from .errors import ModelError, PlanError, SpecError, size
 from .layout_checks import check_layout
 from .plan_table import table_of
 from .sharing import FromBase, Layout, SharingGroup, TensorSpec, binding_key, borrowed, bound, stand_ins
@@ -153,6 +153,8 @@ def plan(model: nn.Module | str | Path, spec: AdapterSpec) -> Plan:
     """
     if not isinstance(spec, AdapterSpec):
         raise SpecError(f"plan needs an AdapterSpec, got {spec!r:.80}; build one with AdapterSpec.model_validate(...)")
+    if not isinstance(model, (nn.Module, str, Path)):
+        raise ModelError(f"plan needs a model, a checkpoint directory or a name on a hub, got {model!r:.80}")
     model = unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
     choice = choose(model, spec)
     if spec.capabilities.owns_base_weight:

@@ -10,6 +10,7 @@ from torch import nn
 from .bank import Bank
 from .method import Forward
 from .originals import Kept
+from .sites import Site
 
 _REGISTRY = "_peft_adapters"
 
@@ -47,7 +48,7 @@ class Registry:
         packing: see `quantized.make_trainable`.
         merged: name of a parameter → what merging changed there.
         left_out: merged adapters that are disabled for the moment.
-        forwards: what plugins gave, by method and site.
+        forwards: what plugins gave, by method, site and its options.
         watches: adapter → what notices its gradients, see `optim`.
     """
 
@@ -59,7 +60,7 @@ class Registry:
         self.packing: list[str] = []
         self.merged: dict[str, Merged] = {}
         self.left_out: set[str] = set()
-        self.forwards: dict[tuple[str, str], Forward] = {}
+        self.forwards: dict[tuple[str, Site, str], Forward] = {}
         self.watches: dict[str, Any] = {}
 
     def is_merged(self, name: str) -> bool:

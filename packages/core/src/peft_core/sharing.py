@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import PlanError, PluginError
-from .sites import Site
+from .sites import Site, options_key
 
 
 class Initializer(ABC):
@@ -265,7 +265,7 @@ def alike(
     classes: dict[tuple[str, str, str, Hashable], list[Site]] = {}
     for site in sites:
         shaped = f"{site.type}.{site.out_features}x{site.in_features}"
-        classes.setdefault((site.type, shaped, repr(site.options), key(site)), []).append(site)
+        classes.setdefault((site.type, shaped, options_key(site.options), key(site)), []).append(site)
     types = Counter(kind for kind, *_ in classes)
     shapes = Counter(shaped for _, shaped, *_ in classes)
     numbers = {shaped: count() for shaped in shapes}

@@ -38,6 +38,11 @@ class Site:
         return layer_index(self.path)
 
 
+def options_key(options: Any) -> str:
+    """Equal where all of a method's options are, those too that it leaves out of what it prints."""
+    return "" if options is None else str(options.model_dump_json())
+
+
 def module_type(path: str) -> str:
     """Last component of a module path: `q_proj`."""
     return path.rpartition(".")[2]

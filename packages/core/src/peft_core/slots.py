@@ -38,7 +38,7 @@ class Member:
     """One adapter at one site: which tensors it borrows there and the functions that use them.
 
     Attributes:
-        functions: what the plugin gave for this kind of site. can: the method's capabilities here.
+        functions: what the plugin gave for this site. can: the method's capabilities here.
         names: (tensor name, name on the root) of what is borrowed. fixed: likewise for the binding.
         shared: tensor name → where its gradient is summed, for tensors with more than one borrower.
     """

@@ -17,7 +17,13 @@ _WRAPPERS = {
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside all wrappers."""
+    """The model inside all wrappers.
+
+    Raises:
+        AdapterError: it is no model.
+    """
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"expected a loaded model (a torch.nn.Module), got {model!r:.80}")
     return _nested(model)[-1]
 
 

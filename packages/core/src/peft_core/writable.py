@@ -40,7 +40,7 @@ def refuse_unwritable(root: nn.Module, paths: Sequence[str]) -> None:
                 f"'{path}': its weight is recomputed at every forward (weight_norm, pruning or another parametrization), so "
                 "nothing can be merged into it; make it a plain parameter first, or exclude the layer"
             )
-        if not _is_product(module):
+        if not is_product(module):
             raise MergeError(
                 f"'{path}' is a {plain_class(type(module)).__name__}, whose own forward gives something else than x Wᵀ + b, so "
                 "nothing can be merged into its weight; leave the adapter unmerged, or exclude the layer"
@@ -59,7 +59,7 @@ def refuse_ties(root: nn.Module, names: Sequence[str], within: Iterable[str], re
 
 
 @torch.no_grad()
-def _is_product(module: nn.Module) -> bool:
+def is_product(module: nn.Module) -> bool:
     """Whether a layer gives x Wᵀ + b: known of most, tried on a few inputs where it has a forward of its own."""
     base = bases.describe(module)
     assert base is not None
