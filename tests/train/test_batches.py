@@ -75,20 +75,20 @@ def _reference(model: Any, examples: Sequence[Tokens]) -> float:
 @pytest.mark.parametrize(
     "kind, expected",
     [
-        ("llama", BatchConvention(pads_left=True, shifts_labels=True)),
-        ("gpt2", BatchConvention(pads_left=True, shifts_labels=True)),
-        ("mamba", BatchConvention(pads_left=True, shifts_labels=True)),
+        ("llama", BatchConvention(pads_left=True, own_loss=True)),
+        ("gpt2", BatchConvention(pads_left=True, own_loss=True)),
+        ("mamba", BatchConvention(pads_left=True, own_loss=True)),
         (
             "roberta",
-            BatchConvention(pads_left=False, shifts_labels=True),
+            BatchConvention(pads_left=False, own_loss=True),
         ),  # its positions start after the padding's index
         (
             "rwkv",
-            BatchConvention(pads_left=False, shifts_labels=True),
+            BatchConvention(pads_left=False, own_loss=True),
         ),  # what comes first enters its state, padding as well
         (
             "bart",
-            BatchConvention(pads_left=False, shifts_labels=False),
+            BatchConvention(pads_left=False, own_loss=False),
         ),  # takes no positions; its loss is that of the same token
     ],
 )
@@ -104,10 +104,24 @@ def test_a_batch_is_read_as_its_examples_alone(
     tokenizer.save_pretrained(tmp_path / "base")
     write(tmp_path / "data.jsonl", TEXTS)
     data = {"train": "data.jsonl", "evaluation": "data.jsonl"}
-    report = started(run_file(tmp_path, tmp_path / "base", data, training={"steps": 1, "batch_size": 24}))
+    report = started(
+        run_file(tmp_path, tmp_path / "base", data, training={"steps": 1, "batch_size": 8, "accumulate": 3})
+    )
     alone = _reference(model, examples)
     assert report.losses == [pytest.approx(alone, rel=1e-4)]
     assert report.evaluations[0]["loss"] == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_loss_of_a_batch_that_ignores_the_rest_of_its_step_is_not_used() -> None:
+    """Accumulated, it would be too large by the number of forward passes."""
+    examples = [Tokens(list(range(5, 15)), list(range(5, 15)))]
+    model = FAMILIES["llama"].build()
+    own = model.loss_function
+    assert batch_convention(model, examples, 0).own_loss
+    model.loss_function = lambda *given, num_items_in_batch=None, **more: own(*given, **more)
+    assert not batch_convention(model, examples, 0).own_loss
+    model.loss_function, model.accepts_loss_kwargs = own, False
+    assert not batch_convention(model, examples, 0).own_loss
 
 
 def test_labels_can_be_viewed_as_one_row() -> None:
@@ -130,7 +144,7 @@ def test_the_shortest_examples_tell_as_much() -> None:
     """Two tokens: one to read, one to predict."""
     examples = [Tokens([7, 9], [IGNORED, 9])]
     assert batch_convention(FAMILIES["llama"].build(), examples, 0) == BatchConvention()
-    assert batch_convention(_decoder("bart"), examples, 0) == BatchConvention(pads_left=False, shifts_labels=False)
+    assert batch_convention(_decoder("bart"), examples, 0) == BatchConvention(pads_left=False, own_loss=False)
 
 
 def test_the_longest_text_of_a_model(llama_directory: Path, tmp_path: Path, refused: Any) -> None:

@@ -22,11 +22,11 @@ class BatchConvention(NamedTuple):
 
     Attributes:
         pads_left: padding on the left, with positions from 0 after it, changes nothing; else `collate` pads on the right.
-        shifts_labels: its own loss is that of the next token, which is how transformers' models take labels.
+        own_loss: its own loss is that of the next token, and is divided by as many as it is told that there are in a step.
     """
 
     pads_left: bool = True
-    shifts_labels: bool = True
+    own_loss: bool = True
 
 
 @torch.no_grad()
@@ -62,8 +62,20 @@ def batch_convention(model: Any, examples: Sequence[Tokens], pad: int) -> BatchC
     same = cross_entropy(own.logits.flatten(0, 1).float(), rows.flatten())
     return BatchConvention(
         pads_left=off <= _tolerance(model) or off <= 2 * off_in_batch(left=False),  # both: by rounding
-        shifts_labels=bool((own.loss - following).abs() <= (own.loss - same).abs()),
+        own_loss=bool((own.loss - following).abs() <= (own.loss - same).abs())
+        and _divides(model, rows, own.loss, following),
     )
+
+
+def _divides(model: Any, rows: Tensor, loss: Tensor, following: Tensor) -> bool:
+    """Whether the model divides the loss of its tokens by the number that it is given, so that every token of a step weighs the
+    same however the step is divided into forward passes.
+    """
+    parameters = inspect.signature(model.forward).parameters.values()
+    if not getattr(model, "accepts_loss_kwargs", True) or all(each.kind is not each.VAR_KEYWORD for each in parameters):
+        return False  # transformers' Trainer would not tell it
+    halved = model(input_ids=rows, labels=rows, num_items_in_batch=torch.tensor(2 * rows[:, 1:].numel())).loss
+    return bool((halved - (loss - following / 2)).abs() <= (halved - loss).abs())
 
 
 @torch.no_grad()

@@ -91,7 +91,7 @@ def causal_task(config: RunConfig, kind: str, rows: list[Row], held_out_rows: li
         collator,
         evaluate if held_out.tokens else None,
         unit="nats per token",
-        loss=None if convention.shifts_labels else losses.next_token_loss,
+        loss=None if convention.own_loss else losses.next_token_loss,
         packed=packed,
     )
 
