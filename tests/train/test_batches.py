@@ -267,6 +267,16 @@ def test_an_architecture_that_mixes_packed_examples_is_refused(refused: Any) -> 
     check_packing(FAMILIES["gpt2"].build(), tokens)
 
 
+def test_no_call_makes_a_cache() -> None:
+    """Some hybrids, all of whose layers are recurrent, and xLSTM cannot be called beside one."""
+    model, calls = FAMILIES["llama"].build(), []
+    model.register_forward_pre_hook(lambda _, args, given: calls.append(given), with_kwargs=True)
+    tokens = [Tokens(list(range(5, 15)), list(range(5, 15)))]
+    batch_convention(model, tokens, 0)
+    check_packing(model, tokens)
+    assert calls and all(given["use_cache"] is False for given in calls)
+
+
 class Picky(nn.Module):
     """Wants a picture."""
 

@@ -74,7 +74,8 @@ def _divides(model: Any, rows: Tensor, loss: Tensor, following: Tensor) -> bool:
     parameters = inspect.signature(model.forward).parameters.values()
     if not getattr(model, "accepts_loss_kwargs", True) or all(each.kind is not each.VAR_KEYWORD for each in parameters):
         return False  # transformers' Trainer would not tell it
-    halved = model(input_ids=rows, labels=rows, num_items_in_batch=torch.tensor(2 * rows[:, 1:].numel())).loss
+    items = torch.tensor(2 * rows[:, 1:].numel())
+    halved = _called(model, items, input_ids=rows, labels=rows).loss
     return bool((halved - (loss - following / 2)).abs() <= (halved - loss).abs())
 
 
@@ -103,16 +104,19 @@ def check_packing(model: Any, examples: Sequence[Tokens]) -> None:
         )
 
 
-def _called(model: Any, **given: Tensor) -> Any:
-    """What the model makes of as much of a batch as it takes, without a cache.
+def _called(model: Any, items: Tensor | None = None, **given: Tensor) -> Any:
+    """What the model makes of as much of a batch as it takes, without a cache, and of the number of `items` in its step.
 
     Raises:
         RunError: it cannot be called so.
     """
     offered = {**given, "use_cache": False}
     known = inspect.signature(model.forward).parameters
+    taken = {name: value for name, value in offered.items() if name in known}
+    if items is not None:
+        taken["num_items_in_batch"] = items
     try:
-        return model(**{name: value for name, value in offered.items() if name in known})
+        return model(**taken)
     except Exception as error:  # of a model's own code
         raise RunError(
             f"{type(model).__name__} does not take {', '.join(given)} alone ({type(error).__name__}: {first_line(error)}); train "
