@@ -14,6 +14,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
 )
 
@@ -21,8 +22,8 @@ import peft_core as pc
 from peft_core import models, prompts
 from peft_core.errors import ModelError
 from peft_core.testing.families import FAMILIES
-from peft_core.training.batches import CausalCollator, LengthGroupedSampler, PackedCollator
-from peft_core.training.checks import BatchConvention, batch_convention, check_packing
+from peft_core.training.batches import CausalCollator, ClassificationCollator, LengthGroupedSampler, PackedCollator
+from peft_core.training.checks import BatchConvention, batch_convention, check_packing, padding_side
 from peft_core.training.config import RunError
 from peft_core.training.examples import IGNORED, Tokens, pack, prepare_causal, prepare_labelled
 from peft_core.training.losses import evaluate
@@ -110,6 +111,50 @@ def test_a_batch_is_read_as_its_examples_alone(
     alone = _reference(model, examples)
     assert report.losses == [pytest.approx(alone, rel=1e-4)]
     assert report.evaluations[0]["loss"] == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokenizers", "expected"),
+    [
+        ("bert", "left", "right"),  # counts positions from the first token, padding or not
+        ("bert", "right", "right"),
+        ("xlnet", "right", "left"),  # reads a text at the last position
+        ("llama", "left", "left"),  # either side will do: the tokenizer's
+        ("llama", "right", "right"),
+    ],
+)
+def test_a_classifier_reads_texts_of_a_batch_as_alone(
+    kind: str, tokenizers: str, expected: str, tmp_path: Path, llama_directory: Path
+) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 60, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 34, "pad_token_id": 0}
+    more = {"xlnet": {"d_model": 24, "n_layer": 1, "n_head": 2, "d_inner": 36, "vocab_size": 60, "pad_token_id": 0}}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **more.get(kind, sizes))
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, 0.0, 0.2)
+    tokenizer = AutoTokenizer.from_pretrained(llama_directory, padding_side=tokenizers)
+    rows = [{"text": words(*range(n, n + 1 + n % 5)), "label": ["no", "yes"][n % 2]} for n in range(24)]
+    examples = prepare_labelled([Row(row, "here") for row in rows], ["no", "yes"], tokenizer, 32).tokens
+    assert padding_side(model, examples, tokenizer) == expected
+    with torch.no_grad():
+        batch = ClassificationCollator(tokenizer, expected)(examples)
+        alone = [model(input_ids=torch.tensor([some.input_ids]), labels=torch.tensor(some.labels)) for some in examples]
+        together = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert torch.allclose(together, torch.cat([each.logits for each in alone]), atol=1e-5)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    write(tmp_path / "data.jsonl", rows)
+    data = {"train": "data.jsonl", "evaluation": "data.jsonl"}
+    report = started(run_file(tmp_path, tmp_path / "base", data, training={"steps": 1}))
+    assert report.evaluations[0]["loss"] == pytest.approx(sum(each.loss.item() for each in alone) / 24, rel=1e-5)
+
+
+def test_texts_of_one_length_are_padded_as_the_tokenizer_says(llama_directory: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama_directory, padding_side="left")
+    assert padding_side(FAMILIES["bert"].build(), [Tokens([3, 4], [0]), Tokens([5, 6], [1])], tokenizer) == "left"
 
 
 def test_a_loss_of_a_batch_that_ignores_the_rest_of_its_step_is_not_used() -> None:

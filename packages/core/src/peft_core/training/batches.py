@@ -116,11 +116,12 @@ class PackedCollator:
 
 
 class ClassificationCollator:
-    """Texts padded by the tokenizer, with the numbers of their classes."""
+    """Texts padded by the tokenizer, on its own side or on the given one, with the numbers of their classes."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, side: str | None = None) -> None:
+        self.tokenizer, self.side = tokenizer, side
 
     def __call__(self, examples: Sequence[Tokens]) -> Batch:
-        padded = self.tokenizer.pad({"input_ids": [tokens.input_ids for tokens in examples]}, return_tensors="pt")
+        ids = {"input_ids": [tokens.input_ids for tokens in examples]}
+        padded = self.tokenizer.pad(ids, padding_side=self.side, return_tensors="pt")
         return {**padded, "labels": torch.tensor([tokens.labels[0] for tokens in examples])}

@@ -1,4 +1,4 @@
-"""How a causal language model has to be given batches, found by trying, so that it reads examples as it reads one alone."""
+"""How a model has to be given batches, found by trying, so that it reads examples as it reads one alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..errors import first_line
-from .batches import PackedCollator, collate
+from .batches import ClassificationCollator, PackedCollator, collate
 from .config import RunError
 from .examples import Tokens, length_of
 from .losses import next_token_loss
@@ -77,6 +77,29 @@ def _divides(model: Any, rows: Tensor, loss: Tensor, following: Tensor) -> bool:
     items = torch.tensor(2 * rows[:, 1:].numel())
     halved = _called(model, items, input_ids=rows, labels=rows).loss
     return bool((halved - (loss - following / 2)).abs() <= (halved - loss).abs())
+
+
+@torch.no_grad()
+def padding_side(model: Any, examples: Sequence[Tokens], tokenizer: Any) -> str:
+    """The side on which texts are padded for a classifier: the tokenizer's own, unless the model reads a text as it reads one
+    alone on the other side only. (Tokenizers are set to the left for generating, and some models count padding as positions.)
+    """
+    own = str(tokenizer.padding_side)
+    short = min(examples, key=length_of)
+    longer = [tokens for tokens in examples if length_of(tokens) > length_of(short)]
+    if not longer or getattr(model, "is_quantized", False):  # whose kernels may need the GPU, and it is not there yet
+        return own
+    long = max((some for some in longer if length_of(some) <= 64), key=length_of, default=min(longer, key=length_of))
+
+    def logits(texts: Sequence[Tokens], side: str) -> Tensor:
+        batch = ClassificationCollator(tokenizer, side)(texts)
+        del batch["labels"]
+        found: Tensor = _called(model, **batch).logits[0]
+        return found.float()
+
+    alone = logits([short], own)
+    off, other = _off(logits([short, long], own), alone), "right" if own == "left" else "left"
+    return other if off > _tolerance(model) and off > 2 * _off(logits([short, long], other), alone) else own
 
 
 @torch.no_grad()

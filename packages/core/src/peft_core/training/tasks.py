@@ -17,7 +17,7 @@ from ..loading import MISCONFIGURED, UNREADABLE, check_alone, drawn, why
 from ..spec import DTYPE_OF_NAME, AdapterSpec
 from . import losses
 from .batches import Batch, CausalCollator, ClassificationCollator, PackedCollator
-from .checks import batch_convention, check_packing
+from .checks import batch_convention, check_packing, padding_side
 from .config import RunConfig, RunError
 from .examples import Prepared, Tokens, pack, prepare_causal, prepare_labelled, prepare_stream
 from .rows import Row, classes_of
@@ -131,7 +131,7 @@ def classification_task(config: RunConfig, rows: list[Row], held_out_rows: list[
     end = model.config.eos_token_id if model.config.is_encoder_decoder else None
     training = prepare_labelled(rows, classes, tokenizer, length, end)
     held_out = prepare_labelled(held_out_rows, classes, tokenizer, length, end)
-    collator = ClassificationCollator(tokenizer)
+    collator = ClassificationCollator(tokenizer, padding_side(model, training.tokens, tokenizer))
     evaluate = partial(losses.evaluate_classifier, model, held_out.tokens, collator, 2 * config.training.batch_size)
     return Task(
         model,
